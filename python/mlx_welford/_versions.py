@@ -1,0 +1,61 @@
+"""Is the installed MLX the one that the extension was built against?"""
+
+import importlib.metadata
+import importlib.util
+import sys
+from pathlib import Path
+
+from mlx_welford._build import MLX, PACKAGE
+
+__all__ = ["MLX", "PACKAGE", "check"]
+
+# The packages that libmlx comes in; mlx itself holds it only when built from source.
+_LIBRARIES = {
+    "linux": ("mlx-cpu", "mlx-cuda-12", "mlx-cuda-13"),
+    "darwin": ("mlx-metal",),
+}
+
+
+def check() -> None:
+    """Raise ImportError, with the cure, unless mlx and its C++ library are of release MLX.
+
+    To be called before the extension is loaded: with another release that would at best fail, and
+    at worst misread MLX's objects.
+    """
+    libraries = {name: _release(name) for name in _LIBRARIES.get(sys.platform, ())}
+    for name, release in {"mlx": _release("mlx"), **libraries}.items():
+        if release is not None and release != MLX:
+            raise ImportError(
+                f"mlx_welford was built against {name} {MLX}, but {name} {release} is "
+                "installed. MLX's C++ interface changes between releases, so the two must agree.\n"
+                f"Install that release:\n    pip install {_pins(name)}\n"
+                f"or, to use {name} {release}, change the pins in the pyproject.toml of a checkout "
+                "of mlx-welford and build it there:\n    make build"
+            )
+    if importlib.util.find_spec("mlx") is None:
+        raise ImportError(f"mlx_welford needs mlx. Install it:\n    pip install {_pins('mlx')}")
+    if sys.platform == "linux" and not _has_libmlx():
+        raise ImportError(
+            "mlx is installed without its C++ library, libmlx, which on Linux is a package of its "
+            "own. Install it:\n    pip install 'mlx-welford[cpu]'"
+        )
+
+
+def _release(name: str) -> str | None:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _pins(name: str) -> str:
+    """What to give pip so that `name` and whatever must match it have release MLX."""
+    default = "mlx-cpu" if sys.platform == "linux" else "mlx"
+    names = dict.fromkeys(["mlx", default if name == "mlx" else name])
+    return " ".join(f"'{name}=={MLX}'" for name in names)
+
+
+def _has_libmlx() -> bool:
+    spec = importlib.util.find_spec("mlx")
+    folders = (spec.submodule_search_locations or []) if spec else []
+    return any((Path(folder) / "lib" / "libmlx.so").exists() for folder in folders)
