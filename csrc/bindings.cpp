@@ -1,0 +1,70 @@
+// The extension module mlx_welford._ext. Documentation for users is in the Python functions that call it.
+
+#include <nanobind/nanobind.h>
+#include <nanobind/stl/optional.h>
+#include <nanobind/stl/pair.h>
+#include <nanobind/stl/string.h>
+#include <nanobind/stl/tuple.h>
+#include <nanobind/stl/variant.h>
+#include <nanobind/stl/vector.h>
+
+#include "cpu/kernels.h"
+#include "cpu/parallel.h"
+#include "ops.h"
+
+namespace nb = nanobind;
+using namespace nb::literals;
+namespace mw = mlx_welford;
+namespace mx = mlx::core;
+
+NB_MODULE(_ext, m) {
+  m.doc() = "Normalisation primitives for MLX.";
+  nb::module_::import_("mlx.core");  // registers mx.array, which every function here takes
+
+  m.attr("mlx_version") = MLX_WELFORD_MLX_VERSION;
+
+  nb::register_exception_translator([](const std::exception_ptr& error, void*) {
+    try {
+      std::rethrow_exception(error);
+    } catch (const mw::DtypeError& e) {
+      PyErr_SetString(PyExc_TypeError, e.what());
+    }
+  });
+
+  nb::enum_<mw::Statistics>(m, "Statistics", "Where the statistics of a normalisation come from.")
+      .value("of_instance", mw::Statistics::of_instance)
+      .value("of_batch", mw::Statistics::of_batch);
+
+  m.def(
+      "count_channels",
+      [](const mx::array& x, int axis, mw::Statistics statistics, const std::string& caller,
+         bool several_values) {
+        return mw::count_channels(x, axis, statistics, {caller, std::nullopt, several_values});
+      },
+      "x"_a, "axis"_a, "statistics"_a, "caller"_a, "several_values"_a = false);
+
+  m.def(
+      "normalize",
+      [](const mx::array& x, const std::optional<mx::array>& weight,
+         const std::optional<mx::array>& bias, double eps, mw::Statistics statistics,
+         const std::string& caller, const std::optional<mx::array>& mean,
+         const std::optional<mx::array>& var, int axis, std::optional<int> channels,
+         bool several_values, mx::StreamOrDevice s) {
+        auto out = mw::normalize(x, weight, bias, eps, mean, var, axis, statistics,
+                                 {caller, channels, several_values}, s);
+        return std::make_tuple(out.y, out.mean, out.var);
+      },
+      "x"_a, "weight"_a.none(), "bias"_a.none(), "eps"_a, "statistics"_a, "caller"_a,
+      "mean"_a.none() = nb::none(), "var"_a.none() = nb::none(), "axis"_a = -1,
+      "channels"_a.none() = nb::none(), "several_values"_a = false, "stream"_a = nb::none());
+
+  m.def(
+      "moments",
+      [](const mx::array& x, const std::vector<int>& axes, bool keepdims, mx::StreamOrDevice s) {
+        return mw::moments(x, axes, keepdims, {"moments"}, s);
+      },
+      "x"_a, "axes"_a, "keepdims"_a = false, "stream"_a = nb::none());
+
+  m.def("num_threads", &mw::cpu::num_threads);
+  m.def("instruction_set", &mw::cpu::instruction_set);
+}

@@ -1,0 +1,135 @@
+#include "composed.h"
+
+#include "mlx/ops.h"
+
+namespace mlx_welford::composed {
+
+namespace mx = mlx::core;
+
+namespace {
+
+/// Statistics are found in float32, or float64 for float64 input.
+array widen(const array& a, Stream s) {
+  return mx::astype(a, a.dtype() == mx::float64 ? mx::float64 : mx::float32, s);
+}
+
+std::vector<int> other_axes(const array& x, int channel_axis) {
+  return reduced_axes(static_cast<int>(x.ndim()), channel_axis, Statistics::of_batch);
+}
+
+/// (C) -> (1, ..., C, ..., 1), to broadcast along the channel axis of x.
+array along_channels(const array& v, const array& x, int channel_axis, Stream s) {
+  return mx::expand_dims(widen(v, s), other_axes(x, channel_axis), s);
+}
+
+array constant(double value, const array& like) { return array(value, like.dtype()); }
+
+array inverse_deviation(const array& var, double eps, Stream s) {
+  return mx::rsqrt(mx::add(var, constant(eps, var), s), s);
+}
+
+double values_per_statistic(const array& x, const std::vector<int>& axes) {
+  double count = 1;
+  for (int axis : axes) {
+    count *= x.shape(axis);
+  }
+  return count;
+}
+
+array affine(const array& normalized, const std::optional<array>& weight,
+             const std::optional<array>& bias, const array& x, int channel_axis, Stream s) {
+  array y = normalized;
+  if (weight) {
+    y = mx::multiply(y, along_channels(*weight, x, channel_axis, s), s);
+  }
+  if (bias) {
+    y = mx::add(y, along_channels(*bias, x, channel_axis, s), s);
+  }
+  return mx::astype(y, x.dtype(), s);
+}
+
+}  // namespace
+
+std::pair<array, array> moments(const array& x, const std::vector<int>& axes, Stream s) {
+  array wide = widen(x, s);
+  array mean = mx::mean(wide, axes, /* keepdims = */ true, s);
+  array var = mx::mean(mx::square(mx::subtract(wide, mean, s), s), axes, false, s);
+  return {mx::squeeze(mean, axes, s), var};
+}
+
+array moments_gradient(const array& x, const array& mean, const array& grad_mean,
+                       const array& grad_var, const std::vector<int>& axes, Stream s) {
+  array centred = mx::subtract(widen(x, s), mx::expand_dims(mean, axes, s), s);
+  array count = constant(values_per_statistic(x, axes), mean);
+  array slope = mx::expand_dims(mx::divide(mx::add(grad_var, grad_var, s), count, s), axes, s);
+  array level = mx::expand_dims(mx::divide(grad_mean, count, s), axes, s);
+  return mx::astype(mx::add(mx::multiply(slope, centred, s), level, s), x.dtype(), s);
+}
+
+Normalized normalize(const array& x, const std::optional<array>& weight,
+                     const std::optional<array>& bias, double eps, int channel_axis,
+                     const std::vector<int>& axes, Stream s) {
+  auto [mean, var] = moments(x, axes, s);
+  array centred = mx::subtract(widen(x, s), mx::expand_dims(mean, axes, s), s);
+  array inverse = mx::expand_dims(inverse_deviation(var, eps, s), axes, s);
+  array normalized = mx::multiply(centred, inverse, s);
+  return {affine(normalized, weight, bias, x, channel_axis, s), mean, var};
+}
+
+Gradients normalize_gradient(const array& x, const array& mean, const array& var, const array& g,
+                             const array& grad_mean, const array& grad_var,
+                             const std::optional<array>& weight, double eps, int channel_axis,
+                             const std::vector<int>& axes, Stream s) {
+  auto all_but_channels = other_axes(x, channel_axis);
+
+  array wide_g = widen(g, s);
+  array inverse = mx::expand_dims(inverse_deviation(var, eps, s), axes, s);
+  array centred = mx::subtract(widen(x, s), mx::expand_dims(mean, axes, s), s);
+  array normalized = mx::multiply(centred, inverse, s);
+  array g_normalized = mx::multiply(wide_g, normalized, s);
+  array grad_weight = mx::sum(g_normalized, all_but_channels, false, s);
+  array grad_bias = mx::sum(wide_g, all_but_channels, false, s);
+
+  // w * r * (g - mean(g) - xh * mean(g * xh)), and what reaches x through the statistics themselves.
+  array projected =
+      mx::subtract(mx::subtract(wide_g, mx::mean(wide_g, axes, true, s), s),
+                   mx::multiply(normalized, mx::mean(g_normalized, axes, true, s), s), s);
+  array scale =
+      weight ? mx::multiply(inverse, along_channels(*weight, x, channel_axis, s), s) : inverse;
+  array through_statistics =
+      moments_gradient(mx::astype(x, mean.dtype(), s), mean, grad_mean, grad_var, axes, s);
+  array grad_x = mx::add(mx::multiply(projected, scale, s), through_statistics, s);
+  return {mx::astype(grad_x, x.dtype(), s), mx::astype(grad_weight, x.dtype(), s),
+          mx::astype(grad_bias, x.dtype(), s)};
+}
+
+array normalize_given(const array& x, const array& mean, const array& var,
+                      const std::optional<array>& weight, const std::optional<array>& bias,
+                      double eps, int channel_axis, Stream s) {
+  array centred = mx::subtract(widen(x, s), along_channels(mean, x, channel_axis, s), s);
+  array inverse = inverse_deviation(along_channels(var, x, channel_axis, s), eps, s);
+  return affine(mx::multiply(centred, inverse, s), weight, bias, x, channel_axis, s);
+}
+
+GivenGradients normalize_given_gradient(const array& x, const array& mean, const array& var,
+                                        const array& g, const std::optional<array>& weight,
+                                        double eps, int channel_axis, Stream s) {
+  auto axes = other_axes(x, channel_axis);
+  array wide_g = widen(g, s);
+  array centred = mx::subtract(widen(x, s), along_channels(mean, x, channel_axis, s), s);
+  array inverse = inverse_deviation(widen(var, s), eps, s);  // (C)
+  array sum_g = mx::sum(wide_g, axes, false, s);
+  array sum_gx =
+      mx::multiply(mx::sum(mx::multiply(wide_g, centred, s), axes, false, s), inverse, s);
+
+  array scale = weight ? mx::multiply(inverse, widen(*weight, s), s) : inverse;
+  array grad_x = mx::multiply(wide_g, along_channels(scale, x, channel_axis, s), s);
+  array grad_mean = mx::negative(mx::multiply(scale, sum_g, s), s);
+  array grad_var = mx::multiply(constant(-0.5, scale),
+                                mx::multiply(mx::multiply(scale, inverse, s), sum_gx, s), s);
+  return {mx::astype(grad_x, x.dtype(), s), mx::astype(grad_mean, mean.dtype(), s),
+          mx::astype(grad_var, var.dtype(), s), mx::astype(sum_gx, x.dtype(), s),
+          mx::astype(sum_g, x.dtype(), s)};
+}
+
+}  // namespace mlx_welford::composed

@@ -1,0 +1,37 @@
+#include "geometry.h"
+
+#include <algorithm>
+#include <array>
+
+namespace mlx_welford {
+
+std::vector<int> reduced_axes(int ndim, int channel_axis, Statistics statistics) {
+  std::vector<int> axes;
+  for (int axis = statistics == Statistics::of_instance ? 1 : 0; axis < ndim; ++axis) {
+    if (axis != channel_axis) {
+      axes.push_back(axis);
+    }
+  }
+  return axes;
+}
+
+std::optional<Geometry> find_geometry(const mlx::core::Shape& shape, const std::vector<int>& axes) {
+  // Walk from the fastest axis to the slowest; a level ends where reduced and kept axes change over.
+  Geometry g;
+  const std::array<int64_t*, 4> levels{&g.inner, &g.reduce, &g.outer, &g.merge};
+  size_t level = 0;
+  for (int axis = static_cast<int>(shape.size()) - 1; axis >= 0; --axis) {
+    if (shape[axis] == 1) {
+      continue;  // belongs to any level
+    }
+    const bool reduced = std::find(axes.begin(), axes.end(), axis) != axes.end();
+    const bool level_reduces = level % 2 == 1;
+    if (reduced != level_reduces && ++level == levels.size()) {
+      return std::nullopt;
+    }
+    *levels[level] *= shape[axis];
+  }
+  return g;
+}
+
+}  // namespace mlx_welford

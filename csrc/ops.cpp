@@ -1,0 +1,243 @@
+#include "ops.h"
+
+#include <algorithm>
+#include <memory>
+#include <sstream>
+
+#include "composed.h"
+#include "mlx/ops.h"
+#include "primitives.h"
+
+namespace mlx_welford {
+
+namespace mx = mlx::core;
+
+namespace {
+
+// ---- Checks ----------------------------------------------------------------------------------------------------
+
+template <typename Error = std::invalid_argument, typename... Parts>
+[[noreturn]] void fail(const Caller& caller, const Parts&... parts) {
+  std::ostringstream text;
+  text << '[' << caller.name << "] ";
+  (text << ... << parts);
+  throw Error(text.str());
+}
+
+/// A shape or a list of axes as Python writes a tuple.
+template <typename Container>
+std::string tuple(const Container& values) {
+  std::ostringstream text;
+  text << '(';
+  for (size_t i = 0; i < values.size(); ++i) {
+    text << (i == 0 ? "" : ", ") << values[i];
+  }
+  text << (values.size() == 1 ? ",)" : ")");
+  return text.str();
+}
+
+void check_floating(const array& a, const std::string& what, const Caller& caller) {
+  if (!mx::issubdtype(a.dtype(), mx::floating)) {
+    std::ostringstream dtype;
+    dtype << a.dtype();
+    fail<DtypeError>(caller, "expected a floating-point ", what, " but got ", dtype.str(), ".");
+  }
+}
+
+void check_vector(const std::optional<array>& v, const char* name, int channels,
+                  const Caller& caller) {
+  if (!v) {
+    return;
+  }
+  if (v->shape() != mx::Shape{channels}) {
+    fail(caller, "'", name, "' must have shape (", channels, ",) but got ", tuple(v->shape()), ".");
+  }
+  check_floating(*v, "'" + std::string(name) + "'", caller);
+}
+
+int check_axis(int axis, int ndim, const char* name, const Caller& caller) {
+  if (axis < -ndim || axis >= ndim) {
+    fail(caller, "'", name, "' must be in [", -ndim, ", ", ndim - 1, "] but got ", axis, ".");
+  }
+  return axis < 0 ? axis + ndim : axis;
+}
+
+/// The channel axis, non-negative, after checking x against it.
+int check_input(const array& x, int axis, Statistics statistics, const Caller& caller) {
+  const int least = statistics == Statistics::of_instance ? 3 : 2;
+  check_floating(x, "input", caller);
+  const int ndim = static_cast<int>(x.ndim());
+  if (ndim < least) {
+    fail(caller, "expected an input of at least ", least, " dimensions but got shape ",
+         tuple(x.shape()), ".");
+  }
+  const int channel_axis = check_axis(axis, ndim, "axis", caller);
+  if (statistics == Statistics::of_instance && channel_axis == 0) {
+    fail(caller, "'axis' must not be the batch axis 0.");
+  }
+  if (caller.channels && x.shape(channel_axis) != *caller.channels) {
+    fail(caller, "expected ", *caller.channels, " channels on axis ", axis,
+         " but got input of shape ", tuple(x.shape()), ".");
+  }
+  if (caller.several_values) {
+    int64_t values = 1;
+    for (int reduced : reduced_axes(ndim, channel_axis, statistics)) {
+      values *= x.shape(reduced);
+    }
+    if (values == 1) {
+      fail(caller, "expected more than one value per channel in training but got input of shape ",
+           tuple(x.shape()), ".");
+    }
+  }
+  return channel_axis;
+}
+
+// ---- What kernels need -------------------------------------------------------------------------------------------
+
+/// Kernels run on the CPU, on float32, float16 and bfloat16.
+bool has_kernels(mx::Stream s, mx::Dtype dtype) {
+  return s.device == mx::Device::cpu && dtype != mx::float64;
+}
+
+array make_contiguous(const array& a, mx::Stream s) {
+  const bool already = a.is_available() && a.flags().row_contiguous;
+  return already ? a : mx::contiguous(a, false, s);
+}
+
+array cast(const array& a, mx::Dtype dtype, mx::Stream s) {
+  return a.dtype() == dtype ? a : mx::astype(a, dtype, s);
+}
+
+std::optional<array> cast(const std::optional<array>& a, mx::Dtype dtype, mx::Stream s) {
+  return a ? std::optional(make_contiguous(cast(*a, dtype, s), s)) : std::nullopt;
+}
+
+/// Float32 statistics, but float64 for float64 input.
+mx::Dtype statistics_dtype(mx::Dtype dtype) {
+  return dtype == mx::float64 ? mx::float64 : mx::float32;
+}
+
+void append(std::vector<array>& arrays, const std::optional<array>& a) {
+  if (a) {
+    arrays.push_back(*a);
+  }
+}
+
+}  // namespace
+
+int count_channels(const array& x, int axis, Statistics statistics, const Caller& caller) {
+  return x.shape(check_input(x, axis, statistics, caller));
+}
+
+Normalized normalize(const array& x_, const std::optional<array>& weight_,
+                     const std::optional<array>& bias_, double eps,
+                     const std::optional<array>& mean_, const std::optional<array>& var_, int axis,
+                     Statistics statistics, const Caller& caller, mx::StreamOrDevice s_) {
+  if (mean_.has_value() != var_.has_value()) {
+    fail(caller, "'mean' and 'var' must be given together.");
+  }
+  if (mean_) {
+    statistics = Statistics::given;
+  }
+  int channel_axis = check_input(x_, axis, statistics, caller);
+  const int channels = x_.shape(channel_axis);
+  check_vector(weight_, "weight", channels, caller);
+  check_vector(bias_, "bias", channels, caller);
+  check_vector(mean_, "mean", channels, caller);
+  check_vector(var_, "var", channels, caller);
+
+  const auto s = mx::to_stream(s_);
+  std::vector<array> typed{x_};
+  append(typed, weight_);
+  append(typed, bias_);
+  const mx::Dtype dtype = mx::result_type(typed);
+  array x = cast(x_, dtype, s);
+  auto weight = cast(weight_, dtype, s);
+  auto bias = cast(bias_, dtype, s);
+  auto mean = cast(mean_, statistics_dtype(dtype), s);
+  auto var = cast(var_, statistics_dtype(dtype), s);
+
+  const int ndim = static_cast<int>(x.ndim());
+  if (!has_kernels(s, dtype)) {
+    if (mean) {
+      return {composed::normalize_given(x, *mean, *var, weight, bias, eps, channel_axis, s), *mean,
+              *var};
+    }
+    auto axes = reduced_axes(ndim, channel_axis, statistics);
+    auto outputs = composed::normalize(x, weight, bias, eps, channel_axis, axes, s);
+    return {outputs.y, outputs.mean, outputs.var};
+  }
+
+  // Channels first and last are read where they lie; from anywhere else they move to the end and back.
+  const bool moved = !find_geometry(x.shape(), reduced_axes(ndim, channel_axis, statistics));
+  const int home = channel_axis;
+  if (moved) {
+    x = mx::moveaxis(x, channel_axis, -1, s);
+    channel_axis = ndim - 1;
+  }
+  const Normalization n{statistics, eps, channel_axis, weight.has_value(), bias.has_value()};
+  auto primitive = std::make_shared<Normalize>(s, n);
+  std::vector<array> inputs{make_contiguous(x, s)};
+  append(inputs, mean);
+  append(inputs, var);
+  append(inputs, weight);
+  append(inputs, bias);
+  const auto shapes = primitive->output_shapes(inputs);
+  auto outputs =
+      shapes.size() == 1
+          ? std::vector<array>{array(shapes[0], dtype, primitive, inputs), *mean, *var}
+          : array::make_arrays(shapes, {dtype, mx::float32, mx::float32}, primitive, inputs);
+  array y = moved ? mx::moveaxis(outputs[0], -1, home, s) : outputs[0];
+  return {y, outputs[1], outputs[2]};
+}
+
+std::pair<array, array> moments(const array& x_, std::vector<int> axes, bool keepdims,
+                                const Caller& caller, mx::StreamOrDevice s_) {
+  check_floating(x_, "input", caller);
+  if (axes.empty()) {
+    fail(caller, "'axes' must not be empty.");
+  }
+  const auto as_given = axes;
+  const int ndim = static_cast<int>(x_.ndim());
+  for (int& axis : axes) {
+    axis = check_axis(axis, ndim, "axes", caller);
+  }
+  std::sort(axes.begin(), axes.end());
+  if (std::adjacent_find(axes.begin(), axes.end()) != axes.end()) {
+    fail(caller, "'axes' must not repeat but got ", tuple(as_given), ".");
+  }
+
+  const auto s = mx::to_stream(s_);
+  auto [mean, var] = [&]() -> std::pair<array, array> {
+    if (!has_kernels(s, x_.dtype())) {
+      return composed::moments(x_, axes, s);
+    }
+    array x = x_;
+    auto kernel_axes = axes;
+    if (!find_geometry(x.shape(), axes)) {  // bring the kept axes together, in front
+      std::vector<int> order;
+      for (int axis = 0; axis < ndim; ++axis) {
+        if (!std::binary_search(axes.begin(), axes.end(), axis)) {
+          order.push_back(axis);
+        }
+      }
+      const int kept = static_cast<int>(order.size());
+      order.insert(order.end(), axes.begin(), axes.end());
+      x = mx::transpose(x, order, s);
+      for (int i = 0; i < ndim - kept; ++i) {
+        kernel_axes[i] = kept + i;
+      }
+    }
+    auto primitive = std::make_shared<Moments>(s, kernel_axes);
+    std::vector<array> inputs{make_contiguous(x, s)};
+    auto outputs = array::make_arrays(primitive->output_shapes(inputs), {mx::float32, mx::float32},
+                                      primitive, inputs);
+    return {outputs[0], outputs[1]};
+  }();
+  if (keepdims) {
+    return {mx::expand_dims(mean, axes, s), mx::expand_dims(var, axes, s)};
+  }
+  return {mean, var};
+}
+
+}  // namespace mlx_welford

@@ -1,0 +1,51 @@
+// The operations as users call them: validation, dtypes and layouts. Nothing is computed here.
+//
+// Errors are std::invalid_argument, or DtypeError, with a text of the form "[caller] what is wrong".
+#pragma once
+
+#include <optional>
+#include <stdexcept>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "geometry.h"
+#include "mlx/array.h"
+#include "mlx/utils.h"
+
+namespace mlx_welford {
+
+using mlx::core::array;
+
+/// An argument of the wrong dtype; a TypeError in Python.
+struct DtypeError : std::invalid_argument {
+  using std::invalid_argument::invalid_argument;
+};
+
+/// Whose arguments are checked, and what more than the operation itself it asks of them.
+struct Caller {
+  std::string name;
+  std::optional<int> channels = std::nullopt;  // the number of channels that x must have
+  bool several_values = false;                 // statistics of a single value are refused
+};
+
+/// The number of channels of x, after checking its dtype, its dimensions and `axis`.
+int count_channels(const array& x, int axis, Statistics statistics, const Caller& caller);
+
+struct Normalized {
+  array y;     // shape of x, dtype result_type(x, weight, bias)
+  array mean;  // float32; (N, C) per instance, (C) per batch
+  array var;   // likewise; biased
+};
+
+/// y = (x - mean) / sqrt(var + eps) * weight + bias with x's own statistics, or those given (C).
+Normalized normalize(const array& x, const std::optional<array>& weight,
+                     const std::optional<array>& bias, double eps, const std::optional<array>& mean,
+                     const std::optional<array>& var, int axis, Statistics statistics,
+                     const Caller& caller, mlx::core::StreamOrDevice s = {});
+
+/// Mean and biased variance over `axes`, in float32.
+std::pair<array, array> moments(const array& x, std::vector<int> axes, bool keepdims,
+                                const Caller& caller, mlx::core::StreamOrDevice s = {});
+
+}  // namespace mlx_welford

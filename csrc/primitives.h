@@ -1,0 +1,130 @@
+// The nodes that this library adds to MLX's graph.
+//
+// Each has a kernel (eval_cpu, eval_gpu) and a definition composed of MLX ops (compose), which serves
+// forward-mode derivatives, vmap, and the derivatives of a gradient. Inputs are row-contiguous, share one of the
+// dtypes float32, float16, bfloat16, and are valid: ops.cpp sees to it. Statistics are float32.
+#pragma once
+
+#include <utility>
+#include <vector>
+
+#include "geometry.h"
+#include "mlx/primitives.h"
+
+namespace mlx_welford {
+
+using mlx::core::array;
+using Arrays = std::vector<array>;
+
+class Composed : public mlx::core::Primitive {
+ public:
+  using Primitive::Primitive;
+
+  /// The same outputs from the same inputs, as a graph of MLX ops.
+  virtual Arrays compose(const Arrays& inputs) = 0;
+
+  Arrays jvp(const Arrays& primals, const Arrays& tangents,
+             const std::vector<int>& argnums) override;
+  Arrays vjp(const Arrays& primals, const Arrays& cotangents, const std::vector<int>& argnums,
+             const Arrays& outputs) override;
+  std::pair<Arrays, std::vector<int>> vmap(const Arrays& inputs,
+                                           const std::vector<int>& axes) override;
+  void eval_gpu(const Arrays& inputs, Arrays& outputs) override;
+};
+
+/// (x) -> (mean, var)
+class Moments : public Composed {
+ public:
+  Moments(mlx::core::Stream s, std::vector<int> axes) : Composed(s), axes_(std::move(axes)) {}
+
+  Arrays compose(const Arrays& inputs) override;
+  void eval_cpu(const Arrays& inputs, Arrays& outputs) override;
+  Arrays vjp(const Arrays& primals, const Arrays& cotangents, const std::vector<int>& argnums,
+             const Arrays& outputs) override;
+  std::vector<mlx::core::Shape> output_shapes(const Arrays& inputs) override;
+  bool is_equivalent(const Primitive& other) const override;
+  const char* name() const override { return "WelfordMoments"; }
+
+ private:
+  std::vector<int> axes_;
+};
+
+/// (x, mean, grad_mean, grad_var) -> (grad_x)
+class MomentsGradient : public Composed {
+ public:
+  MomentsGradient(mlx::core::Stream s, std::vector<int> axes)
+      : Composed(s), axes_(std::move(axes)) {}
+
+  Arrays compose(const Arrays& inputs) override;
+  void eval_cpu(const Arrays& inputs, Arrays& outputs) override;
+  std::vector<mlx::core::Shape> output_shapes(const Arrays& inputs) override;
+  bool is_equivalent(const Primitive& other) const override;
+  const char* name() const override { return "WelfordMomentsGradient"; }
+
+ private:
+  std::vector<int> axes_;
+};
+
+/// A normalisation, but for its arrays. The optional inputs weight and bias stand last, in this order.
+struct Normalization {
+  Statistics statistics;
+  double eps;
+  int channel_axis;  // non-negative
+  bool has_weight;
+  bool has_bias;
+
+  bool operator==(const Normalization&) const = default;
+
+  bool given() const { return statistics == Statistics::given; }
+  /// The axes that share a statistic; given statistics are one per channel.
+  std::vector<int> axes(const array& x) const;
+};
+
+/// (x, [weight], [bias])            -> (y, mean, var)    statistics of x: (N, C) per instance, (C) per batch
+/// (x, mean, var, [weight], [bias]) -> (y)               given statistics: (C)
+class Normalize : public Composed {
+ public:
+  Normalize(mlx::core::Stream s, Normalization n) : Composed(s), n_(n) {}
+
+  Arrays compose(const Arrays& inputs) override;
+  void eval_cpu(const Arrays& inputs, Arrays& outputs) override;
+  Arrays vjp(const Arrays& primals, const Arrays& cotangents, const std::vector<int>& argnums,
+             const Arrays& outputs) override;
+  std::vector<mlx::core::Shape> output_shapes(const Arrays& inputs) override;
+  bool is_equivalent(const Primitive& other) const override;
+  const char* name() const override { return "WelfordNormalize"; }
+
+ private:
+  Normalization n_;
+};
+
+/// Which gradients are asked for; the others are not computed.
+struct Wanted {
+  bool x = false;
+  bool statistics = false;  // of given mean and var
+  bool weight = false;
+  bool bias = false;
+
+  bool operator==(const Wanted&) const = default;
+};
+
+/// (x, mean, var, g, grad_mean, grad_var, [weight]) -> (x, weight, bias)             statistics of x
+/// (x, mean, var, g, [weight])                      -> (x, mean, var, weight, bias)  given statistics
+/// Outputs are gradients, those wanted alone.
+class NormalizeGradient : public Composed {
+ public:
+  NormalizeGradient(mlx::core::Stream s, Normalization n, Wanted wanted)
+      : Composed(s), n_(n), wanted_(wanted) {}
+
+  Arrays compose(const Arrays& inputs) override;
+  void eval_cpu(const Arrays& inputs, Arrays& outputs) override;
+  std::vector<mlx::core::Shape> output_shapes(const Arrays& inputs) override;
+  bool is_equivalent(const Primitive& other) const override;
+  const char* name() const override { return "WelfordNormalizeGradient"; }
+
+ private:
+  Normalization n_;
+  Wanted wanted_;
+};
+
+}  // namespace mlx_welford
