@@ -1,0 +1,181 @@
+"""The operations as functions of arrays."""
+
+from collections.abc import Sequence
+
+import mlx.core as mx
+
+from mlx_welford import _ext
+from mlx_welford._arguments import check_eps
+
+__all__ = ["batch_norm", "instance_norm", "moments"]
+
+StreamOrDevice = mx.Stream | mx.Device | None
+
+
+def instance_norm(
+    x: mx.array,
+    weight: mx.array | None = None,
+    bias: mx.array | None = None,
+    eps: float = 1e-5,
+    *,
+    axis: int = -1,
+    stream: StreamOrDevice = None,
+) -> mx.array:
+    r"""Normalises every channel of every instance by its own mean and variance.
+
+    .. math::
+
+        y = \frac{x - \mathrm{E}[x]}{\sqrt{\mathrm{Var}[x] + \epsilon}} \gamma + \beta
+
+    with the mean and the biased variance over all axes but 0 and ``axis``, found in a single pass
+    (Welford, merged after Chan et al.) in float32 whatever the dtype of ``x``.
+
+    Args:
+        x: Input of shape ``(N, ..., C)``, or with the channels on another ``axis``; at least three
+            dimensions, of dtype float16, bfloat16, float32, or float64 on the CPU.
+        weight: Scale :math:`\gamma` of shape ``(C,)``. Default: ``None``, which stands for 1.
+        bias: Offset :math:`\beta` of shape ``(C,)``. Default: ``None``, which stands for 0.
+        eps: Added to the variance. Default: ``1e-5``.
+        axis: The channel axis; not 0. Default: ``-1``.
+        stream: Stream or device to run on. Default: ``None``, the default stream.
+
+    Returns:
+        An array of the shape of ``x`` and of dtype ``mx.result_type(x, weight, bias)``.
+
+    Raises:
+        ValueError: If a shape, ``axis`` or ``eps`` does not fit.
+        TypeError: If an array is not of a floating-point dtype.
+
+    Examples:
+        >>> import mlx.core as mx
+        >>> import mlx_welford as mw
+        >>> x = mx.array([[[1.0, 10.0], [3.0, 30.0]]])
+        >>> mw.instance_norm(x)
+        array([[[-0.999995, -1],
+                [0.999995, 1]]], dtype=float32)
+
+    References:
+        Ulyanov, Vedaldi, Lempitsky: `Instance Normalization: The Missing Ingredient for Fast
+        Stylization <https://arxiv.org/abs/1607.08022>`_.
+    """
+    check_eps(eps, "instance_norm")
+    y, _, _ = _ext.normalize(
+        x,
+        weight,
+        bias,
+        eps,
+        _ext.Statistics.of_instance,
+        "instance_norm",
+        axis=axis,
+        stream=stream,
+    )
+    return y
+
+
+def batch_norm(
+    x: mx.array,
+    weight: mx.array | None = None,
+    bias: mx.array | None = None,
+    eps: float = 1e-5,
+    *,
+    mean: mx.array | None = None,
+    var: mx.array | None = None,
+    axis: int = -1,
+    stream: StreamOrDevice = None,
+) -> tuple[mx.array, mx.array, mx.array]:
+    r"""Normalises every channel by its mean and variance over the batch, or by given ones.
+
+    .. math::
+
+        y = \frac{x - \mathrm{E}[x]}{\sqrt{\mathrm{Var}[x] + \epsilon}} \gamma + \beta
+
+    with the mean and the biased variance over all axes but ``axis``, found in a single pass
+    (Welford, merged after Chan et al.) in float32 whatever the dtype of ``x``. With ``mean`` and
+    ``var`` these are used instead, as in evaluation.
+
+    Args:
+        x: Input of shape ``(N, ..., C)``, or with the channels on another ``axis``; at least two
+            dimensions, of dtype float16, bfloat16, float32, or float64 on the CPU.
+        weight: Scale :math:`\gamma` of shape ``(C,)``. Default: ``None``, which stands for 1.
+        bias: Offset :math:`\beta` of shape ``(C,)``. Default: ``None``, which stands for 0.
+        eps: Added to the variance. Default: ``1e-5``.
+        mean: Mean to use, of shape ``(C,)``. Default: ``None``, the mean of ``x``.
+        var: Variance to use, of shape ``(C,)``; given exactly if ``mean`` is. Default: ``None``.
+        axis: The channel axis. Default: ``-1``.
+        stream: Stream or device to run on. Default: ``None``, the default stream.
+
+    Returns:
+        ``(y, mean, var)``: an array of the shape of ``x`` and of dtype ``mx.result_type(x, weight,
+        bias)``, and the statistics used, of shape ``(C,)`` and dtype float32 (float64 for float64
+        input). All three can be differentiated. The statistics of an empty batch are nan.
+
+    Raises:
+        ValueError: If a shape, ``axis`` or ``eps`` does not fit, or only one of ``mean`` and
+            ``var`` is given.
+        TypeError: If an array is not of a floating-point dtype.
+
+    Examples:
+        >>> import mlx.core as mx
+        >>> import mlx_welford as mw
+        >>> x = mx.array([[1.0, 10.0], [3.0, 30.0]])
+        >>> y, mean, var = mw.batch_norm(x)
+        >>> mean, var
+        (array([2, 20], dtype=float32), array([1, 100], dtype=float32))
+
+    References:
+        Ioffe, Szegedy: `Batch Normalization: Accelerating Deep Network Training by Reducing
+        Internal Covariate Shift <https://arxiv.org/abs/1502.03167>`_.
+    """
+    check_eps(eps, "batch_norm")
+    return _ext.normalize(
+        x,
+        weight,
+        bias,
+        eps,
+        _ext.Statistics.of_batch,
+        "batch_norm",
+        mean=mean,
+        var=var,
+        axis=axis,
+        stream=stream,
+    )
+
+
+def moments(
+    x: mx.array,
+    axes: int | Sequence[int],
+    *,
+    keepdims: bool = False,
+    stream: StreamOrDevice = None,
+) -> tuple[mx.array, mx.array]:
+    r"""Mean and biased variance over ``axes``, in a single pass over ``x``.
+
+    .. math::
+
+        \mu = \frac{1}{m} \sum x, \qquad \sigma^2 = \frac{1}{m} \sum (x - \mu)^2
+
+    Args:
+        x: Input of any shape, of dtype float16, bfloat16, float32, or float64 on the CPU.
+        axes: The axis or axes to reduce, at least one.
+        keepdims: Whether reduced axes stay, with length 1. Default: ``False``.
+        stream: Stream or device to run on. Default: ``None``, the default stream.
+
+    Returns:
+        ``(mean, var)`` in float32 (float64 for float64 input); nan where nothing is reduced.
+
+    Raises:
+        ValueError: If ``axes`` is empty, repeats an axis or names one that ``x`` lacks.
+        TypeError: If ``x`` is not of a floating-point dtype.
+
+    Examples:
+        >>> import mlx.core as mx
+        >>> import mlx_welford as mw
+        >>> mw.moments(mx.array([[1.0, 2.0], [3.0, 6.0]]), axes=0)
+        (array([2, 4], dtype=float32), array([1, 4], dtype=float32))
+
+    References:
+        Welford, Technometrics 4 (1962) 419; Chan, Golub, LeVeque, The American Statistician 37
+        (1983) 242: the merge of two sets' moments.
+    """
+    axes = [axes] if isinstance(axes, int) else list(axes)
+    return _ext.moments(x, axes, keepdims=keepdims, stream=stream)

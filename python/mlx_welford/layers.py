@@ -1,0 +1,258 @@
+"""Normalisation layers with the interface, the parameters and the semantics of ``mlx.nn``."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import mlx.core as mx
+from mlx.nn import Module
+
+from mlx_welford import _ext
+from mlx_welford._arguments import check_eps, check_features, check_momentum
+
+__all__ = ["BatchNorm", "InstanceNorm"]
+
+_RUNNING = ["running_mean", "running_var"]
+
+
+class _Normalization(Module):
+    """What the layers share: parameters, running statistics, and the call."""
+
+    _statistics: ClassVar[_ext.Statistics]
+    _features_argument: ClassVar[str]
+
+    def __init__(
+        self,
+        num_features: int | None,
+        eps: float,
+        momentum: float,
+        affine: bool,
+        track_running_stats: bool,
+        axis: int,
+    ) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        name = type(self).__name__
+        check_features(num_features, self._features_argument, name)
+        check_eps(eps, name)
+        check_momentum(momentum, name)
+        self.num_features = num_features
+        self.eps = eps
+        self.momentum = momentum
+        self.affine = affine
+        self.track_running_stats = track_running_stats
+        self.axis = axis
+        if num_features is not None:
+            self._create_parameters(num_features)
+
+    def _create_parameters(self, num_features: int) -> None:
+        if self.affine:
+            self.weight = mx.ones((num_features,))
+            self.bias = mx.zeros((num_features,))
+        if self.track_running_stats:
+            self.running_mean = mx.zeros((num_features,))
+            self.running_var = mx.ones((num_features,))
+            self.freeze(keys=_RUNNING, recurse=False)
+
+    def unfreeze(self, *args: Any, **kwargs: Any) -> Module:
+        """As ``Module.unfreeze``, but running statistics stay frozen."""
+        super().unfreeze(*args, **kwargs)
+        self.freeze(keys=_RUNNING, recurse=False)
+        return self
+
+    def __call__(self, x: mx.array) -> mx.array:
+        name = type(self).__name__
+        if self.num_features is None:
+            features = _ext.count_channels(
+                x, self.axis, self._statistics, name, self._needs_several_values()
+            )
+            check_features(features, self._features_argument, name)
+            self.num_features = features
+            self._create_parameters(features)
+        updates = self.training and self.track_running_stats
+        evaluates = not self.training and self.track_running_stats
+        y, mean, var = _ext.normalize(
+            x,
+            self.get("weight"),
+            self.get("bias"),
+            self.eps,
+            self._statistics,
+            name,
+            mean=self.running_mean if evaluates else None,
+            var=self.running_var if evaluates else None,
+            axis=self.axis,
+            channels=self.num_features,
+            several_values=self._needs_several_values(),
+        )
+        if updates and x.size > 0:
+            self._update_running_statistics(mean, var, count=x.size // mean.size)
+        return y
+
+    def _needs_several_values(self) -> bool:
+        """Whether a statistic of a single value is an error: its unbiased variance is 0 / 0."""
+        return self.training and self.track_running_stats
+
+    def _update_running_statistics(self, mean: mx.array, var: mx.array, count: int) -> None:
+        """new = (1 - momentum) * old + momentum * batch, with the unbiased variance."""
+        unbiased = var * (count / (count - 1))
+        for name, batch in zip(_RUNNING, (mean, unbiased), strict=True):
+            if batch.ndim == 2:  # (N, C): of instances, the average over the batch
+                batch = batch.mean(axis=0)
+            old = self[name]
+            new = (1 - self.momentum) * old.astype(batch.dtype) + self.momentum * batch
+            self[name] = _store(mx.stop_gradient(new), old.dtype)
+
+
+def _store(values: mx.array, dtype: mx.Dtype) -> mx.array:
+    """Casts; what float16 cannot hold becomes its largest number, since inf would never go away."""
+    if dtype == mx.float16:
+        largest = mx.finfo(mx.float16).max
+        values = mx.clip(values, -largest, largest)
+    return values.astype(dtype)
+
+
+class InstanceNorm(_Normalization):
+    r"""Applies instance normalization [1] on the inputs.
+
+    Computes
+
+    .. math::
+
+        y = \frac{x - \mathrm{E}[x]}{\sqrt{\mathrm{Var}[x] + \epsilon}} \gamma + \beta,
+
+    with the mean and the biased variance of every channel of every instance, found in a single pass
+    in float32. :math:`\gamma` and :math:`\beta` are the parameters ``weight`` and ``bias`` of shape
+    ``(dims,)``, initialized at 1 and 0, if ``affine`` is ``True``.
+
+    Args:
+        dims: The number of channels. Default: ``None``, taken from the first input.
+        eps: Added to the variance. Default: ``1e-5``.
+        affine: Whether to learn ``weight`` and ``bias``. Default: ``False``.
+        momentum: Weight of a new batch in the running statistics, in [0, 1]. Default: ``0.1``.
+        track_running_stats: Whether to keep ``running_mean`` and ``running_var``, the averages over
+            the batch of the instances' means and unbiased variances, and to normalise with them in
+            evaluation (as in ``torch.nn``). Default: ``False``, the statistics of the input in
+            training and evaluation.
+        axis: The channel axis; not 0. Default: ``-1``.
+
+    Shape:
+        - Input: ``(N, ..., C)`` with at least 3 dimensions, or with the channels on ``axis``.
+        - Output: same shape as the input, dtype ``mx.result_type(x, weight, bias)``.
+
+    Raises:
+        ValueError: If an argument is out of range, or an input has too few dimensions, another
+            number of channels or (with running statistics, in training) one value per channel.
+        TypeError: If an input is not of a floating-point dtype.
+
+    Examples:
+        >>> import mlx.core as mx
+        >>> import mlx_welford as mw
+        >>> x = mx.random.normal((8, 4, 4, 16))
+        >>> inorm = mw.InstanceNorm(dims=16)
+        >>> output = inorm(x)
+
+    References:
+        [1]: https://arxiv.org/abs/1607.08022; interface of ``mlx.nn.InstanceNorm``
+    """
+
+    _statistics = _ext.Statistics.of_instance
+    _features_argument = "dims"
+
+    def __init__(
+        self,
+        dims: int | None = None,
+        eps: float = 1e-5,
+        affine: bool = False,
+        *,
+        momentum: float = 0.1,
+        track_running_stats: bool = False,
+        axis: int = -1,
+    ) -> None:
+        super().__init__(dims, eps, momentum, affine, track_running_stats, axis)
+
+    @property
+    def dims(self) -> int | None:
+        """The number of channels; ``None`` until the first call, if it was not given."""
+        return self.num_features
+
+    def _extra_repr(self) -> str:
+        text = f"{self.dims}, eps={self.eps}, affine={self.affine}"
+        if self.track_running_stats:
+            text += f", momentum={self.momentum}, track_running_stats=True"
+        return text + (f", axis={self.axis}" if self.axis != -1 else "")
+
+
+class BatchNorm(_Normalization):
+    r"""Applies batch normalization [1] over an input of two or more dimensions.
+
+    Computes
+
+    .. math::
+
+        y = \frac{x - \mathrm{E}[x]}{\sqrt{\mathrm{Var}[x] + \epsilon}} \gamma + \beta,
+
+    in training with the mean and the biased variance of every channel over the batch, found in a
+    single pass in float32, in evaluation with ``running_mean`` and ``running_var``. :math:`\gamma`
+    and :math:`\beta` are the parameters ``weight`` and ``bias`` of shape ``(num_features,)``,
+    initialized at 1 and 0. In training the running statistics become
+
+    .. math::
+
+        \hat{x} \leftarrow (1 - \text{momentum}) \, \hat{x} + \text{momentum} \, x_\text{batch}
+
+    with the unbiased variance of the batch; an empty batch leaves them as they are. They are
+    frozen: optimizers do not see them, through ``unfreeze`` too.
+
+    Args:
+        num_features: The number of channels. Default: ``None``, taken from the first input.
+        eps: Added to the variance. Default: ``1e-5``.
+        momentum: Weight of a new batch in the running statistics, in [0, 1]. Default: ``0.1``.
+        affine: Whether to learn ``weight`` and ``bias``. Default: ``True``.
+        track_running_stats: Whether to keep running statistics. Default: ``True``. Without them
+            evaluation uses the statistics of the input, too.
+        axis: The channel axis. Default: ``-1``.
+
+    Shape:
+        - Input: ``(N, C)``, ``(N, L, C)``, ``(N, H, W, C)`` and so on, or with the channels on
+          ``axis``.
+        - Output: same shape as the input, dtype ``mx.result_type(x, weight, bias)``.
+
+    Raises:
+        ValueError: If an argument is out of range, or an input has too few dimensions, another
+            number of channels or, in training, one value per channel.
+        TypeError: If an input is not of a floating-point dtype.
+
+    Examples:
+        >>> import mlx.core as mx
+        >>> import mlx_welford as mw
+        >>> x = mx.random.normal((5, 4))
+        >>> bn = mw.BatchNorm(num_features=4, affine=True)
+        >>> output = bn(x)
+
+    References:
+        [1]: https://arxiv.org/abs/1502.03167; interface of ``mlx.nn.BatchNorm``
+    """
+
+    _statistics = _ext.Statistics.of_batch
+    _features_argument = "num_features"
+
+    def __init__(
+        self,
+        num_features: int | None = None,
+        eps: float = 1e-5,
+        momentum: float = 0.1,
+        affine: bool = True,
+        track_running_stats: bool = True,
+        *,
+        axis: int = -1,
+    ) -> None:
+        super().__init__(num_features, eps, momentum, affine, track_running_stats, axis)
+
+    def _needs_several_values(self) -> bool:
+        return bool(self.training)
+
+    def _extra_repr(self) -> str:
+        text = (
+            f"{self.num_features}, eps={self.eps}, momentum={self.momentum}, "
+            f"affine={self.affine}, track_running_stats={self.track_running_stats}"
+        )
+        return text + (f", axis={self.axis}" if self.axis != -1 else "")
