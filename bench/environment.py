@@ -1,0 +1,75 @@
+"""Where figures were taken: without this they mean nothing."""
+
+import os
+import platform
+import subprocess
+from importlib import metadata
+from pathlib import Path
+
+import mlx.core as mx
+
+Environment = dict[str, str | int | float | None]
+
+
+def environment() -> Environment:
+    """Machine, versions and the settings that change the figures, ready for JSON."""
+    return {
+        "cpu": _cpu(),
+        "cores": cores(),
+        "load_average": round(os.getloadavg()[0], 2),
+        "memory_bytes": memory_bytes(),
+        "system": f"{platform.system()} {platform.release()} {platform.machine()}",
+        "device": str(mx.default_device()),
+        "python": platform.python_version(),
+        **{name: _version(name) for name in ("mlx", "mlx-welford", "numpy")},
+        "commit": _output("git", "describe", "--always", "--dirty", "--abbrev=12"),
+        "cache_limit_bytes": cache_limit_bytes(),
+        "MLX_WELFORD_NUM_THREADS": os.environ.get("MLX_WELFORD_NUM_THREADS"),
+    }
+
+
+def cores() -> int:
+    """The cores this process may use; macOS knows no affinity and gives all."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def memory_bytes() -> int:
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def cache_limit_bytes() -> int:
+    """MLX tells the limit of its buffer cache only while changing it."""
+    limit = mx.set_cache_limit(0)
+    mx.set_cache_limit(limit)
+    return limit
+
+
+def _cpu() -> str:
+    if platform.system() == "Darwin":
+        return _output("sysctl", "-n", "machdep.cpu.brand_string") or platform.machine()
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.machine()
+    models = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(models, platform.machine())
+
+
+def _version(distribution: str) -> str | None:
+    try:
+        return metadata.version(distribution)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _output(*command: str) -> str | None:
+    """What a command prints, run in this repository; None where it cannot be run or fails."""
+    try:
+        result = subprocess.run(
+            command, cwd=Path(__file__).parent, capture_output=True, text=True, check=True
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return result.stdout.strip() or None
