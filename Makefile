@@ -53,7 +53,8 @@ $(VENV)/package.stamp: $(SOURCES) $(VENV)/sources.txt $(VENV)/requirements.stamp
 	@echo '==> building the package and installing it into $(VENV)'
 	@touch $@.started
 	@$(PIP) install --no-build-isolation --no-deps --no-index --force-reinstall \
-		--config-settings=cmake.define.MLX_WELFORD_WERROR=$(WERROR) .
+		--config-settings=cmake.define.MLX_WELFORD_WERROR=$(WERROR) \
+		--config-settings=cmake.define.MLX_WELFORD_SIMULATOR=ON .
 	@cd $(VENV)/lib/python3*/site-packages/mlx_welford && cp _build.py _ext.pyi $(CURDIR)/$(PACKAGE)
 	@mv $@.started $@
 

@@ -38,6 +38,16 @@ struct Geometry {
 /// Where the statistics of a normalisation come from. Those of a batch and those given are one per channel.
 enum class Statistics { of_instance, of_batch, given };
 
+/// Which gradients are asked for; the others are not computed.
+struct Wanted {
+  bool x = false;
+  bool statistics = false;  // of given mean and var
+  bool weight = false;
+  bool bias = false;
+
+  bool operator==(const Wanted&) const = default;
+};
+
 /// The axes that share a statistic: all but `channel_axis`, and for instances all but the first too.
 std::vector<int> reduced_axes(int ndim, int channel_axis, Statistics statistics);
 

@@ -4,7 +4,6 @@
 #include <memory>
 #include <sstream>
 
-#include "composed.h"
 #include "mlx/ops.h"
 #include "primitives.h"
 
@@ -94,11 +93,6 @@ int check_input(const array& x, int axis, Statistics statistics, const Caller& c
 
 // ---- What kernels need -------------------------------------------------------------------------------------------
 
-/// Kernels run on the CPU, on float32, float16 and bfloat16.
-bool has_kernels(mx::Stream s, mx::Dtype dtype) {
-  return s.device == mx::Device::cpu && dtype != mx::float64;
-}
-
 array make_contiguous(const array& a, mx::Stream s) {
   const bool already = a.is_available() && a.flags().row_contiguous;
   return already ? a : mx::contiguous(a, false, s);
@@ -158,16 +152,6 @@ Normalized normalize(const array& x_, const std::optional<array>& weight_,
   auto var = cast(var_, statistics_dtype(dtype), s);
 
   const int ndim = static_cast<int>(x.ndim());
-  if (!has_kernels(s, dtype)) {
-    if (mean) {
-      return {composed::normalize_given(x, *mean, *var, weight, bias, eps, channel_axis, s), *mean,
-              *var};
-    }
-    auto axes = reduced_axes(ndim, channel_axis, statistics);
-    auto outputs = composed::normalize(x, weight, bias, eps, channel_axis, axes, s);
-    return {outputs.y, outputs.mean, outputs.var};
-  }
-
   // Channels first and last are read where they lie; from anywhere else they move to the end and back.
   const bool moved = !find_geometry(x.shape(), reduced_axes(ndim, channel_axis, statistics));
   const int home = channel_axis;
@@ -182,11 +166,11 @@ Normalized normalize(const array& x_, const std::optional<array>& weight_,
   append(inputs, var);
   append(inputs, weight);
   append(inputs, bias);
-  const auto shapes = primitive->output_shapes(inputs);
-  auto outputs =
-      shapes.size() == 1
-          ? std::vector<array>{array(shapes[0], dtype, primitive, inputs), *mean, *var}
-          : array::make_arrays(shapes, {dtype, mx::float32, mx::float32}, primitive, inputs);
+  const mx::Dtype wide = statistics_dtype(dtype);
+  auto outputs = outputs_of(primitive, inputs, mean ? std::vector{dtype} : std::vector{dtype, wide, wide});
+  if (mean) {
+    outputs.insert(outputs.end(), {*mean, *var});
+  }
   array y = moved ? mx::moveaxis(outputs[0], -1, home, s) : outputs[0];
   return {y, outputs[1], outputs[2]};
 }
@@ -208,32 +192,27 @@ std::pair<array, array> moments(const array& x_, std::vector<int> axes, bool kee
   }
 
   const auto s = mx::to_stream(s_);
-  auto [mean, var] = [&]() -> std::pair<array, array> {
-    if (!has_kernels(s, x_.dtype())) {
-      return composed::moments(x_, axes, s);
-    }
-    array x = x_;
-    auto kernel_axes = axes;
-    if (!find_geometry(x.shape(), axes)) {  // bring the kept axes together, in front
-      std::vector<int> order;
-      for (int axis = 0; axis < ndim; ++axis) {
-        if (!std::binary_search(axes.begin(), axes.end(), axis)) {
-          order.push_back(axis);
-        }
-      }
-      const int kept = static_cast<int>(order.size());
-      order.insert(order.end(), axes.begin(), axes.end());
-      x = mx::transpose(x, order, s);
-      for (int i = 0; i < ndim - kept; ++i) {
-        kernel_axes[i] = kept + i;
+  array x = x_;
+  auto kernel_axes = axes;
+  if (!find_geometry(x.shape(), axes)) {  // bring the kept axes together, in front
+    std::vector<int> order;
+    for (int axis = 0; axis < ndim; ++axis) {
+      if (!std::binary_search(axes.begin(), axes.end(), axis)) {
+        order.push_back(axis);
       }
     }
-    auto primitive = std::make_shared<Moments>(s, kernel_axes);
-    std::vector<array> inputs{make_contiguous(x, s)};
-    auto outputs = array::make_arrays(primitive->output_shapes(inputs), {mx::float32, mx::float32},
-                                      primitive, inputs);
-    return {outputs[0], outputs[1]};
-  }();
+    const int kept = static_cast<int>(order.size());
+    order.insert(order.end(), axes.begin(), axes.end());
+    x = mx::transpose(x, order, s);
+    for (int i = 0; i < ndim - kept; ++i) {
+      kernel_axes[i] = kept + i;
+    }
+  }
+  const mx::Dtype wide = statistics_dtype(x.dtype());
+  auto outputs = outputs_of(std::make_shared<Moments>(s, kernel_axes), {make_contiguous(x, s)},
+                            {wide, wide});
+  array mean = outputs[0];
+  array var = outputs[1];
   if (keepdims) {
     return {mx::expand_dims(mean, axes, s), mx::expand_dims(var, axes, s)};
   }

@@ -4,8 +4,9 @@
 #include <stdexcept>
 #include <string>
 
+#include "backend.h"
 #include "composed.h"
-#include "cpu/executor.h"
+#include "memory.h"
 #include "mlx/ops.h"
 #include "mlx/transforms.h"
 
@@ -42,16 +43,6 @@ class Reader {
   const Arrays& arrays_;
   size_t position_ = 0;
 };
-
-/// Lets MLX see that nothing else needs an input, so that its memory can serve for an output: each of
-/// several outputs holds all inputs until just after its evaluation, when MLX lets go of them anyhow.
-void release_inputs_of_siblings(const Arrays& inputs, Arrays& outputs) {
-  for (array& output : outputs) {
-    if (&output.inputs() != &inputs && !output.is_tracer()) {
-      output.inputs().clear();
-    }
-  }
-}
 
 }  // namespace
 
@@ -102,8 +93,17 @@ std::pair<Arrays, std::vector<int>> Composed::vmap(const Arrays& inputs,
   return {outputs, std::vector<int>(outputs.size(), 0)};
 }
 
-void Composed::eval_gpu(const Arrays&, Arrays&) {
-  throw std::runtime_error(std::string(name()) + " has no GPU kernel in this build.");
+bool Composed::has_kernels(const Arrays& inputs) {
+  const array& x = inputs[0];
+  return x.size() > 0 && x.dtype() != mx::float64 && can_run(stream(), problem(x));
+}
+
+Arrays outputs_of(const std::shared_ptr<Composed>& primitive, const Arrays& inputs,
+                  const std::vector<mx::Dtype>& dtypes) {
+  if (!primitive->has_kernels(inputs)) {
+    return primitive->compose(inputs);
+  }
+  return array::make_arrays(primitive->output_shapes(inputs), dtypes, primitive, inputs);
 }
 
 // ---- Moments -------------------------------------------------------------------------------------------------
@@ -113,17 +113,30 @@ Arrays Moments::compose(const Arrays& inputs) {
   return {mean, var};
 }
 
-void Moments::eval_cpu(const Arrays& inputs, Arrays& outputs) {
-  cpu::moments(stream(), geometry(inputs[0], axes_), inputs[0], outputs[0], outputs[1]);
+Problem Moments::problem(const array& x) const {
+  return {.operation = Operation::moments,
+          .element = element_of(x.dtype()),
+          .geometry = geometry(x, axes_)};
+}
+
+void Moments::evaluate(const Arrays& inputs, Arrays& outputs) {
+  allocate(outputs[0]);
+  allocate(outputs[1]);
+  BoundArrays arrays;
+  arrays.set(kX, inputs[0]);
+  arrays.set(kMean, outputs[0]);
+  arrays.set(kVar, outputs[1]);
+  run(stream(), problem(inputs[0]), arrays);
 }
 
 Arrays Moments::vjp(const Arrays& primals, const Arrays& cotangents, const std::vector<int>&,
                     const Arrays& outputs) {
   auto s = stream();
   const array& x = primals[0];
-  return {array(x.shape(), x.dtype(), std::make_shared<MomentsGradient>(s, axes_),
-                {x, outputs[0], mx::contiguous(cotangents[0], false, s),
-                 mx::contiguous(cotangents[1], false, s)})};
+  return outputs_of(std::make_shared<MomentsGradient>(s, axes_),
+                    {x, outputs[0], mx::contiguous(cotangents[0], false, s),
+                     mx::contiguous(cotangents[1], false, s)},
+                    {x.dtype()});
 }
 
 std::vector<mx::Shape> Moments::output_shapes(const Arrays& inputs) {
@@ -139,9 +152,21 @@ Arrays MomentsGradient::compose(const Arrays& inputs) {
   return {composed::moments_gradient(inputs[0], inputs[1], inputs[2], inputs[3], axes_, stream())};
 }
 
-void MomentsGradient::eval_cpu(const Arrays& inputs, Arrays& outputs) {
-  cpu::moments_gradient(stream(), geometry(inputs[0], axes_), inputs[0], inputs[1], inputs[2],
-                        inputs[3], outputs[0]);
+Problem MomentsGradient::problem(const array& x) const {
+  return {.operation = Operation::moments_gradient,
+          .element = element_of(x.dtype()),
+          .geometry = geometry(x, axes_)};
+}
+
+void MomentsGradient::evaluate(const Arrays& inputs, Arrays& outputs) {
+  allocate_or_donate(outputs[0], {&inputs[0]});
+  BoundArrays arrays;
+  arrays.set(kX, inputs[0]);
+  arrays.set(kMean, inputs[1]);
+  arrays.set(kGradMean, inputs[2]);
+  arrays.set(kGradVar, inputs[3]);
+  arrays.set(kOut, outputs[0]);
+  run(stream(), problem(inputs[0]), arrays);
 }
 
 std::vector<mx::Shape> MomentsGradient::output_shapes(const Arrays& inputs) {
@@ -174,18 +199,36 @@ Arrays Normalize::compose(const Arrays& inputs) {
   return {outputs.y, outputs.mean, outputs.var};
 }
 
-void Normalize::eval_cpu(const Arrays& inputs, Arrays& outputs) {
+Problem Normalize::problem(const array& x) const {
+  return {.operation = Operation::normalize,
+          .element = element_of(x.dtype()),
+          .geometry = geometry(x, n_.axes(x)),
+          .channels = x.shape(n_.channel_axis),
+          .eps = static_cast<float>(n_.eps),
+          .given = n_.given(),
+          .has_weight = n_.has_weight,
+          .has_bias = n_.has_bias};
+}
+
+void Normalize::evaluate(const Arrays& inputs, Arrays& outputs) {
   release_inputs_of_siblings(inputs, outputs);
+  allocate_or_donate(outputs[0], {&inputs[0]});
+  for (size_t i = 1; i < outputs.size(); ++i) {
+    allocate(outputs[i]);
+  }
   Reader in(inputs);
-  const array& x = in.next();
-  const bool given = n_.given();
-  cpu::Normalize arrays{.x = x,
-                        .mean = given ? in.next() : outputs[1],
-                        .var = given ? in.next() : outputs[2],
-                        .weight = in.next_if(n_.has_weight),
-                        .bias = in.next_if(n_.has_bias),
-                        .y = outputs[0]};
-  cpu::normalize(stream(), geometry(x, n_.axes(x)), static_cast<float>(n_.eps), given, arrays);
+  BoundArrays arrays;
+  arrays.set(kX, in.next());
+  arrays.set(kMean, n_.given() ? in.next() : outputs[1]);
+  arrays.set(kVar, n_.given() ? in.next() : outputs[2]);
+  if (n_.has_weight) {
+    arrays.set(kWeight, in.next());
+  }
+  if (n_.has_bias) {
+    arrays.set(kBias, in.next());
+  }
+  arrays.set(kOut, outputs[0]);
+  run(stream(), problem(inputs[0]), arrays);
 }
 
 Arrays Normalize::vjp(const Arrays& primals, const Arrays& cotangents,
@@ -229,8 +272,7 @@ Arrays Normalize::vjp(const Arrays& primals, const Arrays& cotangents,
   for (int argument : arguments) {
     dtypes.push_back(primals[argument].dtype());
   }
-  auto gradient = std::make_shared<NormalizeGradient>(s, n_, wanted);
-  auto gradients = array::make_arrays(gradient->output_shapes(inputs), dtypes, gradient, inputs);
+  auto gradients = outputs_of(std::make_shared<NormalizeGradient>(s, n_, wanted), inputs, dtypes);
 
   Arrays in_order_asked;
   for (int argnum : argnums) {
@@ -287,27 +329,54 @@ Arrays NormalizeGradient::compose(const Arrays& inputs) {
   return outputs;
 }
 
-void NormalizeGradient::eval_cpu(const Arrays& inputs, Arrays& outputs) {
+Problem NormalizeGradient::problem(const array& x) const {
+  return {.operation = Operation::normalize_gradient,
+          .element = element_of(x.dtype()),
+          .geometry = geometry(x, n_.axes(x)),
+          .channels = x.shape(n_.channel_axis),
+          .eps = static_cast<float>(n_.eps),
+          .given = n_.given(),
+          .has_weight = n_.has_weight,
+          .wanted = wanted_};
+}
+
+void NormalizeGradient::evaluate(const Arrays& inputs, Arrays& outputs) {
   release_inputs_of_siblings(inputs, outputs);
+  const array& x = inputs[0];
+  const array& g = inputs[3];
+  if (wanted_.x) {
+    allocate_or_donate(outputs[0], {&g, &x});
+  }
+  for (size_t i = wanted_.x; i < outputs.size(); ++i) {
+    allocate(outputs[i]);
+  }
   Reader in(inputs);
-  size_t next_output = 0;
-  auto out_if = [&](bool wanted) { return wanted ? &outputs[next_output++] : nullptr; };
-  const array& x = in.next();
-  const bool given = n_.given();
-  cpu::NormalizeGradient arrays{.x = x,
-                                .mean = in.next(),
-                                .var = in.next(),
-                                .g = in.next(),
-                                .mean_cotangent = in.next_if(!given),
-                                .var_cotangent = in.next_if(!given),
-                                .weight = in.next_if(n_.has_weight),
-                                .grad_x = out_if(wanted_.x),
-                                .grad_mean = out_if(wanted_.statistics),
-                                .grad_var = out_if(wanted_.statistics),
-                                .grad_weight = out_if(wanted_.weight),
-                                .grad_bias = out_if(wanted_.bias)};
-  cpu::normalize_gradient(stream(), geometry(x, n_.axes(x)), static_cast<float>(n_.eps), given,
-                          arrays);
+  BoundArrays arrays;
+  for (BufferIndex i : {kX, kMean, kVar, kG}) {
+    arrays.set(i, in.next());
+  }
+  if (!n_.given()) {
+    arrays.set(kGradMean, in.next());
+    arrays.set(kGradVar, in.next());
+  }
+  if (n_.has_weight) {
+    arrays.set(kWeight, in.next());
+  }
+  Reader out(outputs);
+  if (wanted_.x) {
+    arrays.set(kOut, out.next());
+  }
+  if (wanted_.statistics) {
+    arrays.set(kGradMean, out.next());
+    arrays.set(kGradVar, out.next());
+  }
+  if (wanted_.weight) {
+    arrays.set(kGradWeight, out.next());
+  }
+  if (wanted_.bias) {
+    arrays.set(kGradBias, out.next());
+  }
+  run(stream(), problem(x), arrays);
 }
 
 std::vector<mx::Shape> NormalizeGradient::output_shapes(const Arrays& inputs) {

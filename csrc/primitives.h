@@ -1,15 +1,17 @@
 // The nodes that this library adds to MLX's graph.
 //
-// Each has a kernel (eval_cpu, eval_gpu) and a definition composed of MLX ops (compose), which serves
-// forward-mode derivatives, vmap, and the derivatives of a gradient. Inputs are row-contiguous, share one of the
-// dtypes float32, float16, bfloat16, and are valid: ops.cpp sees to it. Statistics are float32.
+// Each solves a problem with kernels (evaluate), and has a definition composed of MLX's operations (compose), which
+// serves forward-mode derivatives, vmap, the derivatives of a gradient, and wherever no kernels run. Inputs are
+// row-contiguous, valid and of one dtype: ops.cpp sees to it. Statistics are float32, or float64 for float64.
 #pragma once
 
+#include <memory>
 #include <utility>
 #include <vector>
 
 #include "geometry.h"
 #include "mlx/primitives.h"
+#include "problem.h"
 
 namespace mlx_welford {
 
@@ -20,8 +22,11 @@ class Composed : public mlx::core::Primitive {
  public:
   using Primitive::Primitive;
 
-  /// The same outputs from the same inputs, as a graph of MLX ops.
+  /// The same outputs from the same inputs, as a graph of MLX's operations.
   virtual Arrays compose(const Arrays& inputs) = 0;
+
+  /// Whether there are kernels for these inputs, on this stream.
+  bool has_kernels(const Arrays& inputs);
 
   Arrays jvp(const Arrays& primals, const Arrays& tangents,
              const std::vector<int>& argnums) override;
@@ -29,8 +34,20 @@ class Composed : public mlx::core::Primitive {
              const Arrays& outputs) override;
   std::pair<Arrays, std::vector<int>> vmap(const Arrays& inputs,
                                            const std::vector<int>& axes) override;
-  void eval_gpu(const Arrays& inputs, Arrays& outputs) override;
+  void eval_cpu(const Arrays& inputs, Arrays& outputs) override { evaluate(inputs, outputs); }
+  void eval_gpu(const Arrays& inputs, Arrays& outputs) override { evaluate(inputs, outputs); }
+
+ protected:
+  /// What the kernels are asked to solve, once x is known. All first inputs are x.
+  virtual Problem problem(const array& x) const = 0;
+
+  /// Gives the outputs memory and has their problem run.
+  virtual void evaluate(const Arrays& inputs, Arrays& outputs) = 0;
 };
+
+/// The outputs of a primitive for these inputs: nodes of their own, or composed where it has no kernels.
+Arrays outputs_of(const std::shared_ptr<Composed>& primitive, const Arrays& inputs,
+                  const std::vector<mlx::core::Dtype>& dtypes);
 
 /// (x) -> (mean, var)
 class Moments : public Composed {
@@ -38,12 +55,15 @@ class Moments : public Composed {
   Moments(mlx::core::Stream s, std::vector<int> axes) : Composed(s), axes_(std::move(axes)) {}
 
   Arrays compose(const Arrays& inputs) override;
-  void eval_cpu(const Arrays& inputs, Arrays& outputs) override;
   Arrays vjp(const Arrays& primals, const Arrays& cotangents, const std::vector<int>& argnums,
              const Arrays& outputs) override;
   std::vector<mlx::core::Shape> output_shapes(const Arrays& inputs) override;
   bool is_equivalent(const Primitive& other) const override;
   const char* name() const override { return "WelfordMoments"; }
+
+ protected:
+  Problem problem(const array& x) const override;
+  void evaluate(const Arrays& inputs, Arrays& outputs) override;
 
  private:
   std::vector<int> axes_;
@@ -56,10 +76,13 @@ class MomentsGradient : public Composed {
       : Composed(s), axes_(std::move(axes)) {}
 
   Arrays compose(const Arrays& inputs) override;
-  void eval_cpu(const Arrays& inputs, Arrays& outputs) override;
   std::vector<mlx::core::Shape> output_shapes(const Arrays& inputs) override;
   bool is_equivalent(const Primitive& other) const override;
   const char* name() const override { return "WelfordMomentsGradient"; }
+
+ protected:
+  Problem problem(const array& x) const override;
+  void evaluate(const Arrays& inputs, Arrays& outputs) override;
 
  private:
   std::vector<int> axes_;
@@ -87,25 +110,18 @@ class Normalize : public Composed {
   Normalize(mlx::core::Stream s, Normalization n) : Composed(s), n_(n) {}
 
   Arrays compose(const Arrays& inputs) override;
-  void eval_cpu(const Arrays& inputs, Arrays& outputs) override;
   Arrays vjp(const Arrays& primals, const Arrays& cotangents, const std::vector<int>& argnums,
              const Arrays& outputs) override;
   std::vector<mlx::core::Shape> output_shapes(const Arrays& inputs) override;
   bool is_equivalent(const Primitive& other) const override;
   const char* name() const override { return "WelfordNormalize"; }
 
+ protected:
+  Problem problem(const array& x) const override;
+  void evaluate(const Arrays& inputs, Arrays& outputs) override;
+
  private:
   Normalization n_;
-};
-
-/// Which gradients are asked for; the others are not computed.
-struct Wanted {
-  bool x = false;
-  bool statistics = false;  // of given mean and var
-  bool weight = false;
-  bool bias = false;
-
-  bool operator==(const Wanted&) const = default;
 };
 
 /// (x, mean, var, g, grad_mean, grad_var, [weight]) -> (x, weight, bias)             statistics of x
@@ -117,10 +133,13 @@ class NormalizeGradient : public Composed {
       : Composed(s), n_(n), wanted_(wanted) {}
 
   Arrays compose(const Arrays& inputs) override;
-  void eval_cpu(const Arrays& inputs, Arrays& outputs) override;
   std::vector<mlx::core::Shape> output_shapes(const Arrays& inputs) override;
   bool is_equivalent(const Primitive& other) const override;
   const char* name() const override { return "WelfordNormalizeGradient"; }
+
+ protected:
+  Problem problem(const array& x) const override;
+  void evaluate(const Arrays& inputs, Arrays& outputs) override;
 
  private:
   Normalization n_;

@@ -13,24 +13,17 @@
 #include <algorithm>
 #include <cmath>
 #include <functional>
-#include <memory>
 #include <optional>
 #include <vector>
 
-#ifdef __linux__
-#include <sys/mman.h>
-#endif
-
 #include "cpu/kernels.h"
 #include "cpu/parallel.h"
-#include "mlx/allocator.h"
-#include "mlx/backend/common/utils.h"
 #include "mlx/backend/cpu/encoder.h"
-#include "mlx/dtype_utils.h"
 
 namespace mlx_welford::cpu {
 
 namespace mx = mlx::core;
+using mlx::core::array;
 
 namespace {
 
@@ -186,15 +179,25 @@ Moment merge_moments(const Tiling& t, const Partials& p, int64_t statistic) {
   return all;
 }
 
-struct Sums {
+void settle_moments(const Tiling& t, const Partials& p, int64_t first, int64_t last, float* mean,
+                    float* var) {
+  const auto count = static_cast<double>(t.geometry().count());
+  for (int64_t i = first; i < last; ++i) {
+    const Moment m = merge_moments(t, p, i);
+    mean[i] = static_cast<float>(m.mean);
+    var[i] = static_cast<float>(m.m2 / count);
+  }
+}
+
+struct GradientSums {
   double g;
   double gd;
 };
 
-Sums merge_sums(const Tiling& t, const Partials& p, int64_t statistic) {
+GradientSums merge_sums(const Tiling& t, const Partials& p, int64_t statistic) {
   const Geometry& g = t.geometry();
   const int64_t column = statistic % g.inner;
-  Sums all{0, 0};
+  GradientSums all{0, 0};
   for (int64_t m = 0; m < g.merge; ++m) {
     const Strip strip{m * g.outer + statistic / g.inner, column, 1};
     for (int64_t piece = 0; piece < t.pieces(); ++piece) {
@@ -273,239 +276,187 @@ void store_per_channel(const std::vector<double>& values, array& out) {
 
 float inverse_deviation(float var, float eps) { return 1.0f / std::sqrt(var + eps); }
 
-/// Asks for huge pages under memory that is about to be written for the first time: the faults on small ones
-/// cost several times what filling them costs. Memory that is in use already is left as it is.
-void advise_huge_pages(array& a) {
-#ifdef __linux__
-  constexpr size_t kHugePage = size_t{1} << 21;
-  if (a.nbytes() >= 2 * kHugePage) {
-    const auto begin = reinterpret_cast<uintptr_t>(a.data<char>());
-    const uintptr_t aligned = (begin + kHugePage - 1) / kHugePage * kHugePage;
-    const uintptr_t end = (begin + a.nbytes()) / kHugePage * kHugePage;
-    madvise(reinterpret_cast<void*>(aligned), end - aligned, MADV_HUGEPAGE);
+TileFunction moments_of(const array& x, const Tiling& tiling, const Kernels& k,
+                        Partials& partials) {
+  return [&](const Strip& strip, int64_t piece) {
+    const int64_t i = tiling.first_partial(strip, piece);
+    k.moments(elements(x) + tiling.first_element(strip, piece), tiling.panel(strip, piece),
+              &partials.first[i], &partials.second[i]);
+  };
+}
+
+void moments(const Problem& problem, BoundArrays& a) {
+  const Tiling tiling(problem.geometry);
+  const array& x = a[kX];
+  auto* mean = a[kMean].data<float>();
+  auto* var = a[kVar].data<float>();
+  const Kernels& k = kernels(x.dtype());
+  Partials partials(tiling);
+  run_stages(tiling, moments_of(x, tiling, k, partials),
+             [&](int64_t first, int64_t last) {
+               settle_moments(tiling, partials, first, last, mean, var);
+             },
+             nullptr);
+}
+
+void moments_gradient(const Problem& problem, BoundArrays& a) {
+  const Geometry& geometry = problem.geometry;
+  const Tiling tiling(geometry);
+  const Kernels& k = kernels(a[kX].dtype());
+  const auto* mean = a[kMean].data<float>();
+  const auto* grad_mean = a[kGradMean].data<float>();
+  const auto* grad_var = a[kGradVar].data<float>();
+  const auto count = static_cast<float>(geometry.count());
+  std::vector<float> slope(geometry.statistics());
+  std::vector<float> level(geometry.statistics());
+  run_stages(
+      tiling, nullptr,
+      [&](int64_t first, int64_t last) {
+        for (int64_t i = first; i < last; ++i) {
+          slope[i] = 2 * grad_var[i] / count;
+          level[i] = grad_mean[i] / count;
+        }
+      },
+      [&](const Strip& strip, int64_t piece) {
+        const int64_t e = tiling.first_element(strip, piece);
+        const int64_t i = tiling.first_statistic(strip);
+        k.affine(elements(a[kX]) + e, tiling.panel(strip, piece), mean + i, &slope[i], &level[i],
+                 elements(a[kOut]) + e);
+      });
+}
+
+void normalize(const Problem& problem, BoundArrays& a) {
+  const Geometry& geometry = problem.geometry;
+  const Tiling tiling(geometry);
+  const array& x = a[kX];
+  auto* mean = a[kMean].data<float>();
+  auto* var = a[kVar].data<float>();
+  const Kernels& k = kernels(x.dtype());
+  const Channels weight(a.optional(kWeight), 1);
+  const Channels bias(a.optional(kBias), 0);
+  std::optional<Partials> partials;
+  TileFunction sweep;
+  if (!problem.given) {
+    partials.emplace(tiling);
+    sweep = moments_of(x, tiling, k, *partials);
   }
-#else
-  static_cast<void>(a);
-#endif
+  std::vector<float> slope(geometry.statistics());
+  std::vector<float> level(geometry.statistics());
+  run_stages(
+      tiling, sweep,
+      [&](int64_t first, int64_t last) {
+        if (!problem.given) {
+          settle_moments(tiling, *partials, first, last, mean, var);
+        }
+        for (int64_t i = first; i < last; ++i) {
+          slope[i] = weight(i) * inverse_deviation(var[i], problem.eps);
+          level[i] = bias(i);
+        }
+      },
+      [&](const Strip& strip, int64_t piece) {
+        const int64_t e = tiling.first_element(strip, piece);
+        const int64_t i = tiling.first_statistic(strip);
+        k.affine(elements(x) + e, tiling.panel(strip, piece), mean + i, &slope[i], &level[i],
+                 elements(a[kOut]) + e);
+      });
 }
 
-void allocate(array& out) {
-  out.set_data(mx::allocator::malloc(out.nbytes()));
-  advise_huge_pages(out);
-}
+void normalize_gradient(const Problem& problem, BoundArrays& a) {
+  const Geometry& geometry = problem.geometry;
+  const Wanted& wanted = problem.wanted;
+  const bool given = problem.given;
+  const Tiling tiling(geometry);
+  const array& x = a[kX];
+  const array& g = a[kG];
+  const auto* mean = a[kMean].data<float>();
+  const auto* var = a[kVar].data<float>();
+  const Kernels& k = kernels(x.dtype());
+  const Channels weight(a.optional(kWeight), 1);
+  const auto count = static_cast<float>(geometry.count());
+  // With given statistics grad x is scale * g alone; the sums serve the other gradients.
+  const bool sums_wanted = !given || wanted.statistics || wanted.weight || wanted.bias;
+  std::optional<Partials> partials;
+  TileFunction sweep;
+  if (sums_wanted) {
+    partials.emplace(tiling);
+    sweep = [&](const Strip& strip, int64_t piece) {
+      const int64_t e = tiling.first_element(strip, piece);
+      const int64_t i = tiling.first_partial(strip, piece);
+      k.reduce(elements(x) + e, elements(g) + e, tiling.panel(strip, piece),
+               mean + tiling.first_statistic(strip), &partials->first[i], &partials->second[i]);
+    };
+  }
+  const int64_t n = geometry.statistics();
+  std::vector<float> scale(n), slope(n), level(n);
+  std::vector<double> sum_g(n), sum_gx(n);
 
-/// Gives `out` the memory of the first input that nobody else will read, or memory of its own.
-void allocate_or_donate(array& out, std::initializer_list<const array*> inputs) {
-  for (const array* in : inputs) {
-    if (in->flags().row_contiguous && mx::is_donatable(*in, out)) {
-      out.copy_shared_buffer(*in);
-      return;
+  SettleFunction settle = [&](int64_t first, int64_t last) {
+    for (int64_t i = first; i < last; ++i) {
+      const float r = inverse_deviation(var[i], problem.eps);
+      scale[i] = weight(i) * r;
+      if (sums_wanted) {
+        const GradientSums sums = merge_sums(tiling, *partials, i);
+        sum_g[i] = sums.g;
+        sum_gx[i] = sums.gd * r;
+      }
+      if (!given) {
+        const auto mean_share = static_cast<float>(sum_g[i] * scale[i]);
+        const auto var_share = static_cast<float>(sum_gx[i] * scale[i] * r);
+        level[i] = (a[kGradMean].data<float>()[i] - mean_share) / count;
+        slope[i] = (2 * a[kGradVar].data<float>()[i] - var_share) / count;
+      }
+    }
+  };
+  TileFunction apply;
+  if (wanted.x) {
+    apply = [&](const Strip& strip, int64_t piece) {
+      const int64_t e = tiling.first_element(strip, piece);
+      const int64_t i = tiling.first_statistic(strip);
+      const Panel panel = tiling.panel(strip, piece);
+      char* grad_x = elements(a[kOut]) + e;
+      if (given) {  // slope and level are zero: as the mean and the offset of g
+        k.affine(elements(g) + e, panel, &slope[i], &scale[i], &level[i], grad_x);
+      } else {
+        k.affine_add(elements(x) + e, elements(g) + e, panel, mean + i, &slope[i], &level[i],
+                     &scale[i], grad_x);
+      }
+    };
+  }
+  run_stages(tiling, sweep, settle, apply);
+
+  if (wanted.weight) {
+    store_per_channel(sum_gx, a[kGradWeight]);
+  }
+  if (wanted.bias) {
+    store_per_channel(sum_g, a[kGradBias]);
+  }
+  if (wanted.statistics) {
+    for (int64_t i = 0; i < n; ++i) {
+      const float r = inverse_deviation(var[i], problem.eps);
+      a[kGradMean].data<float>()[i] = static_cast<float>(-scale[i] * sum_g[i]);
+      a[kGradVar].data<float>()[i] = static_cast<float>(-0.5 * scale[i] * r * sum_gx[i]);
     }
   }
-  allocate(out);
 }
 
-/// Queues work on the stream. Arrays are held as weak copies: MLX keeps their memory until the stream is done.
-template <typename F>
-void enqueue(mx::Stream s, F&& work) {
-  mx::cpu::get_command_encoder(s).dispatch(std::forward<F>(work));
-}
-
-array weak(const array& a) { return array::unsafe_weak_copy(a); }
-
-std::optional<array> weak(const std::optional<array>& a) {
-  return a ? std::optional<array>(weak(*a)) : std::nullopt;
-}
-
-std::optional<array> allocate_if(array* out) {
-  if (out == nullptr) {
-    return std::nullopt;
+void run_now(const Problem& problem, BoundArrays& arrays) {
+  switch (problem.operation) {
+    case Operation::moments:
+      return moments(problem, arrays);
+    case Operation::moments_gradient:
+      return moments_gradient(problem, arrays);
+    case Operation::normalize:
+      return normalize(problem, arrays);
+    case Operation::normalize_gradient:
+      return normalize_gradient(problem, arrays);
   }
-  allocate(*out);
-  return weak(*out);
 }
 
 }  // namespace
 
-void moments(mx::Stream s, const Geometry& geometry, const array& x_, array& mean_, array& var_) {
-  allocate(mean_);
-  allocate(var_);
-  enqueue(s, [geometry, x = weak(x_), mean = weak(mean_), var = weak(var_)]() mutable {
-    const Tiling tiling(geometry);
-    const Kernels& k = kernels(x.dtype());
-    Partials partials(tiling);
-    run_stages(
-        tiling,
-        [&](const Strip& strip, int64_t piece) {
-          const int64_t i = tiling.first_partial(strip, piece);
-          k.moments(elements(x) + tiling.first_element(strip, piece), tiling.panel(strip, piece),
-                    &partials.first[i], &partials.second[i]);
-        },
-        [&](int64_t first, int64_t last) {
-          for (int64_t i = first; i < last; ++i) {
-            const Moment m = merge_moments(tiling, partials, i);
-            mean.data<float>()[i] = static_cast<float>(m.mean);
-            var.data<float>()[i] = static_cast<float>(m.m2 / static_cast<double>(geometry.count()));
-          }
-        },
-        nullptr);
-  });
-}
-
-void moments_gradient(mx::Stream s, const Geometry& geometry, const array& x_, const array& mean_,
-                      const array& grad_mean_, const array& grad_var_, array& grad_x_) {
-  allocate_or_donate(grad_x_, {&x_});
-  enqueue(s, [geometry, x = weak(x_), mean = weak(mean_), grad_mean = weak(grad_mean_),
-              grad_var = weak(grad_var_), grad_x = weak(grad_x_)]() mutable {
-    const Tiling tiling(geometry);
-    const Kernels& k = kernels(x.dtype());
-    const auto count = static_cast<float>(geometry.count());
-    std::vector<float> slope(geometry.statistics());
-    std::vector<float> level(geometry.statistics());
-    run_stages(
-        tiling, nullptr,
-        [&](int64_t first, int64_t last) {
-          for (int64_t i = first; i < last; ++i) {
-            slope[i] = 2 * grad_var.data<float>()[i] / count;
-            level[i] = grad_mean.data<float>()[i] / count;
-          }
-        },
-        [&](const Strip& strip, int64_t piece) {
-          const int64_t e = tiling.first_element(strip, piece);
-          const int64_t i = tiling.first_statistic(strip);
-          k.affine(elements(x) + e, tiling.panel(strip, piece), mean.data<float>() + i, &slope[i],
-                   &level[i], elements(grad_x) + e);
-        });
-  });
-}
-
-void normalize(mx::Stream s, const Geometry& geometry, float eps, bool given, Normalize arrays) {
-  if (!given) {
-    allocate(arrays.mean);
-    allocate(arrays.var);
-  }
-  allocate_or_donate(arrays.y, {&arrays.x});
-  enqueue(s, [geometry, eps, given, x = weak(arrays.x), mean = weak(arrays.mean),
-              var = weak(arrays.var), weight_ = weak(arrays.weight), bias_ = weak(arrays.bias),
-              y = weak(arrays.y)]() mutable {
-    const Tiling tiling(geometry);
-    const Kernels& k = kernels(x.dtype());
-    const Channels weight(weight_, 1);
-    const Channels bias(bias_, 0);
-    std::optional<Partials> partials;
-    if (!given) {
-      partials.emplace(tiling);
-    }
-    std::vector<float> slope(geometry.statistics());
-    std::vector<float> level(geometry.statistics());
-    TileFunction sweep = [&](const Strip& strip, int64_t piece) {
-      const int64_t i = tiling.first_partial(strip, piece);
-      k.moments(elements(x) + tiling.first_element(strip, piece), tiling.panel(strip, piece),
-                &partials->first[i], &partials->second[i]);
-    };
-    run_stages(
-        tiling, given ? nullptr : sweep,
-        [&](int64_t first, int64_t last) {
-          for (int64_t i = first; i < last; ++i) {
-            if (!given) {
-              const Moment m = merge_moments(tiling, *partials, i);
-              mean.data<float>()[i] = static_cast<float>(m.mean);
-              var.data<float>()[i] =
-                  static_cast<float>(m.m2 / static_cast<double>(geometry.count()));
-            }
-            slope[i] = weight(i) * inverse_deviation(var.data<float>()[i], eps);
-            level[i] = bias(i);
-          }
-        },
-        [&](const Strip& strip, int64_t piece) {
-          const int64_t e = tiling.first_element(strip, piece);
-          const int64_t i = tiling.first_statistic(strip);
-          k.affine(elements(x) + e, tiling.panel(strip, piece), mean.data<float>() + i, &slope[i],
-                   &level[i], elements(y) + e);
-        });
-  });
-}
-
-void normalize_gradient(mx::Stream s, const Geometry& geometry, float eps, bool given,
-                        const NormalizeGradient& arrays) {
-  if (arrays.grad_x != nullptr) {
-    allocate_or_donate(*arrays.grad_x, {&arrays.g, &arrays.x});
-  }
-  enqueue(s, [geometry, eps, given, x = weak(arrays.x), mean = weak(arrays.mean),
-              var = weak(arrays.var), g = weak(arrays.g),
-              mean_cotangent = weak(arrays.mean_cotangent),
-              var_cotangent = weak(arrays.var_cotangent), weight_ = weak(arrays.weight),
-              grad_x = arrays.grad_x ? std::optional(weak(*arrays.grad_x)) : std::nullopt,
-              grad_mean = allocate_if(arrays.grad_mean), grad_var = allocate_if(arrays.grad_var),
-              grad_weight = allocate_if(arrays.grad_weight),
-              grad_bias = allocate_if(arrays.grad_bias)]() mutable {
-    const Tiling tiling(geometry);
-    const Kernels& k = kernels(x.dtype());
-    const Channels weight(weight_, 1);
-    const auto count = static_cast<float>(geometry.count());
-    // With given statistics grad x is scale * g alone; the sums serve the other gradients.
-    const bool sums_wanted =
-        !given || grad_mean.has_value() || grad_weight.has_value() || grad_bias.has_value();
-    std::optional<Partials> partials;
-    if (sums_wanted) {
-      partials.emplace(tiling);
-    }
-    const int64_t n = geometry.statistics();
-    std::vector<float> scale(n), slope(n), level(n);
-    std::vector<double> sum_g(n), sum_gx(n);
-
-    TileFunction sweep = [&](const Strip& strip, int64_t piece) {
-      const int64_t e = tiling.first_element(strip, piece);
-      const int64_t i = tiling.first_partial(strip, piece);
-      k.reduce(elements(x) + e, elements(g) + e, tiling.panel(strip, piece),
-               mean.data<float>() + tiling.first_statistic(strip), &partials->first[i],
-               &partials->second[i]);
-    };
-    SettleFunction settle = [&](int64_t first, int64_t last) {
-      for (int64_t i = first; i < last; ++i) {
-        // Of an empty batch the sums are zero, whatever its variance is.
-        const float r = count == 0 && !given ? 0.0f : inverse_deviation(var.data<float>()[i], eps);
-        scale[i] = weight(i) * r;
-        if (sums_wanted) {
-          const Sums sums = merge_sums(tiling, *partials, i);
-          sum_g[i] = sums.g;
-          sum_gx[i] = sums.gd * r;
-        }
-        if (!given) {
-          const auto mean_share = static_cast<float>(sum_g[i] * scale[i]);
-          const auto var_share = static_cast<float>(sum_gx[i] * scale[i] * r);
-          level[i] = (mean_cotangent->data<float>()[i] - mean_share) / count;
-          slope[i] = (2 * var_cotangent->data<float>()[i] - var_share) / count;
-        }
-      }
-    };
-    TileFunction apply = [&](const Strip& strip, int64_t piece) {
-      const int64_t e = tiling.first_element(strip, piece);
-      const int64_t i = tiling.first_statistic(strip);
-      const Panel panel = tiling.panel(strip, piece);
-      if (given) {  // slope and level are zero: as the mean and the offset of g
-        k.affine(elements(g) + e, panel, &slope[i], &scale[i], &level[i], elements(*grad_x) + e);
-      } else {
-        k.affine_add(elements(x) + e, elements(g) + e, panel, mean.data<float>() + i, &slope[i],
-                     &level[i], &scale[i], elements(*grad_x) + e);
-      }
-    };
-    run_stages(tiling, sums_wanted ? sweep : nullptr, settle, grad_x ? apply : nullptr);
-
-    if (grad_weight) {
-      store_per_channel(sum_gx, *grad_weight);
-    }
-    if (grad_bias) {
-      store_per_channel(sum_g, *grad_bias);
-    }
-    if (grad_mean) {
-      for (int64_t i = 0; i < n; ++i) {
-        const float r = inverse_deviation(var.data<float>()[i], eps);
-        grad_mean->data<float>()[i] = static_cast<float>(-scale[i] * sum_g[i]);
-        grad_var->data<float>()[i] = static_cast<float>(-0.5 * scale[i] * r * sum_gx[i]);
-      }
-    }
-  });
+void run(mx::Stream s, const Problem& problem, const BoundArrays& arrays) {
+  mx::cpu::get_command_encoder(s).dispatch(
+      [problem, arrays = arrays.weak()]() mutable { run_now(problem, arrays); });
 }
 
 }  // namespace mlx_welford::cpu

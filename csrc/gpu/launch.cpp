@@ -1,0 +1,363 @@
+#include "gpu/launch.h"
+
+#include <algorithm>
+#include <bit>
+#include <optional>
+#include <stdexcept>
+#include <utility>
+
+#include "gpu/tuning.h"
+
+namespace mlx_welford::gpu {
+
+namespace {
+
+int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
+int64_t power_of_two_from(int64_t a) {
+  return static_cast<int64_t>(std::bit_ceil(static_cast<uint64_t>(std::max<int64_t>(a, 1))));
+}
+
+struct ElementType {
+  const char* metal;
+  const char* name;
+  int64_t bytes;
+};
+
+ElementType type_of(Element e) {
+  switch (e) {
+    case Element::float32:
+      return {"float", "float32", 4};
+    case Element::float16:
+      return {"half", "float16", 2};
+    case Element::bfloat16:
+      return {"bfloat", "bfloat16", 2};
+  }
+  throw std::logic_error("no such element type");
+}
+
+/// How the array is walked over, whatever the kernel: pattern, vectors, and threads across.
+struct Access {
+  bool columns;
+  int64_t vector;   // elements of a vector
+  int64_t vectors;  // columns: vectors side by side; rows: one after another
+
+  Access(const Geometry& g, Element element, bool aligned) : columns(g.inner > 1) {
+    const int64_t full = 16 / type_of(element).bytes;
+    // Rows find the aligned part of every segment by themselves; columns must all be aligned.
+    vector = aligned && (columns ? g.inner % full == 0 : g.reduce >= full) ? full : 1;
+    vectors = ceil_div(columns ? g.inner : g.reduce, vector);
+  }
+
+  std::string arguments(Element element) const {
+    return std::string("<") + type_of(element).metal + ", " + std::to_string(vector) + ", " +
+           (columns ? "Columns" : "Rows") + ">";
+  }
+};
+
+/// Threads side by side over columns: the power of two that leaves the fewest idle, the largest of those, but
+/// no fewer than read kLeastRun bytes together.
+int64_t columns_across(const Access& a, Element element, int64_t most) {
+  const int64_t run = kLeastRun / (a.vector * type_of(element).bytes);
+  const int64_t least = std::min({run, power_of_two_from(a.vectors), most});
+  int64_t best = least;
+  for (int64_t across = least; across <= std::min(most, power_of_two_from(a.vectors)); across *= 2) {
+    if (round_up(a.vectors, across) <= round_up(a.vectors, best)) {
+      best = across;
+    }
+  }
+  return best;
+}
+
+struct Shape {
+  Sweep sweep;
+  uint32_t groups;
+  uint32_t threads;
+};
+
+Sweep describe(const Problem& p) {
+  const Geometry& g = p.geometry;
+  return {.segments = g.segments(),
+          .outer = g.outer,
+          .reduce = g.reduce,
+          .inner = g.inner,
+          .channels = p.channels,
+          .piece = g.reduce,
+          .pieces = 1,
+          .strips = 1,
+          .across = 1,
+          .along = 1,
+          .has_weight = p.has_weight,
+          .has_bias = p.has_bias,
+          .count = static_cast<float>(g.count()),
+          .eps = p.eps};
+}
+
+/// Completes a sweep whose across and along are chosen.
+Shape arrange(const Access& a, Sweep s, int64_t across, int64_t along, int64_t pieces) {
+  s.across = static_cast<uint32_t>(across);
+  s.along = static_cast<uint32_t>(along);
+  s.strips = static_cast<uint32_t>(ceil_div(a.columns ? a.vectors : s.segments, across));
+  s.piece = ceil_div(s.reduce, pieces);
+  if (!a.columns) {
+    s.piece = round_up(s.piece, a.vector);  // inner boundaries need no edges of their own
+  }
+  s.pieces = static_cast<uint32_t>(ceil_div(s.reduce, s.piece));
+  const int64_t groups = int64_t{s.strips} * s.pieces * (a.columns ? s.segments : 1);
+  return {s, static_cast<uint32_t>(groups), static_cast<uint32_t>(across * along)};
+}
+
+/// A sweep over reductions of any length, with at least `least_vectors` for each thread of a piece, and in no
+/// more pieces than make `enough_groups`.
+Shape sweep(const Problem& p, const Access& a, const Limits& limits, int64_t least_vectors,
+            int64_t enough_groups) {
+  const int64_t threads = std::min<int64_t>(kSweepThreads, limits.threads);
+  int64_t across = 0;
+  int64_t along = 0;
+  int64_t positions = 0;  // vectors along the reduction
+  if (a.columns) {
+    across = columns_across(a, p.element, kSimd);
+    positions = p.geometry.reduce;
+    along = std::clamp(power_of_two_from(positions), kSimd / across, threads / across);
+  } else {
+    positions = a.vectors;
+    along = std::clamp<int64_t>(power_of_two_from(positions), kSimd, threads);
+    across = std::min(threads / along, power_of_two_from(p.geometry.segments()));
+  }
+  const Shape whole = arrange(a, describe(p), across, along, 1);
+  const int64_t wanted = ceil_div(enough_groups, whole.groups);
+  const int64_t most = std::max<int64_t>(1, positions / (along * least_vectors));
+  return arrange(a, describe(p), across, along, std::clamp<int64_t>(wanted, 1, most));
+}
+
+Shape first_pass(const Problem& p, const Access& a, const Limits& limits) {
+  return sweep(p, a, limits, kLeastVectors, kEnoughGroups);
+}
+
+Shape second_pass(const Problem& p, const Access& a, const Limits& limits) {
+  constexpr int64_t as_many_as_there_are = int64_t{1} << 31;
+  return sweep(p, a, limits, kApplyVectors, as_many_as_there_are);
+}
+
+/// The sweep of a fused kernel, if each group of threads can keep all of its statistics' elements.
+std::optional<Shape> fused(const Problem& p, const Access& a, const Limits& limits,
+                           int64_t most_threads) {
+  const Geometry& g = p.geometry;
+  if (g.merge > 1) {
+    return std::nullopt;
+  }
+  most_threads = std::min<int64_t>(most_threads, limits.threads);
+  const int64_t along = ceil_div(a.columns ? g.reduce : a.vectors, kKept);
+  if (!a.columns) {
+    const int64_t whole_simdgroups = round_up(along, kSimd);
+    if (whole_simdgroups > most_threads) {
+      return std::nullopt;
+    }
+    const int64_t across =
+        std::min(std::max<int64_t>(1, std::min<int64_t>(kSweepThreads, most_threads) / whole_simdgroups),
+                 g.segments());
+    return arrange(a, describe(p), across, whole_simdgroups, 1);
+  }
+  const int64_t least = columns_across(a, p.element, kLeastRun / 16);
+  for (int64_t across = columns_across(a, p.element, kSimd); across >= least; across /= 2) {
+    const int64_t threads = round_up(across * along, kSimd);
+    if (threads <= most_threads && threads / kSimd * across <= kEntries) {
+      return arrange(a, describe(p), across, threads / across, 1);
+    }
+  }
+  return std::nullopt;
+}
+
+/// Parameters and shape of a kernel that merges parts.
+Dispatch merging(std::string kernel, std::string arguments, std::vector<Binding> buffers,
+                 const Problem& p, int64_t columns, int64_t parts, const Limits& limits) {
+  const int64_t across = std::min<int64_t>(kSimd, power_of_two_from(columns));
+  const int64_t most = std::min<int64_t>(kSweepThreads, limits.threads) / across;
+  const int64_t along = std::clamp(power_of_two_from(parts), kSimd / across, most);
+  const Merge merge{.columns = columns,
+                    .parts = parts,
+                    .across = static_cast<uint32_t>(across),
+                    .along = static_cast<uint32_t>(along),
+                    .has_weight = p.has_weight,
+                    .has_bias = p.has_bias,
+                    .eps = p.eps};
+  return {std::move(kernel),
+          std::move(arguments),
+          std::move(buffers),
+          merge,
+          static_cast<uint32_t>(ceil_div(columns, across)),
+          static_cast<uint32_t>(across * along)};
+}
+
+Binding in(BufferIndex index) { return {index, index, false}; }
+Binding out(BufferIndex index) { return {index, index, true}; }
+
+class Planner {
+ public:
+  Planner(const Problem& problem, const Limits& limits)
+      : p_(problem),
+        limits_(limits),
+        access_(problem.geometry, problem.element, problem.aligned),
+        element_(std::string("<") + type_of(problem.element).metal + ">") {}
+
+  Plan moments() {
+    find_moments();
+    return std::move(plan_);
+  }
+
+  Plan moments_gradient() {
+    add("moments_gradient", second_pass(p_, access_, limits_),
+        {in(kX), in(kMean), in(kGradMean), in(kGradVar), out(kOut)});
+    return std::move(plan_);
+  }
+
+  Plan normalize() {
+    if (!p_.given) {
+      if (auto shape = fused(p_, access_, limits_, kFusedForwardThreads)) {
+        add("fused_normalize", *shape,
+            {in(kX), out(kMean), out(kVar), weight(), bias(), out(kOut)});
+        return std::move(plan_);
+      }
+      find_moments();
+    }
+    add("normalize", second_pass(p_, access_, limits_),
+        {in(kX), in(kMean), in(kVar), weight(), bias(), out(kOut)});
+    return std::move(plan_);
+  }
+
+  Plan normalize_gradient() {
+    const Wanted& wanted = p_.wanted;
+    const int64_t statistics = p_.geometry.statistics();
+    if (!p_.given || wanted.statistics || wanted.weight || wanted.bias) {
+      plan_.sums_bytes = statistics * kSumsBytes;
+      auto shape = fused(p_, access_, limits_, kFusedBackwardThreads);
+      if (shape && wanted.x && !p_.given) {
+        add("fused_gradient", *shape,
+            {in(kX), in(kG), in(kMean), in(kVar), weight(), in(kGradMean), in(kGradVar), out(kSums),
+             out(kOut)});
+      } else {
+        find_sums();
+        if (wanted.x && !p_.given) {
+          add("input_gradient", second_pass(p_, access_, limits_),
+              {in(kX), in(kG), in(kMean), in(kVar), weight(), in(kSums), in(kGradMean),
+               in(kGradVar), out(kOut)});
+        }
+      }
+    }
+    if (wanted.x && p_.given) {
+      add("given_input_gradient", second_pass(p_, access_, limits_),
+          {in(kG), in(kVar), weight(), out(kOut)});
+    }
+    if (wanted.statistics) {
+      plan_.dispatches.push_back(merging(
+          "given_gradients", element_,
+          {in(kSums), in(kVar), weight(), out(kGradMean), out(kGradVar)}, p_, statistics, 1, limits_));
+    }
+    if (wanted.weight || wanted.bias) {
+      Problem of_wanted = p_;
+      of_wanted.has_weight = wanted.weight;
+      of_wanted.has_bias = wanted.bias;
+      plan_.dispatches.push_back(
+          merging("parameter_gradients", element_,
+                  {in(kSums), in(kVar), {kGradWeight, wanted.weight ? kGradWeight : kGradBias, true},
+                   {kGradBias, wanted.bias ? kGradBias : kGradWeight, true}},
+                  of_wanted, p_.channels, statistics / p_.channels, limits_));
+    }
+    return std::move(plan_);
+  }
+
+ private:
+  static constexpr int64_t kMomentsBytes = 4 * sizeof(float);
+  static constexpr int64_t kSumsBytes = 2 * sizeof(float);
+
+  /// An absent vector is never read; mean (or var, where there is no mean) stands in for it.
+  Binding weight() const { return {kWeight, p_.has_weight ? kWeight : kVar, false}; }
+  Binding bias() const { return {kBias, p_.has_bias ? kBias : kVar, false}; }
+
+  void add(const char* kernel, const Shape& shape, std::vector<Binding> buffers) {
+    plan_.dispatches.push_back({kernel, access_.arguments(p_.element), std::move(buffers),
+                                shape.sweep, shape.groups, shape.threads});
+  }
+
+  void find_moments() {
+    const Geometry& g = p_.geometry;
+    const Shape shape = first_pass(p_, access_, limits_);
+    const int64_t parts = g.merge * shape.sweep.pieces;
+    if (parts == 1) {
+      add("moments", shape, {in(kX), out(kMean), out(kVar)});
+      return;
+    }
+    plan_.partials_bytes = parts * g.statistics() * kMomentsBytes;
+    add("partial_moments", shape, {in(kX), out(kPartials)});
+    plan_.dispatches.push_back(merging("merge_moments", "",
+                                       {in(kPartials), out(kMean), out(kVar)}, p_, g.statistics(),
+                                       parts, limits_));
+  }
+
+  void find_sums() {
+    const Geometry& g = p_.geometry;
+    const Shape shape = first_pass(p_, access_, limits_);
+    const int64_t parts = g.merge * shape.sweep.pieces;
+    const BufferIndex destination = parts == 1 ? kSums : kPartials;  // a single part is the sum
+    add("partial_sums", shape, {in(kX), in(kG), in(kMean), {kPartials, destination, true}});
+    if (parts > 1) {
+      plan_.partials_bytes = parts * g.statistics() * kSumsBytes;
+      plan_.dispatches.push_back(merging("merge_sums", "", {in(kPartials), out(kSums)}, p_,
+                                         g.statistics(), parts, limits_));
+    }
+  }
+
+  const Problem& p_;
+  const Limits& limits_;
+  Access access_;
+  std::string element_;
+  Plan plan_;
+};
+
+}  // namespace
+
+std::string Dispatch::host_name() const {
+  std::string name = kernel;
+  for (char c : arguments) {
+    if (c == '<' || c == ',') {
+      name += '_';
+    } else if (c != ' ' && c != '>') {
+      name += c;
+    }
+  }
+  return name;
+}
+
+std::string Dispatch::instantiation() const {
+  if (arguments.empty()) {
+    return "";
+  }
+  const std::string function = kernel + arguments;
+  return "template [[host_name(\"" + host_name() + "\")]] [[kernel]] decltype(" + function + ") " +
+         function + ";\n";
+}
+
+Problem with_alignment(Problem problem, const BoundArrays& arrays) {
+  // Memory itself begins at a multiple of 16 bytes; a view of it may not.
+  for (BufferIndex i : {kX, kG, kOut}) {
+    problem.aligned = problem.aligned && (!arrays.has(i) || arrays[i].offset() % 16 == 0);
+  }
+  return problem;
+}
+
+Plan plan(const Problem& problem, const Limits& limits) {
+  Planner planner(problem, limits);
+  switch (problem.operation) {
+    case Operation::moments:
+      return planner.moments();
+    case Operation::moments_gradient:
+      return planner.moments_gradient();
+    case Operation::normalize:
+      return planner.normalize();
+    case Operation::normalize_gradient:
+      return planner.normalize_gradient();
+  }
+  throw std::logic_error("no such operation");
+}
+
+}  // namespace mlx_welford::gpu

@@ -1,0 +1,18 @@
+// Runs launch plans on an Apple GPU, through MLX's own command encoder.
+#pragma once
+
+#include "mlx/stream.h"
+#include "problem.h"
+
+namespace mlx_welford::gpu {
+
+/// Whether this build can use Metal.
+bool has_metal();
+
+/// Compiles the kernels of the plan for a problem, once each.
+bool metal_can_run(mlx::core::Stream s, const Problem& problem);
+
+/// Encodes the plan for a problem.
+void run_on_metal(mlx::core::Stream s, const Problem& problem, const BoundArrays& arrays);
+
+}  // namespace mlx_welford::gpu

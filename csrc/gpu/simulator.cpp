@@ -1,0 +1,121 @@
+#include "gpu/simulator.h"
+
+#include <cstdlib>
+#include <cstring>
+#include <stdexcept>
+
+#ifdef MLX_WELFORD_SIMULATOR
+
+#include <dlfcn.h>
+
+#include <string>
+#include <vector>
+
+#include "../tests/simulator/executor.h"
+#include "gpu/launch.h"
+#include "mlx/backend/cpu/encoder.h"
+
+namespace mlx_welford::gpu {
+
+namespace mx = mlx::core;
+
+namespace {
+
+using SimulatorFunction = const char* (*)(SimulatorDispatch*);
+
+/// simulator_dispatch of the library that MLX_WELFORD_SIMULATOR names: the shaders, compiled for this machine.
+SimulatorFunction simulator() {
+  static const SimulatorFunction function = [] {
+    const char* path = std::getenv("MLX_WELFORD_SIMULATOR");
+    if (path == nullptr) {
+      throw std::runtime_error(
+          "MLX_WELFORD_BACKEND=sim needs MLX_WELFORD_SIMULATOR, the path of the compiled shaders.");
+    }
+    void* library = dlopen(path, RTLD_NOW | RTLD_LOCAL);
+    void* symbol = library ? dlsym(library, "simulator_dispatch") : nullptr;
+    if (symbol == nullptr) {
+      throw std::runtime_error(std::string("MLX_WELFORD_SIMULATOR: ") + dlerror());
+    }
+    return reinterpret_cast<SimulatorFunction>(symbol);
+  }();
+  return function;
+}
+
+void simulate(const Problem& problem, BoundArrays& arrays) {
+  const Plan p = plan(with_alignment(problem, arrays));
+  std::vector<char> partials(p.partials_bytes);
+  std::vector<char> sums(p.sums_bytes);
+  for (const Dispatch& d : p.dispatches) {
+    std::vector<SimulatorBuffer> buffers;
+    for (const Binding& b : d.buffers) {
+      void* data = nullptr;
+      size_t bytes = 0;
+      if (b.array == kPartials || b.array == kSums) {
+        auto& temporary = b.array == kPartials ? partials : sums;
+        data = temporary.data();
+        bytes = temporary.size();
+      } else {
+        data = arrays[b.array].data<char>();
+        bytes = arrays[b.array].nbytes();
+      }
+      buffers.push_back({static_cast<uint32_t>(b.index), b.written, data, bytes, 0, 0});
+    }
+    const SimulatorConstant parameters = std::visit(
+        [](const auto& v) { return SimulatorConstant{kParameters, &v, sizeof v}; }, d.parameters);
+    const std::string kernel = d.host_name();
+    SimulatorDispatch dispatch{};
+    dispatch.kernel = kernel.c_str();
+    dispatch.buffers = buffers.data();
+    dispatch.buffer_count = static_cast<uint32_t>(buffers.size());
+    dispatch.constants = &parameters;
+    dispatch.constant_count = 1;
+    dispatch.grid_threadgroups[0] = d.groups;
+    dispatch.grid_threadgroups[1] = dispatch.grid_threadgroups[2] = 1;
+    dispatch.threads_per_threadgroup[0] = d.threads;
+    dispatch.threads_per_threadgroup[1] = dispatch.threads_per_threadgroup[2] = 1;
+    if (const char* error = simulator()(&dispatch)) {
+      throw std::runtime_error(error);
+    }
+  }
+}
+
+}  // namespace
+
+bool simulates() {
+  static const bool asked = [] {
+    const char* backend = std::getenv("MLX_WELFORD_BACKEND");
+    return backend != nullptr && std::strcmp(backend, "sim") == 0;
+  }();
+  return asked;
+}
+
+void run_in_simulator(mx::Stream s, const Problem& problem, const BoundArrays& arrays) {
+  simulator();  // a missing library is an error here, not on the stream
+  mx::cpu::get_command_encoder(s).dispatch(
+      [problem, arrays = arrays.weak()]() mutable { simulate(problem, arrays); });
+}
+
+}  // namespace mlx_welford::gpu
+
+#else
+
+namespace mlx_welford::gpu {
+
+bool simulates() {
+  static const bool asked = [] {
+    const char* backend = std::getenv("MLX_WELFORD_BACKEND");
+    if (backend != nullptr && std::strcmp(backend, "sim") == 0) {
+      throw std::runtime_error("MLX_WELFORD_BACKEND=sim: this build has no simulator.");
+    }
+    return false;
+  }();
+  return asked;
+}
+
+void run_in_simulator(mlx::core::Stream, const Problem&, const BoundArrays&) {
+  throw std::logic_error("This build has no simulator.");
+}
+
+}  // namespace mlx_welford::gpu
+
+#endif

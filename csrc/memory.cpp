@@ -1,0 +1,60 @@
+#include "memory.h"
+
+#include <cstdint>
+
+#include "mlx/allocator.h"
+#include "mlx/backend/common/utils.h"
+
+#ifdef __linux__
+#include <sys/mman.h>
+#endif
+
+namespace mlx_welford {
+
+namespace mx = mlx::core;
+
+namespace {
+
+/// Asks for huge pages under memory that is about to be written for the first time: the faults on small ones
+/// cost several times what filling them costs. Memory that is in use already is left as it is.
+void advise_huge_pages(mx::array& a) {
+#ifdef __linux__
+  constexpr size_t kHugePage = size_t{1} << 21;
+  if (a.nbytes() >= 2 * kHugePage) {
+    const auto begin = reinterpret_cast<uintptr_t>(a.data<char>());
+    const uintptr_t aligned = (begin + kHugePage - 1) / kHugePage * kHugePage;
+    const uintptr_t end = (begin + a.nbytes()) / kHugePage * kHugePage;
+    madvise(reinterpret_cast<void*>(aligned), end - aligned, MADV_HUGEPAGE);
+  }
+#else
+  static_cast<void>(a);
+#endif
+}
+
+}  // namespace
+
+void allocate(mx::array& out) {
+  out.set_data(mx::allocator::malloc(out.nbytes()));
+  advise_huge_pages(out);
+}
+
+void allocate_or_donate(mx::array& out, std::initializer_list<const mx::array*> inputs) {
+  for (const mx::array* in : inputs) {
+    if (in->flags().row_contiguous && mx::is_donatable(*in, out)) {
+      out.copy_shared_buffer(*in);
+      return;
+    }
+  }
+  allocate(out);
+}
+
+void release_inputs_of_siblings(const std::vector<mx::array>& inputs,
+                                std::vector<mx::array>& outputs) {
+  for (mx::array& output : outputs) {
+    if (&output.inputs() != &inputs && !output.is_tracer()) {
+      output.inputs().clear();
+    }
+  }
+}
+
+}  // namespace mlx_welford

@@ -1,0 +1,70 @@
+// What shaders and host agree on: parameter structs, buffer indices, limits. Included by both.
+#pragma once
+
+#ifdef __METAL_VERSION__
+typedef long int64_t_shared;
+typedef uint uint32_t_shared;
+#else
+#include <cstdint>
+typedef std::int64_t int64_t_shared;
+typedef std::uint32_t uint32_t_shared;
+#endif
+
+enum Limit {
+  kSimd = 32,      // threads of a simdgroup, on every Apple GPU
+  kEntries = 256,  // of threadgroup memory: simdgroups * across (columns), simdgroups (rows)
+  kKept = 4,       // vectors that a thread of a fused kernel keeps in registers
+};
+
+/// Buffer indices, the same in every kernel that has the buffer. An absent weight or bias is bound to
+/// mean and never read.
+enum BufferIndex {
+  kParameters = 0,   // Sweep or Merge
+  kX = 1,            // x
+  kMean = 2,         // float, per statistic
+  kVar = 3,          // float, per statistic
+  kWeight = 4,       // per channel
+  kBias = 5,         // per channel
+  kOut = 6,          // y or gradient of x
+  kG = 7,            // cotangent of y
+  kGradMean = 8,     // float, per statistic: cotangent of mean, or gradient of the given mean
+  kGradVar = 9,      // float, per statistic: likewise of var
+  kPartials = 10,    // Moments or Sums, (part, statistic)
+  kSums = 11,        // Sums, per statistic
+  kGradWeight = 12,  // per channel
+  kGradBias = 13,    // per channel
+  kBuffers = 14,
+};
+
+/// A walk over an array that is row-contiguous as (segments = merge * outer, reduce, inner).
+///
+/// A threadgroup takes one piece of the positions of one strip. Its threads stand `across` statistics
+/// and `along` the reduction; a strip is `across` vectors of columns of one segment (columns), or
+/// `across` segments (rows).
+struct Sweep {
+  int64_t_shared segments;
+  int64_t_shared outer;  // statistic of a column: segment % outer * inner + column
+  int64_t_shared reduce;
+  int64_t_shared inner;
+  int64_t_shared channels;  // channel of a statistic: statistic % channels
+  int64_t_shared piece;     // positions of a piece
+  uint32_t_shared pieces;
+  uint32_t_shared strips;  // of a segment (columns) or in all (rows)
+  uint32_t_shared across;  // a power of two, up to kSimd (columns)
+  uint32_t_shared along;   // a multiple of kSimd (rows)
+  uint32_t_shared has_weight;
+  uint32_t_shared has_bias;
+  float count;  // values per statistic
+  float eps;
+};
+
+/// A merge of `parts` partial results of each of `columns`, which lie as (part, column).
+struct Merge {
+  int64_t_shared columns;
+  int64_t_shared parts;
+  uint32_t_shared across;  // columns of a threadgroup, a power of two up to kSimd
+  uint32_t_shared along;   // its threads for each of them
+  uint32_t_shared has_weight;
+  uint32_t_shared has_bias;
+  float eps;
+};

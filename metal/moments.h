@@ -1,0 +1,120 @@
+// The two monoids that everything is made of, and their merge over a threadgroup.
+#pragma once
+
+#include "bindings.h"
+
+/// Count, mean and sum of squared deviations of a set of values. The identity has count 0.
+///
+/// The mean is origin + offset, and the origin is one of the values: float32 resolves the differences
+/// of neighbouring values far better than the values themselves when these are large.
+struct Moments {
+  float count;
+  float origin;
+  float offset;
+  float m2;
+};
+
+inline Moments no_moments() { return Moments{0.0f, 0.0f, 0.0f, 0.0f}; }
+
+inline float mean_of(Moments m) { return m.origin + m.offset; }
+
+/// Chan's merge of two sets. An empty side is skipped, so that (inf - 0) * 0 never makes a nan.
+inline Moments merge(Moments a, Moments b) {
+  if (b.count == 0.0f) {
+    return a;
+  }
+  if (a.count == 0.0f) {
+    return b;
+  }
+  const float n = a.count + b.count;
+  const float share = b.count / n;
+  const float d = (b.origin - a.origin) + (b.offset - a.offset);
+  return Moments{n, a.origin, a.offset + d * share, a.m2 + b.m2 + d * d * (a.count * share)};
+}
+
+/// Welford's step: the merge with a single value.
+inline Moments push(Moments a, float x) { return merge(a, Moments{1.0f, x, 0.0f, 0.0f}); }
+
+/// Sums of g and of g * (x - mean). The identity is zero.
+struct Sums {
+  float g;
+  float gd;
+};
+
+inline Sums merge(Sums a, Sums b) { return Sums{a.g + b.g, a.gd + b.gd}; }
+
+inline Moments shuffle_xor(Moments m, ushort offset) {
+  return Moments{
+      metal::simd_shuffle_xor(m.count, offset), metal::simd_shuffle_xor(m.origin, offset),
+      metal::simd_shuffle_xor(m.offset, offset), metal::simd_shuffle_xor(m.m2, offset)};
+}
+
+inline Sums shuffle_xor(Sums s, ushort offset) {
+  return Sums{metal::simd_shuffle_xor(s.g, offset), metal::simd_shuffle_xor(s.gd, offset)};
+}
+
+/// A thread's place in its threadgroup: `a` across the statistics, `l` along the reduction.
+struct Place {
+  uint a;
+  uint l;
+  uint lane_step;    // lanes between two of the same `a`: a simdgroup merges those by itself,
+  bool writes;       // and its lanes that hold the results
+  uint entry;        // write them to these entries of threadgroup memory;
+  uint first_entry;  // those of this `a` begin here,
+  uint entry_step;   // lie this far apart,
+  uint entries;      // and are so many.
+};
+
+/// Neighbouring threads stand across. `across` is a power of two up to kSimd.
+inline Place place_across(uint thread_index, uint across, uint along) {
+  const uint lane = thread_index % kSimd;
+  Place p;
+  p.a = thread_index % across;
+  p.l = thread_index / across;
+  p.lane_step = across;
+  p.writes = lane < across;
+  p.entry = thread_index / kSimd * across + lane;
+  p.first_entry = p.a;
+  p.entry_step = across;
+  p.entries = across * along / kSimd;
+  return p;
+}
+
+/// Neighbouring threads stand along. `along` is a multiple of kSimd.
+inline Place place_along(uint thread_index, uint along) {
+  Place p;
+  p.a = thread_index / along;
+  p.l = thread_index % along;
+  p.lane_step = 1;
+  p.writes = thread_index % kSimd == 0;
+  p.entry = thread_index / kSimd;
+  p.entries = along / kSimd;
+  p.first_entry = p.a * p.entries;
+  p.entry_step = 1;
+  return p;
+}
+
+/// Merges values[0], ..., values[n - 1], each over all threads of the same `a`; all of these get the
+/// results. Every thread of the threadgroup must come here.
+template <typename M, int n>
+inline void merge_along(thread M* values, Place p, threadgroup M* entries) {
+  for (int i = 0; i < n; ++i) {
+    M m = values[i];
+    for (uint offset = p.lane_step; offset < kSimd; offset *= 2) {
+      m = merge(m, shuffle_xor(m, ushort(offset)));
+    }
+    if (p.entries > 1) {
+      // What these entries held before may still be being read.
+      metal::threadgroup_barrier(metal::mem_flags::mem_threadgroup);
+      if (p.writes) {
+        entries[p.entry] = m;
+      }
+      metal::threadgroup_barrier(metal::mem_flags::mem_threadgroup);
+      m = entries[p.first_entry];
+      for (uint j = 1; j < p.entries; ++j) {
+        m = merge(m, entries[p.first_entry + j * p.entry_step]);
+      }
+    }
+    values[i] = m;
+  }
+}

@@ -1,0 +1,39 @@
+"""The CPU kernels are compiled for several instruction sets; MLX_WELFORD_ISA chooses one."""
+
+from pathlib import Path
+
+import pytest
+from processes import assert_equal_within_rounding, compute, run
+from reference import Array
+
+SMALL = "import mlx.core as mx, mlx_welford as mw; mx.eval(mw.moments(mx.ones((4,)), 0))"
+
+
+@pytest.fixture(scope="module")
+def by_default(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Array]:
+    return compute(tmp_path_factory.mktemp("default"))
+
+
+def skip_unless_present(isa: str) -> None:
+    try:
+        run(
+            "import mlx.core as mx, mlx_welford as mw; mx.eval(mw.moments(mx.ones((4,)), 0))",
+            isa=isa,
+        )
+    except AssertionError as error:
+        if f"MLX_WELFORD_ISA={isa} is not an instruction set" in str(error):
+            pytest.skip(f"this build or this processor lacks {isa}")
+        raise
+
+
+@pytest.mark.parametrize("isa", ["baseline", "x86_64_v3", "x86_64_v4"])
+def test_results_do_not_depend_on_the_instruction_set(
+    isa: str, by_default: dict[str, Array], tmp_path: Path
+) -> None:
+    skip_unless_present(isa)
+    assert_equal_within_rounding(compute(tmp_path, isa=isa), by_default)
+
+
+def test_an_unknown_instruction_set_is_an_error() -> None:
+    with pytest.raises(AssertionError, match="RuntimeError: MLX_WELFORD_ISA=z80 is not an instr"):
+        run(SMALL, isa="z80")
