@@ -8,8 +8,11 @@
 #include <nanobind/stl/variant.h>
 #include <nanobind/stl/vector.h>
 
+#include "backend.h"
+#include "bindings.h"
 #include "cpu/kernels.h"
 #include "cpu/parallel.h"
+#include "gpu/simulator.h"
 #include "ops.h"
 
 namespace nb = nanobind;
@@ -65,6 +68,12 @@ NB_MODULE(_ext, m) {
       },
       "x"_a, "axes"_a, "keepdims"_a = false, "stream"_a = nb::none());
 
+  m.def(
+      "backend", [](mx::StreamOrDevice s) { return mw::backend_name(mx::to_stream(s)); },
+      "stream"_a = nb::none(), "What kernels run on, on this stream.");
+  m.def("simulate_with", &mw::gpu::simulate_with, "library"_a.none(),
+        "Run the shaders compiled into this library in place of the CPU's kernels; None: no more.");
+  mw::bind_launch(m);
   m.def("num_threads", &mw::cpu::num_threads);
   m.def("instruction_set", &mw::cpu::instruction_set);
 }

@@ -63,7 +63,7 @@ template <typename T, int V, typename A>
   merge_along<Moments, S>(found, p, entries);
   if (p.l == 0 && w.inside) {
     for (int i = 0; i < S; ++i) {
-      mean[w.statistic + i] = mean_of(found[i]);
+      mean[w.statistic + i] = found[i].mean;
       var[w.statistic + i] = found[i].m2 / found[i].count;
     }
   }
@@ -147,7 +147,7 @@ inline M merge_parts(constant Merge& s, const device M* partials, M identity, lo
   const long column = long(group) * s.across + p.a;
   const Moments all = merge_parts(s, partials, no_moments(), column, p, entries);
   if (p.l == 0 && column < s.columns) {
-    mean[column] = mean_of(all);
+    mean[column] = all.mean;
     var[column] = all.m2 / all.count;
   }
 }
@@ -345,7 +345,7 @@ template <typename T, int V, typename A>
     Affine f[S];
     for (int i = 0; i < S; ++i) {
       const long j = w.statistic + i;
-      const float m = mean_of(found[i]);
+      const float m = found[i].mean;
       const float v = found[i].m2 / found[i].count;
       f[i] = forward(s, m, v, weight, bias, j);
       if (p.l == 0) {

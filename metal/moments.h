@@ -5,18 +5,23 @@
 
 /// Count, mean and sum of squared deviations of a set of values. The identity has count 0.
 ///
-/// The mean is origin + offset, and the origin is one of the values: float32 resolves the differences
-/// of neighbouring values far better than the values themselves when these are large.
+/// The mean is mean + tail; the tail is what one float cannot hold of it. Without it the rounding of
+/// large means would end up in the variance when sets are merged.
 struct Moments {
   float count;
-  float origin;
-  float offset;
+  float mean;
+  float tail;
   float m2;
 };
 
 inline Moments no_moments() { return Moments{0.0f, 0.0f, 0.0f, 0.0f}; }
 
-inline float mean_of(Moments m) { return m.origin + m.offset; }
+/// Moments whose mean is the sum a + b, rounded and what is left of it (Knuth's two-sum).
+inline Moments moments_about(float count, float a, float b, float m2) {
+  const float mean = a + b;
+  const float part = mean - a;
+  return Moments{count, mean, (a - (mean - part)) + (b - part), m2};
+}
 
 /// Chan's merge of two sets. An empty side is skipped, so that (inf - 0) * 0 never makes a nan.
 inline Moments merge(Moments a, Moments b) {
@@ -28,8 +33,8 @@ inline Moments merge(Moments a, Moments b) {
   }
   const float n = a.count + b.count;
   const float share = b.count / n;
-  const float d = (b.origin - a.origin) + (b.offset - a.offset);
-  return Moments{n, a.origin, a.offset + d * share, a.m2 + b.m2 + d * d * (a.count * share)};
+  const float d = (b.mean - a.mean) + (b.tail - a.tail);
+  return moments_about(n, a.mean, a.tail + d * share, a.m2 + b.m2 + d * d * (a.count * share));
 }
 
 /// Welford's step: the merge with a single value.
@@ -45,8 +50,8 @@ inline Sums merge(Sums a, Sums b) { return Sums{a.g + b.g, a.gd + b.gd}; }
 
 inline Moments shuffle_xor(Moments m, ushort offset) {
   return Moments{
-      metal::simd_shuffle_xor(m.count, offset), metal::simd_shuffle_xor(m.origin, offset),
-      metal::simd_shuffle_xor(m.offset, offset), metal::simd_shuffle_xor(m.m2, offset)};
+      metal::simd_shuffle_xor(m.count, offset), metal::simd_shuffle_xor(m.mean, offset),
+      metal::simd_shuffle_xor(m.tail, offset), metal::simd_shuffle_xor(m.m2, offset)};
 }
 
 inline Sums shuffle_xor(Sums s, ushort offset) {

@@ -76,12 +76,12 @@ inline void find_moments(const device T* x, Walk w, thread Moments* found) {
 
   // Merge the chains of one statistic
   for (int s = 0; s < S; ++s) {
-    found[s] = Moments{n, origin[s], offset[s], m2[s]};
+    found[s] = moments_about(n, origin[s], offset[s], m2[s]);
   }
   if (S == 1) {
     found[0] = rest;
     for (int c = 0; c < chains; ++c) {
-      found[0] = merge(found[0], Moments{n, origin[c], offset[c], m2[c]});
+      found[0] = merge(found[0], moments_about(n, origin[c], offset[c], m2[c]));
     }
   }
 }
@@ -281,12 +281,12 @@ inline void find_moments(Kept<T, V> kept, Walk w, thread Moments* found) {
     edge = push(edge, kept.edge);
   }
   for (int s = 0; s < S; ++s) {
-    found[s] = Moments{n, origin[s], offset[s], m2[s]};
+    found[s] = moments_about(n, origin[s], offset[s], m2[s]);
   }
   if (S == 1) {
     found[0] = edge;
     for (int c = 0; c < V; ++c) {
-      found[0] = merge(found[0], Moments{n, origin[c], offset[c], m2[c]});
+      found[0] = merge(found[0], moments_about(n, origin[c], offset[c], m2[c]));
     }
   }
 }

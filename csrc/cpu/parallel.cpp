@@ -7,6 +7,7 @@
 #include <deque>
 #include <memory>
 #include <mutex>
+#include <stdexcept>
 #include <string>
 #include <thread>
 
@@ -33,9 +34,12 @@ int read_num_threads() {
   if (const char* text = std::getenv("MLX_WELFORD_NUM_THREADS")) {
     char* end = nullptr;
     const long n = std::strtol(text, &end, 10);
-    if (end != text && *end == '\0' && n >= 1 && n <= 4096) {
-      return static_cast<int>(n);
+    if (end == text || *end != '\0' || n < 1 || n > 4096) {
+      throw std::invalid_argument(
+          std::string("MLX_WELFORD_NUM_THREADS must be a number from 1 to 4096 but is '") + text +
+          "'.");
     }
+    return static_cast<int>(n);
   }
   return std::max(1, available_processors());
 }

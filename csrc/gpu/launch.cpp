@@ -337,6 +337,34 @@ std::string Dispatch::instantiation() const {
          function + ";\n";
 }
 
+std::vector<Dispatch> all_kernels() {
+  std::vector<Dispatch> kernels;
+  auto add = [&](const char* name, std::string arguments) {
+    Dispatch d{};
+    d.kernel = name;
+    d.arguments = std::move(arguments);
+    kernels.push_back(std::move(d));
+  };
+  for (Element element : {Element::float32, Element::float16, Element::bfloat16}) {
+    for (int64_t inner : {1, 16}) {
+      for (bool aligned : {false, true}) {
+        const Access access({.reduce = 16, .inner = inner}, element, aligned);
+        for (const char* name :
+             {"moments", "partial_moments", "partial_sums", "normalize", "input_gradient",
+              "given_input_gradient", "moments_gradient", "fused_normalize", "fused_gradient"}) {
+          add(name, access.arguments(element));
+        }
+      }
+    }
+    const std::string typed = std::string("<") + type_of(element).metal + ">";
+    add("parameter_gradients", typed);
+    add("given_gradients", typed);
+  }
+  add("merge_moments", "");
+  add("merge_sums", "");
+  return kernels;
+}
+
 Problem with_alignment(Problem problem, const BoundArrays& arrays) {
   // Memory itself begins at a multiple of 16 bytes; a view of it may not.
   for (BufferIndex i : {kX, kG, kOut}) {

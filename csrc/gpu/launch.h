@@ -45,6 +45,9 @@ struct Plan {
   int64_t sums_bytes = 0;
 };
 
+/// Every kernel that a plan can contain, by name and arguments alone.
+std::vector<Dispatch> all_kernels();
+
 /// The problem, knowing whether its arrays begin where vectors of 16 bytes are aligned.
 Problem with_alignment(Problem problem, const BoundArrays& arrays);
 

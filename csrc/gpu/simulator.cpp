@@ -8,6 +8,7 @@
 
 #include <dlfcn.h>
 
+#include <atomic>
 #include <string>
 #include <vector>
 
@@ -23,25 +24,10 @@ namespace {
 
 using SimulatorFunction = const char* (*)(SimulatorDispatch*);
 
-/// simulator_dispatch of the library that MLX_WELFORD_SIMULATOR names: the shaders, compiled for this machine.
-SimulatorFunction simulator() {
-  static const SimulatorFunction function = [] {
-    const char* path = std::getenv("MLX_WELFORD_SIMULATOR");
-    if (path == nullptr) {
-      throw std::runtime_error(
-          "MLX_WELFORD_BACKEND=sim needs MLX_WELFORD_SIMULATOR, the path of the compiled shaders.");
-    }
-    void* library = dlopen(path, RTLD_NOW | RTLD_LOCAL);
-    void* symbol = library ? dlsym(library, "simulator_dispatch") : nullptr;
-    if (symbol == nullptr) {
-      throw std::runtime_error(std::string("MLX_WELFORD_SIMULATOR: ") + dlerror());
-    }
-    return reinterpret_cast<SimulatorFunction>(symbol);
-  }();
-  return function;
-}
+/// simulator_dispatch of the library in use: the shaders, compiled for this machine.
+std::atomic<SimulatorFunction> simulator{nullptr};
 
-void simulate(const Problem& problem, BoundArrays& arrays) {
+void simulate(SimulatorFunction function, const Problem& problem, BoundArrays& arrays) {
   const Plan p = plan(with_alignment(problem, arrays));
   std::vector<char> partials(p.partials_bytes);
   std::vector<char> sums(p.sums_bytes);
@@ -73,7 +59,7 @@ void simulate(const Problem& problem, BoundArrays& arrays) {
     dispatch.grid_threadgroups[1] = dispatch.grid_threadgroups[2] = 1;
     dispatch.threads_per_threadgroup[0] = d.threads;
     dispatch.threads_per_threadgroup[1] = dispatch.threads_per_threadgroup[2] = 1;
-    if (const char* error = simulator()(&dispatch)) {
+    if (const char* error = function(&dispatch)) {
       throw std::runtime_error(error);
     }
   }
@@ -84,15 +70,39 @@ void simulate(const Problem& problem, BoundArrays& arrays) {
 bool simulates() {
   static const bool asked = [] {
     const char* backend = std::getenv("MLX_WELFORD_BACKEND");
-    return backend != nullptr && std::strcmp(backend, "sim") == 0;
+    if (backend == nullptr || std::strcmp(backend, "sim") != 0) {
+      return false;
+    }
+    const char* library = std::getenv("MLX_WELFORD_SIMULATOR");
+    if (library == nullptr) {
+      throw std::runtime_error(
+          "MLX_WELFORD_BACKEND=sim needs MLX_WELFORD_SIMULATOR, the path of the compiled shaders.");
+    }
+    simulate_with(library);
+    return true;
   }();
-  return asked;
+  static_cast<void>(asked);
+  return simulator.load() != nullptr;
+}
+
+void simulate_with(const std::optional<std::string>& library) {
+  if (!library) {
+    simulator.store(nullptr);
+    return;
+  }
+  void* handle = dlopen(library->c_str(), RTLD_NOW | RTLD_LOCAL);
+  void* symbol = handle ? dlsym(handle, "simulator_dispatch") : nullptr;
+  if (symbol == nullptr) {
+    throw std::runtime_error(std::string("[simulate_with] ") + dlerror());
+  }
+  simulator.store(reinterpret_cast<SimulatorFunction>(symbol));
 }
 
 void run_in_simulator(mx::Stream s, const Problem& problem, const BoundArrays& arrays) {
-  simulator();  // a missing library is an error here, not on the stream
   mx::cpu::get_command_encoder(s).dispatch(
-      [problem, arrays = arrays.weak()]() mutable { simulate(problem, arrays); });
+      [function = simulator.load(), problem, arrays = arrays.weak()]() mutable {
+        simulate(function, problem, arrays);
+      });
 }
 
 }  // namespace mlx_welford::gpu
@@ -104,12 +114,16 @@ namespace mlx_welford::gpu {
 bool simulates() {
   static const bool asked = [] {
     const char* backend = std::getenv("MLX_WELFORD_BACKEND");
-    if (backend != nullptr && std::strcmp(backend, "sim") == 0) {
-      throw std::runtime_error("MLX_WELFORD_BACKEND=sim: this build has no simulator.");
-    }
-    return false;
+    return backend != nullptr && std::strcmp(backend, "sim") == 0;
   }();
-  return asked;
+  if (asked) {
+    throw std::runtime_error("MLX_WELFORD_BACKEND=sim: this build has no simulator.");
+  }
+  return false;
+}
+
+void simulate_with(const std::optional<std::string>&) {
+  throw std::runtime_error("This build has no simulator.");
 }
 
 void run_in_simulator(mlx::core::Stream, const Problem&, const BoundArrays&) {

@@ -2,13 +2,19 @@
 // with MLX_WELFORD_SIMULATOR, which releases are not.
 #pragma once
 
+#include <optional>
+#include <string>
+
 #include "mlx/stream.h"
 #include "problem.h"
 
 namespace mlx_welford::gpu {
 
-/// Whether MLX_WELFORD_BACKEND=sim asks for it.
+/// Whether MLX_WELFORD_BACKEND=sim asked for it, or simulate_with.
 bool simulates();
+
+/// The library of compiled shaders to use from now on, or none: the CPU's kernels.
+void simulate_with(const std::optional<std::string>& library);
 
 /// Queues the plan for a problem on a CPU stream.
 void run_in_simulator(mlx::core::Stream s, const Problem& problem, const BoundArrays& arrays);

@@ -1,0 +1,10 @@
+// The parts of the extension module.
+#pragma once
+
+#include <nanobind/nanobind.h>
+
+namespace mlx_welford {
+
+void bind_launch(nanobind::module_& m);
+
+}  // namespace mlx_welford

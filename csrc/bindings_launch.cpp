@@ -1,0 +1,142 @@
+// The launch plan for Python: for `status`, for tests, and for whoever else runs the shaders.
+
+#include <nanobind/nanobind.h>
+#include <nanobind/stl/array.h>
+#include <nanobind/stl/string.h>
+#include <nanobind/stl/tuple.h>
+#include <nanobind/stl/vector.h>
+
+#include "bindings.h"
+#include "gpu/launch.h"
+#include "mlx/dtype.h"
+#include "shaders.h"
+
+namespace nb = nanobind;
+using namespace nb::literals;
+namespace mx = mlx::core;
+
+namespace mlx_welford {
+
+namespace {
+
+nb::dict to_dict(const Sweep& s) {
+  nb::dict d;
+  d["segments"] = s.segments;
+  d["outer"] = s.outer;
+  d["reduce"] = s.reduce;
+  d["inner"] = s.inner;
+  d["channels"] = s.channels;
+  d["piece"] = s.piece;
+  d["pieces"] = s.pieces;
+  d["strips"] = s.strips;
+  d["across"] = s.across;
+  d["along"] = s.along;
+  d["has_weight"] = s.has_weight;
+  d["has_bias"] = s.has_bias;
+  d["count"] = s.count;
+  d["eps"] = s.eps;
+  return d;
+}
+
+nb::dict to_dict(const Merge& s) {
+  nb::dict d;
+  d["columns"] = s.columns;
+  d["parts"] = s.parts;
+  d["across"] = s.across;
+  d["along"] = s.along;
+  d["has_weight"] = s.has_weight;
+  d["has_bias"] = s.has_bias;
+  d["eps"] = s.eps;
+  return d;
+}
+
+nb::dict to_dict(const gpu::Dispatch& dispatch) {
+  nb::dict d;
+  d["kernel"] = dispatch.kernel;
+  d["host_name"] = dispatch.host_name();
+  d["instantiation"] = dispatch.instantiation();
+  nb::list buffers;
+  for (const gpu::Binding& b : dispatch.buffers) {
+    buffers.append(nb::make_tuple(static_cast<int>(b.index), static_cast<int>(b.array), b.written));
+  }
+  d["buffers"] = buffers;
+  std::visit(
+      [&](const auto& parameters) {
+        d["parameters"] = to_dict(parameters);
+        d["parameter_bytes"] =
+            nb::bytes(reinterpret_cast<const char*>(&parameters), sizeof parameters);
+      },
+      dispatch.parameters);
+  d["groups"] = dispatch.groups;
+  d["threads"] = dispatch.threads;
+  return d;
+}
+
+Operation operation_of(const std::string& name) {
+  if (name == "moments") {
+    return Operation::moments;
+  }
+  if (name == "moments_gradient") {
+    return Operation::moments_gradient;
+  }
+  if (name == "normalize") {
+    return Operation::normalize;
+  }
+  if (name == "normalize_gradient") {
+    return Operation::normalize_gradient;
+  }
+  throw std::invalid_argument("[launch_plan] no operation '" + name + "'.");
+}
+
+}  // namespace
+
+void bind_launch(nb::module_& m) {
+  m.def(
+      "launch_plan",
+      [](const std::string& operation, const std::vector<int>& shape, const std::vector<int>& axes,
+         mx::Dtype dtype, int64_t channels, double eps, bool given, bool weight, bool bias,
+         std::array<bool, 4> wanted, bool aligned, uint32_t max_threads) {
+        const auto geometry = find_geometry(mx::Shape(shape.begin(), shape.end()), axes);
+        if (!geometry || geometry->size() == 0) {
+          throw std::invalid_argument("[launch_plan] no kernels for this shape and these axes.");
+        }
+        const Problem problem{.operation = operation_of(operation),
+                              .element = element_of(dtype),
+                              .geometry = *geometry,
+                              .channels = channels,
+                              .eps = static_cast<float>(eps),
+                              .given = given,
+                              .has_weight = weight,
+                              .has_bias = bias,
+                              .wanted = {wanted[0], wanted[1], wanted[2], wanted[3]},
+                              .aligned = aligned};
+        const gpu::Plan plan = gpu::plan(problem, {.threads = max_threads});
+        nb::list dispatches;
+        for (const gpu::Dispatch& dispatch : plan.dispatches) {
+          dispatches.append(to_dict(dispatch));
+        }
+        return nb::make_tuple(dispatches, plan.partials_bytes, plan.sums_bytes);
+      },
+      "operation"_a, "shape"_a, "axes"_a, "dtype"_a, nb::kw_only(), "channels"_a = 1,
+      "eps"_a = 1e-5, "given"_a = false, "weight"_a = false, "bias"_a = false,
+      "wanted"_a = std::array<bool, 4>{false, false, false, false}, "aligned"_a = true,
+      "max_threads"_a = 1024,
+      "The dispatches for a problem over non-negative `axes`, and the bytes of the temporary arrays "
+      "partials and sums. `wanted`: gradients of x, the given statistics, weight, bias.");
+
+  m.attr("shader_source") = gpu::kShaderSource;
+  m.attr("shader_hash") = gpu::kShaderHash;
+
+  m.def(
+      "shader_kernels",
+      [] {
+        std::vector<std::tuple<std::string, std::string>> kernels;
+        for (const gpu::Dispatch& d : gpu::all_kernels()) {
+          kernels.emplace_back(d.host_name(), d.instantiation());
+        }
+        return kernels;
+      },
+      "Host name and instantiation of every kernel that a plan can contain.");
+}
+
+}  // namespace mlx_welford
