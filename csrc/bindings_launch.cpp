@@ -121,7 +121,8 @@ void bind_launch(nb::module_& m) {
       "eps"_a = 1e-5, "given"_a = false, "weight"_a = false, "bias"_a = false,
       "wanted"_a = std::array<bool, 4>{false, false, false, false}, "aligned"_a = true,
       "max_threads"_a = 1024,
-      "The dispatches for a problem over non-negative `axes`, and the bytes of the temporary arrays "
+      "The dispatches for a problem over non-negative `axes`, and the bytes of the temporary "
+      "arrays "
       "partials and sums. `wanted`: gradients of x, the given statistics, weight, bias.");
 
   m.attr("shader_source") = gpu::kShaderSource;

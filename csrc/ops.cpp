@@ -167,7 +167,8 @@ Normalized normalize(const array& x_, const std::optional<array>& weight_,
   append(inputs, weight);
   append(inputs, bias);
   const mx::Dtype wide = statistics_dtype(dtype);
-  auto outputs = outputs_of(primitive, inputs, mean ? std::vector{dtype} : std::vector{dtype, wide, wide});
+  auto outputs =
+      outputs_of(primitive, inputs, mean ? std::vector{dtype} : std::vector{dtype, wide, wide});
   if (mean) {
     outputs.insert(outputs.end(), {*mean, *var});
   }
@@ -209,8 +210,8 @@ std::pair<array, array> moments(const array& x_, std::vector<int> axes, bool kee
     }
   }
   const mx::Dtype wide = statistics_dtype(x.dtype());
-  auto outputs = outputs_of(std::make_shared<Moments>(s, kernel_axes), {make_contiguous(x, s)},
-                            {wide, wide});
+  auto outputs =
+      outputs_of(std::make_shared<Moments>(s, kernel_axes), {make_contiguous(x, s)}, {wide, wide});
   array mean = outputs[0];
   array var = outputs[1];
   if (keepdims) {

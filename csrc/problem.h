@@ -28,11 +28,11 @@ struct Problem {
   Geometry geometry;
   int64_t channels = 1;  // of a normalisation
   float eps = 0;
-  bool given = false;    // the statistics are given
+  bool given = false;  // the statistics are given
   bool has_weight = false;
   bool has_bias = false;
-  Wanted wanted{};       // of a gradient
-  bool aligned = true;   // x, g and out begin at multiples of 16 bytes
+  Wanted wanted{};      // of a gradient
+  bool aligned = true;  // x, g and out begin at multiples of 16 bytes
 };
 
 /// BoundArrays by the index that their buffers have in the kernels (metal/bindings.h).

@@ -47,10 +47,8 @@ inline Affine backward(constant Sweep& s, float mean, float var, const device T*
 
 /// mean and var (statistic) of x, where a single threadgroup reads all of a statistic.
 template <typename T, int V, typename A>
-[[kernel]] void moments(constant Sweep& s [[buffer(kParameters)]],
-                        const device T* x [[buffer(kX)]],
-                        device float* mean [[buffer(kMean)]],
-                        device float* var [[buffer(kVar)]],
+[[kernel]] void moments(constant Sweep& s [[buffer(kParameters)]], const device T* x [[buffer(kX)]],
+                        device float* mean [[buffer(kMean)]], device float* var [[buffer(kVar)]],
                         uint group [[threadgroup_position_in_grid]],
                         uint groups [[threadgroups_per_grid]],
                         uint thread_index [[thread_position_in_threadgroup]]) {
@@ -94,8 +92,7 @@ template <typename T, int V, typename A>
 /// Sums (part, statistic) of g and g * (x - mean); see merge_sums.
 template <typename T, int V, typename A>
 [[kernel]] void partial_sums(constant Sweep& s [[buffer(kParameters)]],
-                             const device T* x [[buffer(kX)]],
-                             const device T* g [[buffer(kG)]],
+                             const device T* x [[buffer(kX)]], const device T* g [[buffer(kG)]],
                              const device float* mean [[buffer(kMean)]],
                              device Sums* partials [[buffer(kPartials)]],
                              uint group [[threadgroup_position_in_grid]],
@@ -221,16 +218,12 @@ template <typename T>
 
 /// y of x and the statistics.
 template <typename T, int V, typename A>
-[[kernel]] void normalize(constant Sweep& s [[buffer(kParameters)]],
-                          const device T* x [[buffer(kX)]],
-                          const device float* mean [[buffer(kMean)]],
-                          const device float* var [[buffer(kVar)]],
-                          const device T* weight [[buffer(kWeight)]],
-                          const device T* bias [[buffer(kBias)]],
-                          device T* y [[buffer(kOut)]],
-                          uint group [[threadgroup_position_in_grid]],
-                          uint groups [[threadgroups_per_grid]],
-                          uint thread_index [[thread_position_in_threadgroup]]) {
+[[kernel]] void normalize(
+    constant Sweep& s [[buffer(kParameters)]], const device T* x [[buffer(kX)]],
+    const device float* mean [[buffer(kMean)]], const device float* var [[buffer(kVar)]],
+    const device T* weight [[buffer(kWeight)]], const device T* bias [[buffer(kBias)]],
+    device T* y [[buffer(kOut)]], uint group [[threadgroup_position_in_grid]],
+    uint groups [[threadgroups_per_grid]], uint thread_index [[thread_position_in_threadgroup]]) {
   enum { S = A::template Statistics<V>::count };
   const Place p = A::place(s, thread_index);
   const Walk w = A::template walk<V>(s, locate(s, group, groups, true), p);
@@ -246,19 +239,14 @@ template <typename T, int V, typename A>
 
 /// grad x of x, g, the statistics, the sums, and the cotangents of the statistics.
 template <typename T, int V, typename A>
-[[kernel]] void input_gradient(constant Sweep& s [[buffer(kParameters)]],
-                               const device T* x [[buffer(kX)]],
-                               const device T* g [[buffer(kG)]],
-                               const device float* mean [[buffer(kMean)]],
-                               const device float* var [[buffer(kVar)]],
-                               const device T* weight [[buffer(kWeight)]],
-                               const device Sums* sums [[buffer(kSums)]],
-                               const device float* grad_mean [[buffer(kGradMean)]],
-                               const device float* grad_var [[buffer(kGradVar)]],
-                               device T* grad_x [[buffer(kOut)]],
-                               uint group [[threadgroup_position_in_grid]],
-                               uint groups [[threadgroups_per_grid]],
-                               uint thread_index [[thread_position_in_threadgroup]]) {
+[[kernel]] void input_gradient(
+    constant Sweep& s [[buffer(kParameters)]], const device T* x [[buffer(kX)]],
+    const device T* g [[buffer(kG)]], const device float* mean [[buffer(kMean)]],
+    const device float* var [[buffer(kVar)]], const device T* weight [[buffer(kWeight)]],
+    const device Sums* sums [[buffer(kSums)]], const device float* grad_mean [[buffer(kGradMean)]],
+    const device float* grad_var [[buffer(kGradVar)]], device T* grad_x [[buffer(kOut)]],
+    uint group [[threadgroup_position_in_grid]], uint groups [[threadgroups_per_grid]],
+    uint thread_index [[thread_position_in_threadgroup]]) {
   enum { S = A::template Statistics<V>::count };
   const Place p = A::place(s, thread_index);
   const Walk w = A::template walk<V>(s, locate(s, group, groups, true), p);
@@ -274,14 +262,11 @@ template <typename T, int V, typename A>
 
 /// grad x of g alone: the gradient with given statistics.
 template <typename T, int V, typename A>
-[[kernel]] void given_input_gradient(constant Sweep& s [[buffer(kParameters)]],
-                                     const device T* g [[buffer(kG)]],
-                                     const device float* var [[buffer(kVar)]],
-                                     const device T* weight [[buffer(kWeight)]],
-                                     device T* grad_x [[buffer(kOut)]],
-                                     uint group [[threadgroup_position_in_grid]],
-                                     uint groups [[threadgroups_per_grid]],
-                                     uint thread_index [[thread_position_in_threadgroup]]) {
+[[kernel]] void given_input_gradient(
+    constant Sweep& s [[buffer(kParameters)]], const device T* g [[buffer(kG)]],
+    const device float* var [[buffer(kVar)]], const device T* weight [[buffer(kWeight)]],
+    device T* grad_x [[buffer(kOut)]], uint group [[threadgroup_position_in_grid]],
+    uint groups [[threadgroups_per_grid]], uint thread_index [[thread_position_in_threadgroup]]) {
   enum { S = A::template Statistics<V>::count };
   const Place p = A::place(s, thread_index);
   const Walk w = A::template walk<V>(s, locate(s, group, groups, true), p);
@@ -297,15 +282,12 @@ template <typename T, int V, typename A>
 
 /// grad x of the cotangents of moments.
 template <typename T, int V, typename A>
-[[kernel]] void moments_gradient(constant Sweep& s [[buffer(kParameters)]],
-                                 const device T* x [[buffer(kX)]],
-                                 const device float* mean [[buffer(kMean)]],
-                                 const device float* grad_mean [[buffer(kGradMean)]],
-                                 const device float* grad_var [[buffer(kGradVar)]],
-                                 device T* grad_x [[buffer(kOut)]],
-                                 uint group [[threadgroup_position_in_grid]],
-                                 uint groups [[threadgroups_per_grid]],
-                                 uint thread_index [[thread_position_in_threadgroup]]) {
+[[kernel]] void moments_gradient(
+    constant Sweep& s [[buffer(kParameters)]], const device T* x [[buffer(kX)]],
+    const device float* mean [[buffer(kMean)]], const device float* grad_mean [[buffer(kGradMean)]],
+    const device float* grad_var [[buffer(kGradVar)]], device T* grad_x [[buffer(kOut)]],
+    uint group [[threadgroup_position_in_grid]], uint groups [[threadgroups_per_grid]],
+    uint thread_index [[thread_position_in_threadgroup]]) {
   enum { S = A::template Statistics<V>::count };
   const Place p = A::place(s, thread_index);
   const Walk w = A::template walk<V>(s, locate(s, group, groups, true), p);
@@ -323,16 +305,12 @@ template <typename T, int V, typename A>
 
 /// mean, var and y of x: every element is read once, and kept in registers in between.
 template <typename T, int V, typename A>
-[[kernel]] void fused_normalize(constant Sweep& s [[buffer(kParameters)]],
-                                const device T* x [[buffer(kX)]],
-                                device float* mean [[buffer(kMean)]],
-                                device float* var [[buffer(kVar)]],
-                                const device T* weight [[buffer(kWeight)]],
-                                const device T* bias [[buffer(kBias)]],
-                                device T* y [[buffer(kOut)]],
-                                uint group [[threadgroup_position_in_grid]],
-                                uint groups [[threadgroups_per_grid]],
-                                uint thread_index [[thread_position_in_threadgroup]]) {
+[[kernel]] void fused_normalize(
+    constant Sweep& s [[buffer(kParameters)]], const device T* x [[buffer(kX)]],
+    device float* mean [[buffer(kMean)]], device float* var [[buffer(kVar)]],
+    const device T* weight [[buffer(kWeight)]], const device T* bias [[buffer(kBias)]],
+    device T* y [[buffer(kOut)]], uint group [[threadgroup_position_in_grid]],
+    uint groups [[threadgroups_per_grid]], uint thread_index [[thread_position_in_threadgroup]]) {
   enum { S = A::template Statistics<V>::count };
   threadgroup Moments entries[kEntries];
   const Place p = A::place(s, thread_index);
@@ -359,19 +337,14 @@ template <typename T, int V, typename A>
 
 /// Sums and grad x of x and g: every element is read once.
 template <typename T, int V, typename A>
-[[kernel]] void fused_gradient(constant Sweep& s [[buffer(kParameters)]],
-                               const device T* x [[buffer(kX)]],
-                               const device T* g [[buffer(kG)]],
-                               const device float* mean [[buffer(kMean)]],
-                               const device float* var [[buffer(kVar)]],
-                               const device T* weight [[buffer(kWeight)]],
-                               const device float* grad_mean [[buffer(kGradMean)]],
-                               const device float* grad_var [[buffer(kGradVar)]],
-                               device Sums* sums [[buffer(kSums)]],
-                               device T* grad_x [[buffer(kOut)]],
-                               uint group [[threadgroup_position_in_grid]],
-                               uint groups [[threadgroups_per_grid]],
-                               uint thread_index [[thread_position_in_threadgroup]]) {
+[[kernel]] void fused_gradient(
+    constant Sweep& s [[buffer(kParameters)]], const device T* x [[buffer(kX)]],
+    const device T* g [[buffer(kG)]], const device float* mean [[buffer(kMean)]],
+    const device float* var [[buffer(kVar)]], const device T* weight [[buffer(kWeight)]],
+    const device float* grad_mean [[buffer(kGradMean)]],
+    const device float* grad_var [[buffer(kGradVar)]], device Sums* sums [[buffer(kSums)]],
+    device T* grad_x [[buffer(kOut)]], uint group [[threadgroup_position_in_grid]],
+    uint groups [[threadgroups_per_grid]], uint thread_index [[thread_position_in_threadgroup]]) {
   enum { S = A::template Statistics<V>::count };
   threadgroup Sums entries[kEntries];
   const Place p = A::place(s, thread_index);

@@ -49,9 +49,8 @@ struct Sums {
 inline Sums merge(Sums a, Sums b) { return Sums{a.g + b.g, a.gd + b.gd}; }
 
 inline Moments shuffle_xor(Moments m, ushort offset) {
-  return Moments{
-      metal::simd_shuffle_xor(m.count, offset), metal::simd_shuffle_xor(m.mean, offset),
-      metal::simd_shuffle_xor(m.tail, offset), metal::simd_shuffle_xor(m.m2, offset)};
+  return Moments{metal::simd_shuffle_xor(m.count, offset), metal::simd_shuffle_xor(m.mean, offset),
+                 metal::simd_shuffle_xor(m.tail, offset), metal::simd_shuffle_xor(m.m2, offset)};
 }
 
 inline Sums shuffle_xor(Sums s, ushort offset) {

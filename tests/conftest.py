@@ -1,8 +1,25 @@
-"""Settings that every test shares."""
+"""Settings that every test shares, and the backends that tests run on.
+
+A module marked ``every_backend`` runs once for each backend that is present: the CPU's kernels, the shaders in the
+simulator, and the shaders on a Mac's GPU. ``--backend`` chooses among them.
+
+In the simulator the seed that orders the threads and whether denormals are flushed vary from test to test, unless
+MLX_WELFORD_SIM_SEED and MLX_WELFORD_SIM_FTZ are set.
+"""
+
+import os
+import zlib
+from collections.abc import Iterator
+from functools import cache
 
 import mlx.core as mx
 import pytest
 from hypothesis import HealthCheck, settings
+from mlx_welford import _ext
+from simulator.loader import compile_library
+
+BACKENDS = ("cpu", "sim", "gpu")
+SEEDS = 3
 
 settings.register_profile(
     "suite",
@@ -12,6 +29,65 @@ settings.register_profile(
     suppress_health_check=[HealthCheck.too_slow],
 )
 settings.load_profile("suite")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--backend",
+        action="append",
+        choices=BACKENDS,
+        help="run on this backend alone; may be given several times (default: all that are present)",
+    )
+
+
+def present() -> list[str]:
+    """The backends of this machine and build. MLX_WELFORD_REQUIRE_GPU=1 makes a missing GPU an error."""
+    if mx.metal.is_available():
+        return ["cpu", "sim", "gpu"]
+    if os.environ.get("MLX_WELFORD_REQUIRE_GPU") == "1":
+        raise pytest.UsageError("MLX_WELFORD_REQUIRE_GPU=1, but MLX finds no Metal device.")
+    return ["cpu", "sim"]
+
+
+def chosen(config: pytest.Config) -> list[str]:
+    asked: list[str] | None = config.getoption("--backend")
+    for name in asked or ():
+        if name not in present():
+            raise pytest.UsageError(f"--backend {name}: there is none on this machine.")
+    return asked or present()
+
+
+def pytest_report_header(config: pytest.Config) -> str:
+    missing = [name for name in BACKENDS if name not in chosen(config)]
+    return f"backends: {', '.join(chosen(config))}; not run: {', '.join(missing) or 'none'}"
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if metafunc.definition.get_closest_marker("every_backend"):
+        metafunc.parametrize("backend", chosen(metafunc.config), indirect=True)
+
+
+@cache
+def shaders() -> str:
+    """The path of all shaders, compiled for the simulator from the text that the extension holds."""
+    instantiations = [text for _, text in _ext.shader_kernels()]
+    return str(compile_library(_ext.shader_source, instantiations).path)
+
+
+@pytest.fixture(autouse=True)
+def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """The backend of this test, which all operations on the default device use."""
+    name: str = getattr(request, "param", "cpu")
+    mx.set_default_device(mx.gpu if name == "gpu" else mx.cpu)
+    if name == "sim":
+        number = zlib.crc32(request.node.nodeid.encode())
+        for variable, value in (("SEED", number % SEEDS), ("FTZ", number // SEEDS % 2)):
+            if f"MLX_WELFORD_SIM_{variable}" not in os.environ:
+                monkeypatch.setenv(f"MLX_WELFORD_SIM_{variable}", str(value))
+        _ext.simulate_with(shaders())
+    yield name
+    if name == "sim":
+        _ext.simulate_with(None)
 
 
 @pytest.fixture(autouse=True)

@@ -22,7 +22,9 @@ from problems import (
     with_affine,
 )
 from reference import Kind
-from tolerance import Comparison, assert_as_good_as, assert_same_bits, assert_within
+from tolerance import Comparison, assert_as_good_as, assert_same_bits, assert_within, wide
+
+pytestmark = pytest.mark.every_backend
 
 
 def check(
@@ -65,7 +67,8 @@ def test_every_set_of_arguments(case: Case, names: tuple[str, ...]) -> None:
 
 @pytest.mark.parametrize("names", SUBSETS, ids=",".join)
 @pytest.mark.parametrize("kind", KINDS)
-def test_every_set_of_argnums(kind: Kind, names: tuple[str, ...]) -> None:
+def test_every_set_of_argnums(kind: Kind, names: tuple[str, ...], backend: str) -> None:
+    """The same gradients, whichever are asked for; where other kernels find fewer, but for rounding."""
     problem = Problem(Case(kind, (3, 33, 7)))
 
     def loss(x: mx.array, weight: mx.array, bias: mx.array) -> mx.array:
@@ -77,7 +80,10 @@ def test_every_set_of_argnums(kind: Kind, names: tuple[str, ...]) -> None:
     expected = problem.gradients(systems.ours(kind))
     assert len(got) == len(names)
     for name, gradient in zip(names, got, strict=True):
-        assert_same_bits(gradient, expected[name], f"grad {name}")
+        if backend == "cpu":
+            assert_same_bits(gradient, expected[name], f"grad {name}")
+        else:
+            assert_within(gradient, wide(expected[name]), mx.float32, ulps=2, name=f"grad {name}")
 
 
 @pytest.mark.parametrize("affine", ["plain", "weight", "bias"])

@@ -9,6 +9,8 @@ from problems import HALVES, KINDS, LAYOUTS, Case, Layout, Problem
 from reference import Kind
 from tolerance import assert_same_bits, bits
 
+pytestmark = pytest.mark.every_backend
+
 SIZES = [(4, 33, 7), (2, 4099, 33)]
 DTYPES = ["float32", *HALVES]
 

@@ -22,6 +22,8 @@ from problems import (
 )
 from tolerance import Comparison, assert_same_bits, wide
 
+pytestmark = pytest.mark.every_backend
+
 
 class Given(Problem):
     """A problem with statistics that are not those of its data."""

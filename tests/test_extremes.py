@@ -12,6 +12,8 @@ from problems import DTYPES, HALVES, KINDS, LAYOUTS, Case, Layout, Problem, both
 from reference import Array, Kind
 from tolerance import assert_as_good_as, assert_error, assert_within, bits, largest, ulp, wide
 
+pytestmark = pytest.mark.every_backend
+
 # large means
 
 LONG = [(2, 33, 7), (2, 1025, 33), (1, 100003, 3), (64, 33, 31)]

@@ -21,6 +21,8 @@ from problems import (
 from reference import Kind
 from tolerance import Comparison, assert_as_good_as, assert_within
 
+pytestmark = pytest.mark.every_backend
+
 ROWS_ONLY = [  # two axes: a batch without positions
     Case("batch", shape, axis, dtype)
     for dtype in DTYPES

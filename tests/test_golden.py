@@ -20,6 +20,8 @@ from reference import Array, Kind, Running
 from systems import System
 from tolerance import Comparison, wide
 
+pytestmark = pytest.mark.every_backend
+
 GOLDEN = Path(__file__).parent / "golden"
 TORCH = sorted(GOLDEN.glob("torch_*.npz"))
 MXNET = sorted(GOLDEN.glob("mxnet_*.npz"))
@@ -51,8 +53,10 @@ class Record:
         return bool(self.kwargs.get("track_running_stats", default))
 
 
-def assert_close(got: Array, expected: Array, rtol: float = 1e-10) -> None:
-    np.testing.assert_allclose(got, expected, rtol=rtol, atol=rtol / 100)
+def assert_close(
+    got: Array, expected: Array, rtol: float = 1e-10, atol: float | None = None
+) -> None:
+    np.testing.assert_allclose(got, expected, rtol=rtol, atol=rtol / 100 if atol is None else atol)
 
 
 def double(a: Array | None) -> Array | None:
@@ -179,7 +183,8 @@ def test_layers_agree_with_torch_in_float32(path: Path) -> None:
             comparison.add(f"grad {name}", got, other, truth, mx.float32)
         if step != "_eval" and record.tracks():
             for name in ("running_mean", "running_var"):
-                assert_close(wide(layer[name]), record[name + step], rtol=1e-6)
+                # values of the order of 1, to float32's rounding of them
+                assert_close(wide(layer[name]), record[name + step], rtol=1e-6, atol=1e-7)
     comparison.check()
 
 

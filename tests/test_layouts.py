@@ -10,6 +10,8 @@ from problems import KINDS, Affine, Case, Problem, drawn
 from reference import Kind
 from tolerance import Comparison, assert_as_good_as, assert_same_bits, wide
 
+pytestmark = pytest.mark.every_backend
+
 View = Callable[[mx.array], mx.array]
 
 # Each makes a view of shape (4, 6, 10, 5) of a larger or differently ordered array.

@@ -9,6 +9,8 @@ import systems
 from problems import KINDS, LAYOUTS, Layout
 from reference import Kind
 
+pytestmark = pytest.mark.every_backend
+
 SIZES = (8, 56 * 56, 64)
 
 

@@ -16,6 +16,8 @@ from reference import Kind
 from tolerance import assert_as_good_as, assert_same_bits, wide
 from trees import leaves, parameters_of, trainable_of
 
+pytestmark = pytest.mark.every_backend
+
 Make = Callable[..., nn.Module]
 PAIRS: dict[str, tuple[Kind, Make, Make]] = {
     "batch": ("batch", lambda: mw.BatchNorm(7), lambda: nn.BatchNorm(7)),

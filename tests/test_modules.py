@@ -10,6 +10,8 @@ import pytest
 from tolerance import assert_same_bits, wide
 from trees import parameters_of, trainable_of
 
+pytestmark = pytest.mark.every_backend
+
 Layer = mw.BatchNorm | mw.InstanceNorm
 
 

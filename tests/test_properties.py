@@ -6,6 +6,7 @@ from typing import Any
 import mlx.core as mx
 import mlx_welford as mw
 import numpy as np
+import pytest
 import reference
 import systems
 from hypothesis import assume, example, given, settings
@@ -14,6 +15,8 @@ from hypothesis.extra import numpy as hnp
 from problems import DTYPES, KINDS, Affine, Case, Problem
 from reference import Array, Kind
 from tolerance import wide
+
+pytestmark = pytest.mark.every_backend
 
 AFFINES: list[Affine] = ["affine", "plain", "weight", "bias"]
 # the relative rounding error of float32 operations, and of a result's type

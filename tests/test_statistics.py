@@ -10,6 +10,8 @@ from problems import DTYPES, KINDS, LAYOUTS, Case, Layout, Problem, channels_fir
 from reference import Array, Kind, Running
 from tolerance import assert_as_good_as, assert_same_bits, assert_within, wide
 
+pytestmark = pytest.mark.every_backend
+
 AXES: list[tuple[int, ...]] = [
     (0,),
     (1,),

@@ -20,6 +20,8 @@ from systems import System
 from tolerance import Comparison, assert_as_good_as, assert_same_bits, wide
 from trees import leaves, parameters_of
 
+pytestmark = pytest.mark.every_backend
+
 
 def assert_close(
     got: mx.array, expected: mx.array | Array, *, rtol: float = 2e-6, scale: float = 0.0

@@ -292,11 +292,12 @@ void moments(const Problem& problem, BoundArrays& a) {
   auto* var = a[kVar].data<float>();
   const Kernels& k = kernels(x.dtype());
   Partials partials(tiling);
-  run_stages(tiling, moments_of(x, tiling, k, partials),
-             [&](int64_t first, int64_t last) {
-               settle_moments(tiling, partials, first, last, mean, var);
-             },
-             nullptr);
+  run_stages(
+      tiling, moments_of(x, tiling, k, partials),
+      [&](int64_t first, int64_t last) {
+        settle_moments(tiling, partials, first, last, mean, var);
+      },
+      nullptr);
 }
 
 void moments_gradient(const Problem& problem, BoundArrays& a) {

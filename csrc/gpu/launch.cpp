@@ -61,7 +61,8 @@ int64_t columns_across(const Access& a, Element element, int64_t most) {
   const int64_t run = kLeastRun / (a.vector * type_of(element).bytes);
   const int64_t least = std::min({run, power_of_two_from(a.vectors), most});
   int64_t best = least;
-  for (int64_t across = least; across <= std::min(most, power_of_two_from(a.vectors)); across *= 2) {
+  for (int64_t across = least; across <= std::min(most, power_of_two_from(a.vectors));
+       across *= 2) {
     if (round_up(a.vectors, across) <= round_up(a.vectors, best)) {
       best = across;
     }
@@ -153,9 +154,9 @@ std::optional<Shape> fused(const Problem& p, const Access& a, const Limits& limi
     if (whole_simdgroups > most_threads) {
       return std::nullopt;
     }
-    const int64_t across =
-        std::min(std::max<int64_t>(1, std::min<int64_t>(kSweepThreads, most_threads) / whole_simdgroups),
-                 g.segments());
+    const int64_t across = std::min(
+        std::max<int64_t>(1, std::min<int64_t>(kSweepThreads, most_threads) / whole_simdgroups),
+        g.segments());
     return arrange(a, describe(p), across, whole_simdgroups, 1);
   }
   const int64_t least = columns_across(a, p.element, kLeastRun / 16);
@@ -249,9 +250,10 @@ class Planner {
           {in(kG), in(kVar), weight(), out(kOut)});
     }
     if (wanted.statistics) {
-      plan_.dispatches.push_back(merging(
-          "given_gradients", element_,
-          {in(kSums), in(kVar), weight(), out(kGradMean), out(kGradVar)}, p_, statistics, 1, limits_));
+      plan_.dispatches.push_back(
+          merging("given_gradients", element_,
+                  {in(kSums), in(kVar), weight(), out(kGradMean), out(kGradVar)}, p_, statistics, 1,
+                  limits_));
     }
     if (wanted.weight || wanted.bias) {
       Problem of_wanted = p_;
@@ -259,7 +261,9 @@ class Planner {
       of_wanted.has_bias = wanted.bias;
       plan_.dispatches.push_back(
           merging("parameter_gradients", element_,
-                  {in(kSums), in(kVar), {kGradWeight, wanted.weight ? kGradWeight : kGradBias, true},
+                  {in(kSums),
+                   in(kVar),
+                   {kGradWeight, wanted.weight ? kGradWeight : kGradBias, true},
                    {kGradBias, wanted.bias ? kGradBias : kGradWeight, true}},
                   of_wanted, p_.channels, statistics / p_.channels, limits_));
     }
@@ -289,9 +293,8 @@ class Planner {
     }
     plan_.partials_bytes = parts * g.statistics() * kMomentsBytes;
     add("partial_moments", shape, {in(kX), out(kPartials)});
-    plan_.dispatches.push_back(merging("merge_moments", "",
-                                       {in(kPartials), out(kMean), out(kVar)}, p_, g.statistics(),
-                                       parts, limits_));
+    plan_.dispatches.push_back(merging("merge_moments", "", {in(kPartials), out(kMean), out(kVar)},
+                                       p_, g.statistics(), parts, limits_));
   }
 
   void find_sums() {

@@ -26,8 +26,8 @@ namespace {
 /// of the source; each holds the one instantiation that is needed.
 MTL::ComputePipelineState* pipeline(mx::metal::Device& device, const Dispatch& d) {
   const std::string name = std::string("mlx_welford_") + kShaderHash + "_" + d.host_name();
-  auto* library = device.get_library(
-      name, [&d] { return std::string(kShaderSource) + d.instantiation(); });
+  auto* library =
+      device.get_library(name, [&d] { return std::string(kShaderSource) + d.instantiation(); });
   return device.get_kernel(d.host_name(), library);
 }
 
@@ -55,7 +55,8 @@ Plan plan_for(mx::metal::Device& device, const Problem& problem) {
 void report(const std::exception& error) {
   const char* strict = std::getenv("MLX_WELFORD_STRICT");
   if (strict != nullptr && std::strcmp(strict, "1") == 0) {
-    throw std::runtime_error(std::string("mlx_welford: a shader does not compile.\n") + error.what());
+    throw std::runtime_error(std::string("mlx_welford: a shader does not compile.\n") +
+                             error.what());
   }
   static std::once_flag once;
   std::call_once(once, [&] {

@@ -1,0 +1,372 @@
+"""Compiles Metal source for the simulator and runs its kernels on numpy arrays.
+
+    library = compile_library(source, ['template [[host_name("f")]] [[kernel]] ...;'])
+    library.dispatch("f", {0: x, 1: y}, writable={1}, constants={2: np.int32(3)},
+                     grid=(4, 1, 1), group=(64, 1, 1))
+
+The compiler is clang out of PyPI's ``ziglang``. A library is kept in ``build/simulator`` under a
+hash of all that it is made from; several processes may compile the same one at once.
+
+bfloat16 arrays are passed as uint16. A host that dispatches by itself loads ``library.path`` and
+calls ``simulator_dispatch`` (executor.h).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import hashlib
+import importlib.util
+import os
+import platform
+import re
+import subprocess
+import tempfile
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .source import SourceError, Translation, translate
+
+DIRECTORY = Path(__file__).resolve().parent
+CACHE = DIRECTORY.parents[1] / "build" / "simulator"
+
+# C++ for OpenCL without double precision. Clang knows Metal's attributes as little as most of its
+# idioms: only the warnings asked for below are of use.
+LANGUAGE = [
+    "-x",
+    "clcpp",
+    "-cl-std=clc++2021",
+    "-cl-no-stdinc",
+    "-Xclang",
+    "-cl-ext=+all,-cl_khr_fp64,-__opencl_c_fp64",
+    "-cl-fp32-correctly-rounded-divide-sqrt",
+    "-Wno-everything",
+    "-Wimplicit-float-conversion",
+]
+
+# Metal's keywords; and OpenCL's, which in Metal are ordinary names.
+KEYWORDS = [
+    "-Ddevice=__attribute__((opencl_global_device))",
+    "-Dconstant=const __attribute__((opencl_global_host))",
+    "-Dthreadgroup=__local",
+    "-Dthread=__private",
+    "-Dkernel=",
+    *(f"-D{name}={name}_" for name in ("global", "local", "generic", "pipe")),
+    *(f"-D{name}={name}_" for name in ("read_only", "write_only", "read_write")),
+    *(f"-Datomic_{name}=atomic_{name}_" for name in ("int", "uint", "float")),
+]
+
+# Calls the executor at every load and store that the source makes: hardly optimised, so that none
+# are merged, and with those that the sanitizer itself would leave out.
+INSTRUMENTED = [
+    "-O0",
+    "-fno-vectorize",
+    "-fno-slp-vectorize",
+    "-fsanitize=thread,alignment",
+    "-fno-sanitize-recover=alignment",
+    "-mllvm",
+    "-tsan-instrument-read-before-write=1",
+    "-mllvm",
+    "-tsan-instrument-func-entry-exit=0",
+]
+
+# Metal forbids this conversion; clang only warns of it.
+IMPLICIT_BFLOAT = re.compile(
+    r"^.*: warning: (implicit conversion .* to '(?:bfloat|__bf16)'.*)$", re.M
+)
+
+
+class CompileError(RuntimeError):
+    """The source does not compile."""
+
+
+class SimulatorError(RuntimeError):
+    """A dispatch did what Metal does not allow."""
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """Bytes of a buffer that one dispatch read and wrote."""
+
+    read: int
+    written: int
+
+
+class _Buffer(ctypes.Structure):
+    _fields_ = [
+        ("index", ctypes.c_uint32),
+        ("writable", ctypes.c_uint32),
+        ("data", ctypes.c_void_p),
+        ("bytes", ctypes.c_size_t),
+        ("bytes_read", ctypes.c_uint64),
+        ("bytes_written", ctypes.c_uint64),
+    ]
+
+
+class _Constant(ctypes.Structure):
+    _fields_ = [
+        ("index", ctypes.c_uint32),
+        ("data", ctypes.c_void_p),
+        ("bytes", ctypes.c_size_t),
+    ]
+
+
+class _ThreadgroupMemory(ctypes.Structure):
+    _fields_ = [("index", ctypes.c_uint32), ("bytes", ctypes.c_size_t)]
+
+
+class _Dispatch(ctypes.Structure):
+    _fields_ = [
+        ("kernel", ctypes.c_char_p),
+        ("buffers", ctypes.POINTER(_Buffer)),
+        ("buffer_count", ctypes.c_uint32),
+        ("constants", ctypes.POINTER(_Constant)),
+        ("constant_count", ctypes.c_uint32),
+        ("function_constants", ctypes.POINTER(_Constant)),
+        ("function_constant_count", ctypes.c_uint32),
+        ("threadgroup_memory", ctypes.POINTER(_ThreadgroupMemory)),
+        ("threadgroup_memory_count", ctypes.c_uint32),
+        ("grid_threadgroups", ctypes.c_uint32 * 3),
+        ("threads_per_threadgroup", ctypes.c_uint32 * 3),
+    ]
+
+
+def _constants(values: Mapping[int, Any]) -> tuple[ctypes.Array[_Constant], list[NDArray[Any]]]:
+    """The C array for constants (numpy scalars, arrays or bytes), and the arrays it points into."""
+    kept = [
+        np.frombuffer(value, np.uint8) if isinstance(value, bytes) else np.ascontiguousarray(value)
+        for value in values.values()
+    ]
+    rows = [
+        _Constant(index, array.ctypes.data, array.nbytes)
+        for index, array in zip(values, kept, strict=True)
+    ]
+    return (_Constant * len(rows))(*rows), kept
+
+
+@contextlib.contextmanager
+def _environment(**values: int | None) -> Iterator[None]:
+    """Environment variables set for a while; those given as None stay as they are."""
+    given = {name: str(value) for name, value in values.items() if value is not None}
+    before = {name: os.environ.get(name) for name in given}
+    os.environ.update(given)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
+
+
+class Library:
+    """Compiled kernels."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._library = ctypes.CDLL(str(path))
+        self._library.simulator_dispatch.restype = ctypes.c_char_p
+        self._library.simulator_dispatch.argtypes = [ctypes.POINTER(_Dispatch)]
+        self.instrumented = bool(self._library.simulator_instrumented())
+
+    def dispatch(
+        self,
+        kernel: str,
+        buffers: Mapping[int, NDArray[Any]],
+        *,
+        grid: tuple[int, int, int],
+        group: tuple[int, int, int],
+        writable: Collection[int] = (),
+        constants: Mapping[int, Any] | None = None,
+        function_constants: Mapping[int, Any] | None = None,
+        threadgroup_memory: Mapping[int, int] | None = None,
+        seed: int | None = None,
+        flush_denormals: bool | None = None,
+    ) -> dict[int, Traffic]:
+        """Runs ``kernel`` on ``grid`` threadgroups of ``group`` threads.
+
+        ``buffers`` are contiguous arrays by buffer index, changed in place where ``writable``;
+        ``constants`` (by buffer index) and ``function_constants`` (by their own) are numpy scalars,
+        arrays or bytes; ``threadgroup_memory`` gives bytes by index. ``seed`` and
+        ``flush_denormals`` are those of the environment unless given.
+
+        Returns the traffic of each buffer, which is zero unless the library is instrumented.
+        Raises SimulatorError with the executor's diagnosis.
+        """
+        for index, array in buffers.items():
+            if not array.flags.c_contiguous:
+                raise ValueError(f"buffer {index} is not contiguous")
+        buffer_rows = (_Buffer * len(buffers))(
+            *(
+                _Buffer(index, int(index in writable), array.ctypes.data, array.nbytes, 0, 0)
+                for index, array in buffers.items()
+            )
+        )
+        constant_rows, kept = _constants(constants or {})
+        function_rows, function_kept = _constants(function_constants or {})
+        memory = threadgroup_memory or {}
+        memory_rows = (_ThreadgroupMemory * len(memory))(
+            *(_ThreadgroupMemory(index, size) for index, size in memory.items())
+        )
+        dispatch = _Dispatch(
+            kernel.encode(),
+            buffer_rows,
+            len(buffer_rows),
+            constant_rows,
+            len(constant_rows),
+            function_rows,
+            len(function_rows),
+            memory_rows,
+            len(memory_rows),
+            (ctypes.c_uint32 * 3)(*grid),
+            (ctypes.c_uint32 * 3)(*group),
+        )
+        flush = None if flush_denormals is None else int(flush_denormals)
+        with _environment(MLX_WELFORD_SIM_SEED=seed, MLX_WELFORD_SIM_FTZ=flush):
+            error: bytes | None = self._library.simulator_dispatch(ctypes.byref(dispatch))
+        del kept, function_kept  # alive until here
+        if error is not None:
+            raise SimulatorError(error.decode())
+        return {row.index: Traffic(row.bytes_read, row.bytes_written) for row in buffer_rows}
+
+
+def _zig() -> list[str]:
+    """The command that starts zig, without going through Python again."""
+    package = importlib.util.find_spec("ziglang")
+    if package is None or package.origin is None:
+        raise CompileError("The simulator needs the package ziglang.")
+    return [str(Path(package.origin).parent / "zig")]
+
+
+def _run(command: Sequence[str], text: str | None = None) -> subprocess.CompletedProcess[str]:
+    result = subprocess.run(command, input=text, capture_output=True, text=True, check=False)
+    if result.returncode != 0:
+        raise CompileError(result.stderr)
+    return result
+
+
+def _machine() -> list[str]:
+    """Compiler options for a machine with fused multiply-add, without which nothing contracts."""
+    if platform.machine() == "x86_64":
+        flags = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else "fma avx2"
+        if not {"fma", "avx2"} <= set(flags.split()):
+            raise CompileError("The simulator needs an x86-64 processor with FMA and AVX2.")
+        return ["-march=x86-64-v3"]
+    return []
+
+
+def preprocess(
+    source: str,
+    instantiations: Sequence[str] = (),
+    *,
+    include: Sequence[Path] = (),
+    defines: Mapping[str, str] | None = None,
+) -> str:
+    """The source and the lines that instantiate its kernels, preprocessed as Metal 3.1."""
+    directories = [*include, DIRECTORY / "include"]
+    command = [
+        *_zig(),
+        "clang",
+        *LANGUAGE,
+        "-E",
+        "-D__METAL__=1",
+        "-D__METAL_VERSION__=310",
+        *(f"-D{name}={value}" for name, value in (defines or {}).items()),
+        *(f"-I{directory}" for directory in directories),
+        "-",
+    ]
+    body = [
+        "#include <metal_stdlib>",
+        '# 1 "source"',
+        source,
+        '# 1 "instantiations"',
+        *instantiations,
+    ]
+    return _run(command, "\n".join(body) + "\n").stdout
+
+
+def compile_library(
+    source: str,
+    instantiations: Sequence[str] = (),
+    *,
+    include: Sequence[Path] = (),
+    defines: Mapping[str, str] | None = None,
+    contract: bool = True,
+    instrumented: bool = False,
+    cache: Path = CACHE,
+) -> Library:
+    """Compiles Metal source text, with ``instantiations`` appended as a host does at run time.
+
+    ``contract`` lets a*b + c become a fused multiply-add, as Apple's compiler does. An
+    ``instrumented`` library checks and counts every memory access, and is slow.
+
+    Raises CompileError with the compiler's messages.
+    """
+    if instrumented:
+        defines = {**(defines or {}), "SIMULATOR_INSTRUMENTED": "1"}
+    text = preprocess(source, instantiations, include=include, defines=defines)
+    try:
+        translation = translate(text, instrumented=instrumented)
+    except SourceError as error:
+        raise CompileError(str(error)) from error
+    options = [
+        *LANGUAGE,
+        *KEYWORDS,
+        *_machine(),
+        *(INSTRUMENTED if instrumented else ["-O2"]),
+        f"-ffp-contract={'fast' if contract else 'off'}",
+        "-fno-math-errno",
+        "-fno-strict-aliasing",
+        "-fvisibility=hidden",
+        "-fPIC",
+        "-g1",
+    ]
+    executor = [(DIRECTORY / name).read_text() for name in ("executor.h", "executor.cpp")]
+    version = _run([*_zig(), "version"]).stdout
+    parts = [translation.kernels_source, translation.table_source, *options, *executor, version]
+    key = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:32]
+    path = cache / f"{key}.so"
+    if not path.exists():
+        cache.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=cache) as folder:
+            _build(Path(folder), translation, options).replace(path)
+    return Library(path)
+
+
+def _build(folder: Path, translation: Translation, options: Sequence[str]) -> Path:
+    """Compiles and links the two generated sources and the executor in ``folder``."""
+    kernels, table, result = folder / "kernels.cpp", folder / "table.cpp", folder / "library.so"
+    kernels.write_text(translation.kernels_source)
+    table.write_text(translation.table_source)
+    compiled = _run([*_zig(), "clang", *options, "-c", str(kernels), "-o", f"{kernels}.o"])
+    for message in IMPLICIT_BFLOAT.finditer(compiled.stderr):
+        raise CompileError(compiled.stderr[message.start() :].replace("warning:", "error:", 1))
+    _run(
+        [
+            *_zig(),
+            "c++",
+            "-std=c++20",
+            "-O2",
+            "-g1",
+            "-fPIC",
+            "-fno-exceptions",
+            "-fno-rtti",
+            "-fvisibility=hidden",
+            "-shared",
+            "-nostdlib++",
+            "-Wl,-Bsymbolic",
+            f"-I{DIRECTORY}",
+            str(DIRECTORY / "executor.cpp"),
+            str(table),
+            f"{kernels}.o",
+            "-o",
+            str(result),
+        ]
+    )
+    return result

@@ -1,0 +1,311 @@
+"""Translate kernels that Apple's compiler left as AIR (LLVM bitcode), and link them into a library.
+
+AIR is LLVM IR with address spaces (1 device, 2 constant, 3 threadgroup), calls to ``air.*``
+functions, and metadata that says which buffer or built-in each parameter is. What changes here is
+the target, the kernel's name, the values of function constants (Metal too fills them in when it
+builds a pipeline), and where threadgroup variables live: their addresses come from the executor,
+which gives every threadgroup fresh, poisoned memory. The ``air.*`` functions stay external;
+air_runtime.cpp defines them on the executor's primitives.
+
+Fair because the instructions, their order, their rounding and the ``fmuladd`` contractions are the
+ones Apple's front end and optimiser chose; no LLVM optimisation passes run over them, only
+instruction selection. Not covered: Apple's GPU code generator, which comes after AIR, and with it
+the accuracy of its transcendentals, the order in which hardware adds across lanes, and the GPU's
+memory model.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import platform
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import llvmlite.binding as llvm
+
+from ..loader import Library
+
+DIRECTORY = Path(__file__).resolve().parent
+SIMULATOR = DIRECTORY.parent
+
+# The executor's function that gives a threadgroup variable its memory.
+_VARIABLE = "simulator_threadgroup_variable"
+
+
+@dataclass(frozen=True)
+class Argument:
+    """One parameter of a kernel, as its ``air.kernel`` metadata describes it."""
+
+    name: str  # as in the Metal source
+    type_name: str  # as in the Metal source, e.g. "float", "uint3"
+    kind: str  # "buffer", or the built-in, e.g. "thread_index_in_simdgroup"
+    location: int  # the buffer index; -1 for a built-in
+    address_space: int  # 1 device, 2 constant; 0 for a built-in
+    writable: bool
+
+
+@dataclass(frozen=True)
+class Translation:
+    """A kernel ready to link."""
+
+    name: str
+    arguments: tuple[Argument, ...]
+    contracted: bool  # whether Apple's compiler marked products to be fused with sums
+    object_code: bytes
+
+
+def host_cpu() -> str:
+    """The processor to generate code for: one with fused multiply-add, as contraction needs."""
+    return "x86-64-v3" if platform.machine() in ("x86_64", "AMD64") else "generic"
+
+
+def translate(bitcode: bytes, name: str, constants: Mapping[str, bool]) -> Translation:
+    """Translate the only kernel of `bitcode` to an object file that defines it as `name`.
+
+    constants: a value for each of the kernel's function constants, by name. Raises ValueError when
+    they are not exactly those the kernel has.
+    """
+    llvm.initialize_all_targets()
+    llvm.initialize_all_asmprinters()
+    text = str(llvm.parse_bitcode(bitcode))
+    metadata = _Metadata(text)
+    kernel, arguments = _kernel(metadata)
+    text = _set_function_constants(text, metadata, constants)
+    text = _rename_kernel(text, kernel, name)
+
+    triple = llvm.get_process_triple()
+    machine = llvm.Target.from_triple(triple).create_target_machine(
+        cpu=host_cpu(), opt=2, reloc="pic", codemodel="small"
+    )
+    module = llvm.parse_assembly(text)
+    sizes = {
+        g.name: machine.target_data.get_abi_size(g.global_value_type)
+        for g in module.global_variables
+    }
+    module = llvm.parse_assembly(_add_entry(text, name, sizes))
+    module.triple = triple
+    module.data_layout = str(machine.target_data)
+    module.verify()
+    return Translation(
+        name=name,
+        arguments=arguments,
+        contracted="@llvm.fmuladd." in text,
+        object_code=machine.emit_object(module),
+    )
+
+
+class _Metadata:
+    """The metadata of a module: nodes of operands, read from its printed form.
+
+    llvmlite has no interface to metadata. An operand is a string, an int, or a reference: "!7" to
+    a node, "@name" to a global.
+    """
+
+    _OPERAND = re.compile(
+        r'\s*(?:!"(?P<text>(?:[^"\\]|\\.)*)"|(?P<node>!\d+)|i\d+ (?P<number>-?\w+)'
+        r"|ptr(?: addrspace\(\d+\))? (?P<pointer>@[\w.$]+)|[^,]+)"
+    )
+
+    def __init__(self, text: str) -> None:
+        self._lines = dict(
+            re.findall(r"^(![\w.]+) = (?:distinct )?!\{(.*)\}$", text, re.M),
+        )
+
+    def node(self, name: str) -> list[str | int]:
+        """The operands of node `name` ("!7", "!air.kernel"); empty if there is no such node."""
+        operands: list[str | int] = []
+        for match in self._OPERAND.finditer(self._lines.get(name, "")):
+            number = match["number"]
+            if number is not None:
+                operands.append(int({"true": "1", "false": "0"}.get(number, number)))
+            elif match["text"] is not None:
+                operands.append(match["text"])
+            else:
+                operands.append(match["node"] or match["pointer"] or match[0].strip())
+        return operands
+
+
+def _kernel(metadata: _Metadata) -> tuple[str, tuple[Argument, ...]]:
+    """Name and parameters of the module's only kernel."""
+    (entry,) = metadata.node("!air.kernel")
+    function, _, parameters = metadata.node(str(entry))
+    arguments = []
+    for position, reference in enumerate(metadata.node(str(parameters))):
+        fields = metadata.node(str(reference))
+        if fields[0] != position:
+            raise ValueError(f"parameter {position} of {function} is described as {fields}")
+        kind = str(fields[1]).removeprefix("air.")
+        location, space = -1, 0
+        if kind == "buffer":
+            location = int(fields[fields.index("air.location_index") + 1])
+            space = int(fields[fields.index("air.address_space") + 1])
+        arguments.append(
+            Argument(
+                name=str(fields[fields.index("air.arg_name") + 1]),
+                type_name=str(fields[fields.index("air.arg_type_name") + 1]),
+                kind=kind,
+                location=location,
+                address_space=space,
+                writable="air.read_write" in fields or "air.write" in fields,
+            )
+        )
+    return str(function).removeprefix("@"), tuple(arguments)
+
+
+def _set_function_constants(text: str, metadata: _Metadata, constants: Mapping[str, bool]) -> str:
+    """Give the module's boolean function constants their values, as building a pipeline does."""
+    found: dict[str, str] = {}
+    for reference in metadata.node("!air.function_constants"):
+        symbol, type_name, name, *_ = metadata.node(str(reference))
+        if type_name != "bool":
+            raise ValueError(f"function constant {name} is a {type_name}, not a bool")
+        found[str(name)] = str(symbol)
+    if found.keys() != constants.keys():
+        raise ValueError(f"function constants are {sorted(found)}, given {sorted(constants)}")
+    for name, symbol in found.items():
+        declaration = re.compile(rf"^({re.escape(symbol)} = .*constant i8) undef,", re.M)
+        text, count = declaration.subn(rf"\1 {int(constants[name])},", text)
+        if count != 1:
+            raise ValueError(f"function constant {name} is declared {count} times")
+    return text
+
+
+def _rename_kernel(text: str, kernel: str, name: str) -> str:
+    """Call the kernel `name`, so that variants of one kernel can be linked together."""
+    text = text.replace(f"define weak_odr void @{kernel}(", f"define void @{name}(")
+    return re.sub(rf"@{re.escape(kernel)}(?![\w.$])", f"@{name}", text)
+
+
+def _add_entry(text: str, name: str, sizes: Mapping[str, int]) -> str:
+    """Have the kernel first do what Metal does for it before it starts.
+
+    It runs the module's initialisers, which pass function constants on, and asks the executor where
+    each threadgroup variable is: a variable `@v` becomes a value `%v` of the same type, an argument
+    of the same instructions.
+    """
+    initialisers = re.search(r"^@llvm\.global_ctors = .*$", text, re.M)
+    assert initialisers is not None
+    text = text.replace(initialisers[0], "")
+    entry = [f"  call void {f}()" for f in re.findall(r"ptr (@[\w.$]+)", initialisers[0])]
+    sites = ""
+    variables = re.findall(r"^@(\S+) = internal .*?addrspace\(3\) global", text, re.M)
+    for i, variable in enumerate(variables):
+        text = re.sub(rf"^@{re.escape(variable)} = .*$", "", text, flags=re.M)
+        text = re.sub(rf"@{re.escape(variable)}(?![\w.$])", f"%{variable}", text)
+        # The executor knows a variable by its site. Kernels never run at once and may share one.
+        site = f"threadgroup.variable.{i}"
+        sites += f'@{site} = linkonce_odr constant [{len(site) + 1} x i8] c"{site}\\00"\n'
+        entry += [
+            f"  %address.{i} = call ptr @{_VARIABLE}(ptr @{site}, ptr @{site},"
+            f" i64 {sizes[variable]})",
+            f"  %{variable} = addrspacecast ptr %address.{i} to ptr addrspace(3)",
+        ]
+    head = re.compile(rf"^define void @{re.escape(name)}\(.*\{{$", re.M)
+    text, count = head.subn(lambda match: "\n".join([match[0], *entry]), text)
+    if count != 1:
+        raise ValueError(f"{name} is defined {count} times")
+    return text + sites + f"declare ptr @{_VARIABLE}(ptr, ptr, i64)\n"
+
+
+# How a wrapper reads each built-in; three values where the built-in may be a uint3.
+_BUILT_INS = {
+    "threadgroup_position_in_grid": "thread->threadgroup_position_in_grid[{}]",
+    "thread_position_in_threadgroup": "thread->thread_position_in_threadgroup[{}]",
+    "threads_per_threadgroup": "thread->threads_per_threadgroup[{}]",
+    "threadgroups_per_grid": "thread->threadgroups_per_grid[{}]",
+    "thread_position_in_grid": (
+        "thread->threadgroup_position_in_grid[{0}] * thread->threads_per_threadgroup[{0}]"
+        " + thread->thread_position_in_threadgroup[{0}]"
+    ),
+    "threads_per_grid": (
+        "thread->threadgroups_per_grid[{0}] * thread->threads_per_threadgroup[{0}]"
+    ),
+    "thread_index_in_simdgroup": "thread->thread_index_in_simdgroup",
+    "simdgroup_index_in_threadgroup": "thread->simdgroup_index_in_threadgroup",
+    "simdgroups_per_threadgroup": "thread->simdgroups_per_threadgroup",
+}
+
+
+def tables(translations: Sequence[Translation]) -> str:
+    """C++ source of the tables and wrappers through which the executor finds the kernels."""
+    lines = ['#include "executor.h"', "using uint = uint32_t;"]
+    lines.append("using uint3 = uint __attribute__((ext_vector_type(3)));")
+    kernels = []
+    for t in translations:
+        types, values, parameters = [], [], []
+        for argument in t.arguments:
+            if argument.kind == "buffer":
+                types.append("void*")
+                values.append(f"thread->buffers[{argument.location}].data")
+                space = "kSimulatorDevice" if argument.address_space == 1 else "kSimulatorConstant"
+                read_only = "false" if argument.writable else "true"
+                parameters.append(
+                    f'{{"{argument.name}", {space}, {argument.location}, {read_only}, nullptr}}'
+                )
+            else:
+                expression = _BUILT_INS[argument.kind]
+                types.append(argument.type_name)
+                values.append(
+                    "uint3{" + ", ".join(expression.format(i) for i in range(3)) + "}"
+                    if argument.type_name == "uint3"
+                    else expression.format(0)
+                )
+        lines += [
+            f'extern "C" void {t.name}({", ".join(types)});',
+            f"static void run_{t.name}(const SimulatorThread* thread) {{",
+            f"  {t.name}({', '.join(values)});",
+            "}",
+            f"static const SimulatorParameter parameters_{t.name}[] = {{{', '.join(parameters)}}};",
+        ]
+        kernels.append(f'{{"{t.name}", run_{t.name}, parameters_{t.name}, {len(parameters)}}},')
+    lines += [
+        "extern const SimulatorKernel simulator_kernels[] = {",
+        *kernels,
+        "};",
+        f"extern const uint32_t simulator_kernel_count = {len(kernels)};",
+        "extern const SimulatorFunctionConstant simulator_function_constants[] = {{}};",
+        "extern const uint32_t simulator_function_constant_count = 0;",
+        "extern const uint32_t simulator_is_instrumented = 0;",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def link(translations: Sequence[Translation], cache: Path) -> Library:
+    """Link kernels with the air.* functions and the executor; kept in `cache` by content."""
+    sources = [DIRECTORY / "air_runtime.cpp", SIMULATOR / "executor.cpp"]
+    table = tables(translations)
+    digest = hashlib.sha256(table.encode())
+    for source in [*sources, SIMULATOR / "executor.h"]:
+        digest.update(source.read_bytes())
+    for translation in translations:
+        digest.update(translation.object_code)
+    path = cache / f"{digest.hexdigest()[:32]}.so"
+    if path.exists():
+        return Library(path)
+    with tempfile.TemporaryDirectory(dir=cache) as name:
+        folder = Path(name)
+        (folder / "table.cpp").write_text(table)
+        objects = [folder / f"{i}.o" for i in range(len(translations))]
+        for file, translation in zip(objects, translations, strict=True):
+            file.write_bytes(translation.object_code)
+        command = [sys.executable, "-m", "ziglang", "c++", "-std=c++20", "-O2", "-fPIC", "-shared"]
+        command += ["-fno-exceptions", "-fno-rtti", "-fvisibility=hidden", "-nostdlib++"]
+        command += ["-Wl,-Bsymbolic", f"-I{SIMULATOR}"]
+        if host_cpu() != "generic":
+            command.append("-march=" + host_cpu().replace("-", "_"))  # as zig spells it
+        command += [str(file) for file in [*sources, folder / "table.cpp", *objects]]
+        done = subprocess.run(
+            [*command, "-o", str(folder / "library.so")],
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        if done.returncode != 0:
+            raise RuntimeError(f"could not link Apple's kernels:\n{done.stderr}")
+        (folder / "library.so").replace(path)
+    return Library(path)
