@@ -6,15 +6,16 @@
 
 namespace mlx_welford {
 
-/// Whether the stream's device has kernels that solve a problem; if not, it is composed of MLX's own
-/// operations. On a GPU this compiles them. When that fails, the compiler's log is printed, once;
-/// with MLX_WELFORD_STRICT=1 it is thrown instead.
+/// Whether the stream's device has kernels that solve a problem; if not, it is composed of MLX's
+/// own operations. On a GPU this compiles them. When that fails, the compiler's log is printed,
+/// once; with MLX_WELFORD_STRICT=1 it is thrown instead.
 bool can_run(mlx::core::Stream s, const Problem& problem);
 
 /// Queues a problem on the stream. All arrays have memory; outputs may share that of inputs.
 void run(mlx::core::Stream s, const Problem& problem, const BoundArrays& arrays);
 
-/// What the kernels of this process run on: "cpu", "simulator", or "metal" where a GPU stream is used.
+/// What the kernels of this process run on: "cpu", "simulator", or "metal" where a GPU stream is
+/// used.
 const char* backend_name(mlx::core::Stream s);
 
 }  // namespace mlx_welford

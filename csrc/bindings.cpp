@@ -1,4 +1,5 @@
-// The extension module mlx_welford._ext. Documentation for users is in the Python functions that call it.
+// The extension module mlx_welford._ext. Documentation for users is in the Python functions that
+// call it.
 
 #include <nanobind/nanobind.h>
 #include <nanobind/stl/optional.h>

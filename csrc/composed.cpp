@@ -90,7 +90,8 @@ Gradients normalize_gradient(const array& x, const array& mean, const array& var
   array grad_weight = mx::sum(g_normalized, all_but_channels, false, s);
   array grad_bias = mx::sum(wide_g, all_but_channels, false, s);
 
-  // w * r * (g - mean(g) - xh * mean(g * xh)), and what reaches x through the statistics themselves.
+  // w * r * (g - mean(g) - xh * mean(g * xh)), and what reaches x through the statistics
+  // themselves.
   array projected =
       mx::subtract(mx::subtract(wide_g, mx::mean(wide_g, axes, true, s), s),
                    mx::multiply(normalized, mx::mean(g_normalized, axes, true, s), s), s);

@@ -1,6 +1,8 @@
-// Every operation of this library composed of MLX's own: the definition that the kernels are held to.
+// Every operation of this library composed of MLX's own: the definition that the kernels are held
+// to.
 //
-// Used for forward-mode derivatives, vmap, second derivatives, float64, and wherever no kernel can run.
+// Used for forward-mode derivatives, vmap, second derivatives, float64, and wherever no kernel can
+// run.
 #pragma once
 
 #include <optional>

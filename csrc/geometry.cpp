@@ -16,7 +16,8 @@ std::vector<int> reduced_axes(int ndim, int channel_axis, Statistics statistics)
 }
 
 std::optional<Geometry> find_geometry(const mlx::core::Shape& shape, const std::vector<int>& axes) {
-  // Walk from the fastest axis to the slowest; a level ends where reduced and kept axes change over.
+  // Walk from the fastest axis to the slowest; a level ends where reduced and kept axes change
+  // over.
   Geometry g;
   const std::array<int64_t*, 4> levels{&g.inner, &g.reduce, &g.outer, &g.merge};
   size_t level = 0;

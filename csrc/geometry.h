@@ -9,16 +9,17 @@
 
 namespace mlx_welford {
 
-/// A row-contiguous array seen as (merge, outer, reduce, inner), with statistics over merge and reduce.
+/// A row-contiguous array seen as (merge, outer, reduce, inner), with statistics over merge and
+/// reduce.
 ///
 ///   instance norm, channels last    (1, N, S, C)
 ///   instance norm, channels first   (1, N*C, S, 1)
 ///   batch norm, channels last       (1, 1, N*S, C)
 ///   batch norm, channels first      (N, C, S, 1)
 ///
-/// A *slot* is one (merge, outer, inner) index: the moments of its `reduce` values are found in one sweep.
-/// A *statistic* merges the slots that share (outer, inner): slot % statistics() is its index.
-/// The channel axis is the last axis that is kept, so statistic % C is the channel.
+/// A *slot* is one (merge, outer, inner) index: the moments of its `reduce` values are found in one
+/// sweep. A *statistic* merges the slots that share (outer, inner): slot % statistics() is its
+/// index. The channel axis is the last axis that is kept, so statistic % C is the channel.
 struct Geometry {
   int64_t merge = 1;
   int64_t outer = 1;
@@ -35,7 +36,8 @@ struct Geometry {
   bool operator==(const Geometry&) const = default;
 };
 
-/// Where the statistics of a normalisation come from. Those of a batch and those given are one per channel.
+/// Where the statistics of a normalisation come from. Those of a batch and those given are one per
+/// channel.
 enum class Statistics { of_instance, of_batch, given };
 
 /// Which gradients are asked for; the others are not computed.
@@ -48,11 +50,12 @@ struct Wanted {
   bool operator==(const Wanted&) const = default;
 };
 
-/// The axes that share a statistic: all but `channel_axis`, and for instances all but the first too.
+/// The axes that share a statistic: all but `channel_axis`, and for instances all but the first
+/// too.
 std::vector<int> reduced_axes(int ndim, int channel_axis, Statistics statistics);
 
-/// The geometry of a reduction over `axes` (unique, non-negative) of a row-contiguous array, or nothing when
-/// its kept and reduced axes alternate too often for (merge, outer, reduce, inner).
+/// The geometry of a reduction over `axes` (unique, non-negative) of a row-contiguous array, or
+/// nothing when its kept and reduced axes alternate too often for (merge, outer, reduce, inner).
 std::optional<Geometry> find_geometry(const mlx::core::Shape& shape, const std::vector<int>& axes);
 
 }  // namespace mlx_welford

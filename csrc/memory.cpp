@@ -15,8 +15,9 @@ namespace mx = mlx::core;
 
 namespace {
 
-/// Asks for huge pages under memory that is about to be written for the first time: the faults on small ones
-/// cost several times what filling them costs. Memory that is in use already is left as it is.
+/// Asks for huge pages under memory that is about to be written for the first time: the faults on
+/// small ones cost several times what filling them costs. Memory that is in use already is left as
+/// it is.
 void advise_huge_pages(mx::array& a) {
 #ifdef __linux__
   constexpr size_t kHugePage = size_t{1} << 21;

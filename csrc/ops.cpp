@@ -13,7 +13,7 @@ namespace mx = mlx::core;
 
 namespace {
 
-// ---- Checks ----------------------------------------------------------------------------------------------------
+// ---- Checks -------------------------------------------------------------------------------------
 
 template <typename Error = std::invalid_argument, typename... Parts>
 [[noreturn]] void fail(const Caller& caller, const Parts&... parts) {
@@ -91,7 +91,7 @@ int check_input(const array& x, int axis, Statistics statistics, const Caller& c
   return channel_axis;
 }
 
-// ---- What kernels need -------------------------------------------------------------------------------------------
+// ---- What kernels need --------------------------------------------------------------------------
 
 array make_contiguous(const array& a, mx::Stream s) {
   const bool already = a.is_available() && a.flags().row_contiguous;
@@ -152,7 +152,8 @@ Normalized normalize(const array& x_, const std::optional<array>& weight_,
   auto var = cast(var_, statistics_dtype(dtype), s);
 
   const int ndim = static_cast<int>(x.ndim());
-  // Channels first and last are read where they lie; from anywhere else they move to the end and back.
+  // Channels first and last are read where they lie; from anywhere else they move to the end and
+  // back.
   const bool moved = !find_geometry(x.shape(), reduced_axes(ndim, channel_axis, statistics));
   const int home = channel_axis;
   if (moved) {

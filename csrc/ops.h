@@ -1,6 +1,7 @@
 // The operations as users call them: validation, dtypes and layouts. Nothing is computed here.
 //
-// Errors are std::invalid_argument, or DtypeError, with a text of the form "[caller] what is wrong".
+// Errors are std::invalid_argument, or DtypeError, with a text of the form "[caller] what is
+// wrong".
 #pragma once
 
 #include <optional>

@@ -46,7 +46,7 @@ class Reader {
 
 }  // namespace
 
-// ---- What every primitive gets from its composed definition -------------------------------------------------
+// ---- What every primitive gets from its composed definition -------------------------------------
 
 Arrays Composed::jvp(const Arrays& primals, const Arrays& tangents,
                      const std::vector<int>& argnums) {
@@ -106,7 +106,7 @@ Arrays outputs_of(const std::shared_ptr<Composed>& primitive, const Arrays& inpu
   return array::make_arrays(primitive->output_shapes(inputs), dtypes, primitive, inputs);
 }
 
-// ---- Moments -------------------------------------------------------------------------------------------------
+// ---- Moments ------------------------------------------------------------------------------------
 
 Arrays Moments::compose(const Arrays& inputs) {
   auto [mean, var] = composed::moments(inputs[0], axes_, stream());
@@ -177,7 +177,7 @@ bool MomentsGradient::is_equivalent(const Primitive& other) const {
   return axes_ == static_cast<const MomentsGradient&>(other).axes_;
 }
 
-// ---- Normalise --------------------------------------------------------------------------------------------
+// ---- Normalise ----------------------------------------------------------------------------------
 
 std::vector<int> Normalization::axes(const array& x) const {
   return reduced_axes(static_cast<int>(x.ndim()), channel_axis, statistics);

@@ -1,8 +1,9 @@
 // The nodes that this library adds to MLX's graph.
 //
-// Each solves a problem with kernels (evaluate), and has a definition composed of MLX's operations (compose), which
-// serves forward-mode derivatives, vmap, the derivatives of a gradient, and wherever no kernels run. Inputs are
-// row-contiguous, valid and of one dtype: ops.cpp sees to it. Statistics are float32, or float64 for float64.
+// Each solves a problem with kernels (evaluate), and has a definition composed of MLX's operations
+// (compose), which serves forward-mode derivatives, vmap, the derivatives of a gradient, and
+// wherever no kernels run. Inputs are row-contiguous, valid and of one dtype: ops.cpp sees to it.
+// Statistics are float32, or float64 for float64.
 #pragma once
 
 #include <memory>
@@ -45,7 +46,8 @@ class Composed : public mlx::core::Primitive {
   virtual void evaluate(const Arrays& inputs, Arrays& outputs) = 0;
 };
 
-/// The outputs of a primitive for these inputs: nodes of their own, or composed where it has no kernels.
+/// The outputs of a primitive for these inputs: nodes of their own, or composed where it has no
+/// kernels.
 Arrays outputs_of(const std::shared_ptr<Composed>& primitive, const Arrays& inputs,
                   const std::vector<mlx::core::Dtype>& dtypes);
 
@@ -88,7 +90,8 @@ class MomentsGradient : public Composed {
   std::vector<int> axes_;
 };
 
-/// A normalisation, but for its arrays. The optional inputs weight and bias stand last, in this order.
+/// A normalisation, but for its arrays. The optional inputs weight and bias stand last, in this
+/// order.
 struct Normalization {
   Statistics statistics;
   double eps;
@@ -103,7 +106,7 @@ struct Normalization {
   std::vector<int> axes(const array& x) const;
 };
 
-/// (x, [weight], [bias])            -> (y, mean, var)    statistics of x: (N, C) per instance, (C) per batch
+/// (x, [weight], [bias])            -> (y, mean, var)    statistics of x: (N, C) or (C)
 /// (x, mean, var, [weight], [bias]) -> (y)               given statistics: (C)
 class Normalize : public Composed {
  public:
@@ -124,8 +127,8 @@ class Normalize : public Composed {
   Normalization n_;
 };
 
-/// (x, mean, var, g, grad_mean, grad_var, [weight]) -> (x, weight, bias)             statistics of x
-/// (x, mean, var, g, [weight])                      -> (x, mean, var, weight, bias)  given statistics
+/// (x, mean, var, g, grad_mean, grad_var, [weight]) -> (x, weight, bias)
+/// (x, mean, var, g, [weight])                      -> (x, mean, var, weight, bias)  if given
 /// Outputs are gradients, those wanted alone.
 class NormalizeGradient : public Composed {
  public:

@@ -35,7 +35,7 @@ struct Problem {
   bool aligned = true;  // x, g and out begin at multiples of 16 bytes
 };
 
-/// BoundArrays by the index that their buffers have in the kernels (metal/bindings.h).
+/// Arrays by the index that their buffers have in the kernels (metal/bindings.h).
 class BoundArrays {
  public:
   void set(BufferIndex i, const mlx::core::array& a) { arrays_[i] = a; }

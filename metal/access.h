@@ -5,8 +5,8 @@
 
 // ---- Vectors -----------------------------------------------------------------------------------
 
-/// V neighbouring elements: 16 bytes, moved at once and kept as they are until they are needed, or a
-/// single element where 16 bytes are not aligned.
+/// V neighbouring elements: 16 bytes, moved at once and kept as they are until they are needed, or
+/// a single element where 16 bytes are not aligned.
 template <typename T, int V>
 struct Elements;
 

@@ -16,8 +16,8 @@ enum Limit {
   kKept = 4,       // vectors that a thread of a fused kernel keeps in registers
 };
 
-/// Buffer indices, the same in every kernel that has the buffer. An absent weight or bias is bound to
-/// mean and never read.
+/// Buffer indices, the same in every kernel that has the buffer. An absent weight or bias is bound
+/// to mean and never read.
 enum BufferIndex {
   kParameters = 0,   // Sweep or Merge
   kX = 1,            // x
@@ -38,9 +38,9 @@ enum BufferIndex {
 
 /// A walk over an array that is row-contiguous as (segments = merge * outer, reduce, inner).
 ///
-/// A threadgroup takes one piece of the positions of one strip. Its threads stand `across` statistics
-/// and `along` the reduction; a strip is `across` vectors of columns of one segment (columns), or
-/// `across` segments (rows).
+/// A threadgroup takes one piece of the positions of one strip. Its threads stand `across`
+/// statistics and `along` the reduction; a strip is `across` vectors of columns of one segment
+/// (columns), or `across` segments (rows).
 struct Sweep {
   int64_t_shared segments;
   int64_t_shared outer;  // statistic of a column: segment % outer * inner + column

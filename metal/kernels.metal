@@ -6,8 +6,8 @@
 //   grad x  = r w g  +  (grad_mean - r w sum(g)) / m  +  (2 grad_var - r^3 w sum(g d)) / m * d
 //   grad b  = sum(g)  and  grad w = r sum(g d), over all statistics of a channel
 //
-// T is the type of the elements, V how many make a vector, A the access pattern. The host appends an
-// instantiation for the problem at hand (csrc/launch.cpp).
+// T is the type of the elements, V how many make a vector, A the access pattern. The host appends
+// an instantiation for the problem at hand (csrc/launch.cpp).
 
 #include <metal_stdlib>
 
@@ -301,7 +301,7 @@ template <typename T, int V, typename A>
   }
 }
 
-// ---- Both passes at once, for groups that a threadgroup can hold ---------------------------------
+// ---- Both passes at once, for groups that a threadgroup can hold --------------------------------
 
 /// mean, var and y of x: every element is read once, and kept in registers in between.
 template <typename T, int V, typename A>

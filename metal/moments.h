@@ -5,8 +5,8 @@
 
 /// Count, mean and sum of squared deviations of a set of values. The identity has count 0.
 ///
-/// The mean is mean + tail; the tail is what one float cannot hold of it. Without it the rounding of
-/// large means would end up in the variance when sets are merged.
+/// The mean is mean + tail; the tail is what one float cannot hold of it. Without it the rounding
+/// of large means would end up in the variance when sets are merged.
 struct Moments {
   float count;
   float mean;
@@ -98,8 +98,8 @@ inline Place place_along(uint thread_index, uint along) {
   return p;
 }
 
-/// Merges values[0], ..., values[n - 1], each over all threads of the same `a`; all of these get the
-/// results. Every thread of the threadgroup must come here.
+/// Merges values[0], ..., values[n - 1], each over all threads of the same `a`; all of these get
+/// the results. Every thread of the threadgroup must come here.
 template <typename M, int n>
 inline void merge_along(thread M* values, Place p, threadgroup M* entries) {
   for (int i = 0; i < n; ++i) {

@@ -42,7 +42,8 @@ bool supported(const std::string& isa) {
   return isa == "baseline";
 }
 
-/// The last instruction set of the list that the processor has, or the one that MLX_WELFORD_ISA asks for.
+/// The last instruction set of the list that the processor has, or the one that MLX_WELFORD_ISA
+/// asks for.
 const Tables& tables() {
   static const Tables chosen = [] {
     const char* asked = std::getenv("MLX_WELFORD_ISA");

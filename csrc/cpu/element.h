@@ -1,5 +1,5 @@
-// Rows of float16 and bfloat16 as rows of float, and back. Included by kernels.cpp alone, once for each
-// instruction set, hence the unnamed namespace and no function from elsewhere.
+// Rows of float16 and bfloat16 as rows of float, and back. Included by kernels.cpp alone, once for
+// each instruction set, hence the unnamed namespace and no function from elsewhere.
 #pragma once
 
 #include <cstdint>
@@ -83,7 +83,8 @@ inline const float* widen(const Half* row, int64_t n, float* __restrict buffer) 
   return buffer;
 }
 
-/// Where to put n floats that `narrow` will bring to the row: the row itself if it is one of floats.
+/// Where to put n floats that `narrow` will bring to the row: the row itself if it is one of
+/// floats.
 inline float* staging(float* row, float*) { return row; }
 inline float* staging(Half*, float* buffer) { return buffer; }
 inline float* staging(Bfloat*, float* buffer) { return buffer; }

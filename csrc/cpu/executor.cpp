@@ -4,8 +4,8 @@
 //   settle   the partial results become statistics or sums, and from them the coefficients of
 //   apply    one kernel over every tile, the last tiles first, since those are still in cache
 //
-// Where statistics do not reach across segments and there are enough of them, a thread takes one segment
-// through all three stages while it is in cache; otherwise all threads share each stage.
+// Where statistics do not reach across segments and there are enough of them, a thread takes one
+// segment through all three stages while it is in cache; otherwise all threads share each stage.
 // Tiles depend on the geometry alone, so results do not depend on the number of threads.
 
 #include "cpu/executor.h"
@@ -50,7 +50,8 @@ class Tiling {
   const Geometry& geometry() const { return g_; }
   int64_t strips() const { return strips_; }
   int64_t pieces() const { return pieces_; }
-  /// Strips of all segments. A column is a statistic's share of one segment: slot, in Geometry's words.
+  /// Strips of all segments. A column is a statistic's share of one segment: slot, in Geometry's
+  /// words.
   int64_t units() const { return g_.segments() * strips_; }
 
   struct Strip {

@@ -1,8 +1,10 @@
-// The CPU kernels. This file is compiled once for each instruction set, with MLX_WELFORD_ISA as its name; the
-// inner loops are written for the compiler to vectorise: over columns, so that no sum has to be reassociated.
+// The CPU kernels. This file is compiled once for each instruction set, with MLX_WELFORD_ISA as its
+// name; the inner loops are written for the compiler to vectorise: over columns, so that no sum has
+// to be reassociated.
 //
-// Narrow panels are folded: with fewer columns than a few vectors hold, `fold` positions are taken as one wider
-// row, and its columns are merged at the end. A single run of memory (width 1) is the extreme case.
+// Narrow panels are folded: with fewer columns than a few vectors hold, `fold` positions are taken
+// as one wider row, and its columns are merged at the end. A single run of memory (width 1) is the
+// extreme case.
 
 #include "cpu/kernels.h"
 
@@ -37,7 +39,8 @@ struct Fold {
     used = rows > 0 ? width : rest;
   }
 
-  /// Rows between two merges of partial sums, and of a panel walked backwards those walked forwards at a time.
+  /// Rows between two merges of partial sums, and of a panel walked backwards those walked forwards
+  /// at a time.
   int64_t block_rows() const { return kBlockElements / width; }
 
   /// Per-column values for the folded row.
@@ -82,7 +85,7 @@ struct Fold {
   }
 };
 
-// ---- moments -------------------------------------------------------------------------------------------------
+// ---- moments ------------------------------------------------------------------------------------
 
 /// A block of rows as floats: in place, or widened into `buffer`.
 struct Block {
@@ -146,8 +149,8 @@ void moments(const void* x_, Panel panel, double* mean, double* m2) {
   alignas(64) float square[kMaxPanelWidth];
   alignas(64) float buffer[kBlockElements];
 
-  // Means are kept relative to the mean of each column's first values: float32 resolves differences from it
-  // far better than the values themselves.
+  // Means are kept relative to the mean of each column's first values: float32 resolves differences
+  // from it far better than the values themselves.
   const int64_t block_rows = f.block_rows();
   {
     const int64_t rows = f.rows == 0 ? 1 : (f.rows < block_rows ? f.rows : block_rows);
@@ -211,7 +214,8 @@ void moments(const void* x_, Panel panel, double* mean, double* m2) {
     }
   }
 
-  // Chan's merge of many at once: mean = sum n_j mean_j / n,  m2 = sum m2_j + n_j (mean_j - mean)^2.
+  // Chan's merge of many at once:
+  // mean = sum n_j mean_j / n,  m2 = sum m2_j + n_j (mean_j - mean)^2.
   if (f.fold > 1) {
     for (int64_t j = 0; j < f.used; ++j) {
       sum[j] = relative_mean[j] * static_cast<float>(f.rows + (j < f.rest));
@@ -236,7 +240,7 @@ void moments(const void* x_, Panel panel, double* mean, double* m2) {
   }
 }
 
-// ---- reduce --------------------------------------------------------------------------------------------------
+// ---- reduce -------------------------------------------------------------------------------------
 
 template <typename T>
 void reduce(const void* x_, const void* g_, Panel panel, const float* panel_mean, double* sum_g,
@@ -302,7 +306,7 @@ void reduce(const void* x_, const void* g_, Panel panel, const float* panel_mean
   f.gather(total_gd, panel.width, sum_gd);
 }
 
-// ---- affine --------------------------------------------------------------------------------------------------
+// ---- affine -------------------------------------------------------------------------------------
 
 /// y = slope * (x - mean) + level [+ scale * g], row by row, the last block of rows first.
 template <typename T, bool kAdd>
@@ -323,7 +327,8 @@ void affine_rows(const T* x, const T* g, const Panel& panel, const float* panel_
   const float* __restrict scale = kAdd ? f.repeat(panel_scale, panel.width, scale_buffer) : nullptr;
 
   auto row = [&](int64_t r, int64_t width) {
-    // y may be x or g: element by element they are read before they are written, so no __restrict here.
+    // y may be x or g: element by element they are read before they are written, so no __restrict
+    // here.
     const float* xr = widen(x + r * f.stride, width, x_buffer);
     const float* gr = kAdd ? widen(g + r * f.stride, width, g_buffer) : nullptr;
     float* yr = staging(y + r * f.stride, y_buffer);

@@ -9,7 +9,8 @@
 namespace mlx_welford::cpu {
 
 /// A part of an array: `positions` rows of `width` neighbouring columns, `stride` elements apart.
-/// Columns have statistics of their own; with width == stride == 1 it is one run of memory with one statistic.
+/// Columns have statistics of their own; with width == stride == 1 it is one run of memory with one
+/// statistic.
 struct Panel {
   int64_t positions;
   int64_t width;
@@ -19,9 +20,9 @@ struct Panel {
 /// Panels are at most this wide, so that a kernel's accumulators stay in the first-level cache.
 inline constexpr int64_t kMaxPanelWidth = 1024;
 
-/// Pointers are to the panel's first element or, for vectors over columns, to its first column. What
-/// is going to be merged with other panels' results is double: a mean rounded to float32 would put
-/// its rounding into the merged variance.
+/// Pointers are to the panel's first element or, for vectors over columns, to its first column.
+/// What is going to be merged with other panels' results is double: a mean rounded to float32 would
+/// put its rounding into the merged variance.
 struct Kernels {
   /// mean[c] and m2[c] = sum (x - mean)^2 of every column, in a single pass.
   void (*moments)(const void* x, Panel, double* mean, double* m2);
@@ -39,10 +40,12 @@ struct Kernels {
                      const float* level, const float* scale, void* y);
 };
 
-/// The kernels for float32, float16 or bfloat16 in the best instruction set that this processor has.
+/// The kernels for float32, float16 or bfloat16 in the best instruction set that this processor
+/// has.
 const Kernels& kernels(mlx::core::Dtype dtype);
 
-/// The name of that instruction set: baseline, x86_64_v3 or x86_64_v4. MLX_WELFORD_ISA asks for one (to test it).
+/// The name of that instruction set: baseline, x86_64_v3 or x86_64_v4. MLX_WELFORD_ISA asks for one
+/// (to test it).
 const std::string& instruction_set();
 
 }  // namespace mlx_welford::cpu

@@ -72,8 +72,9 @@ struct Job {
   std::condition_variable finished;
 };
 
-/// Threads that sleep until there is a job. Never destroyed: they hold nothing that needs an orderly end, and
-/// joining them while a process exits, or in a forked child where they do not exist, could hang.
+/// Threads that sleep until there is a job. Never destroyed: they hold nothing that needs an
+/// orderly end, and joining them while a process exits, or in a forked child where they do not
+/// exist, could hang.
 class Pool {
  public:
   explicit Pool(int helpers) {
@@ -115,7 +116,8 @@ class Pool {
 
 std::atomic<Pool*> current_pool{nullptr};
 
-/// A child process has the pool's memory but none of its threads, and perhaps a locked mutex: it starts anew.
+/// A child process has the pool's memory but none of its threads, and perhaps a locked mutex: it
+/// starts anew.
 void forget_pool() { current_pool.store(nullptr); }
 
 Pool& pool() {
@@ -123,7 +125,8 @@ Pool& pool() {
   if (existing == nullptr) {
     static const int registered = pthread_atfork(nullptr, nullptr, forget_pool);
     static_cast<void>(registered);
-    // Two streams may come here at once; the one that loses leaves its sleeping threads behind, once.
+    // Two streams may come here at once; the one that loses leaves its sleeping threads behind,
+    // once.
     auto* created = new Pool(num_threads() - 1);
     existing = current_pool.compare_exchange_strong(existing, created) ? created : existing;
   }

@@ -55,8 +55,8 @@ struct Access {
   }
 };
 
-/// Threads side by side over columns: the power of two that leaves the fewest idle, the largest of those, but
-/// no fewer than read kLeastRun bytes together.
+/// Threads side by side over columns: the power of two that leaves the fewest idle, the largest of
+/// those, but no fewer than read kLeastRun bytes together.
 int64_t columns_across(const Access& a, Element element, int64_t most) {
   const int64_t run = kLeastRun / (a.vector * type_of(element).bytes);
   const int64_t least = std::min({run, power_of_two_from(a.vectors), most});
@@ -108,8 +108,8 @@ Shape arrange(const Access& a, Sweep s, int64_t across, int64_t along, int64_t p
   return {s, static_cast<uint32_t>(groups), static_cast<uint32_t>(across * along)};
 }
 
-/// A sweep over reductions of any length, with at least `least_vectors` for each thread of a piece, and in no
-/// more pieces than make `enough_groups`.
+/// A sweep over reductions of any length, with at least `least_vectors` for each thread of a piece,
+/// and in no more pieces than make `enough_groups`.
 Shape sweep(const Problem& p, const Access& a, const Limits& limits, int64_t least_vectors,
             int64_t enough_groups) {
   const int64_t threads = std::min<int64_t>(kSweepThreads, limits.threads);

@@ -1,5 +1,6 @@
-// The launch plan: from a problem to the dispatches that solve it. A pure function, made of no arrays and of
-// nothing of Metal's, so that any machine can make it, test it, and run it in the simulator.
+// The launch plan: from a problem to the dispatches that solve it. A pure function, made of no
+// arrays and of nothing of Metal's, so that any machine can make it, test it, and run it in the
+// simulator.
 #pragma once
 
 #include <cstdint>

@@ -1,5 +1,5 @@
-// Runs launch plans in the simulator of tests/simulator, in place of the CPU's kernels. Only in builds
-// with MLX_WELFORD_SIMULATOR, which releases are not.
+// Runs launch plans in the simulator of tests/simulator, in place of the CPU's kernels. Only in
+// builds with MLX_WELFORD_SIMULATOR, which releases are not.
 #pragma once
 
 #include <optional>
