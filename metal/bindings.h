@@ -2,12 +2,13 @@
 #pragma once
 
 #ifdef __METAL_VERSION__
-typedef long int64_t_shared;
-typedef uint uint32_t_shared;
+typedef long shared_long;
+typedef uint shared_uint;
 #else
 #include <cstdint>
-typedef std::int64_t int64_t_shared;
-typedef std::uint32_t uint32_t_shared;
+namespace mlx_welford {
+typedef std::int64_t shared_long;
+typedef std::uint32_t shared_uint;
 #endif
 
 enum Limit {
@@ -42,29 +43,33 @@ enum BufferIndex {
 /// statistics and `along` the reduction; a strip is `across` vectors of columns of one segment
 /// (columns), or `across` segments (rows).
 struct Sweep {
-  int64_t_shared segments;
-  int64_t_shared outer;  // statistic of a column: segment % outer * inner + column
-  int64_t_shared reduce;
-  int64_t_shared inner;
-  int64_t_shared channels;  // channel of a statistic: statistic % channels
-  int64_t_shared piece;     // positions of a piece
-  uint32_t_shared pieces;
-  uint32_t_shared strips;  // of a segment (columns) or in all (rows)
-  uint32_t_shared across;  // a power of two, up to kSimd (columns)
-  uint32_t_shared along;   // a multiple of kSimd (rows)
-  uint32_t_shared has_weight;
-  uint32_t_shared has_bias;
+  shared_long segments;
+  shared_long outer;  // statistic of a column: segment % outer * inner + column
+  shared_long reduce;
+  shared_long inner;
+  shared_long channels;  // channel of a statistic: statistic % channels
+  shared_long piece;     // positions of a piece
+  shared_uint pieces;
+  shared_uint strips;  // of a segment (columns) or in all (rows)
+  shared_uint across;  // a power of two, up to kSimd (columns)
+  shared_uint along;   // a multiple of kSimd (rows)
+  shared_uint has_weight;
+  shared_uint has_bias;
   float count;  // values per statistic
   float eps;
 };
 
 /// A merge of `parts` partial results of each of `columns`, which lie as (part, column).
 struct Merge {
-  int64_t_shared columns;
-  int64_t_shared parts;
-  uint32_t_shared across;  // columns of a threadgroup, a power of two up to kSimd
-  uint32_t_shared along;   // its threads for each of them
-  uint32_t_shared has_weight;
-  uint32_t_shared has_bias;
+  shared_long columns;
+  shared_long parts;
+  shared_uint across;  // columns of a threadgroup, a power of two up to kSimd
+  shared_uint along;   // its threads for each of them
+  shared_uint has_weight;
+  shared_uint has_bias;
   float eps;
 };
+
+#ifndef __METAL_VERSION__
+}  // namespace mlx_welford
+#endif
