@@ -88,6 +88,9 @@ Operation operation_of(const std::string& name) {
   throw std::invalid_argument("[launch_plan] no operation '" + name + "'.");
 }
 
+using Dispatches = nb::typed<nb::list, nb::typed<nb::dict, nb::str, nb::any>>;
+using DispatchesAndBytes = std::tuple<Dispatches, int64_t, int64_t>;
+
 }  // namespace
 
 void bind_launch(nb::module_& m) {
@@ -95,10 +98,13 @@ void bind_launch(nb::module_& m) {
       "launch_plan",
       [](const std::string& operation, const std::vector<int>& shape, const std::vector<int>& axes,
          mx::Dtype dtype, int64_t channels, double eps, bool given, bool weight, bool bias,
-         std::array<bool, 4> wanted, bool aligned, uint32_t max_threads) {
+         std::array<bool, 4> wanted, bool aligned, uint32_t max_threads) -> DispatchesAndBytes {
         const auto geometry = find_geometry(mx::Shape(shape.begin(), shape.end()), axes);
         if (!geometry || geometry->size() == 0) {
           throw std::invalid_argument("[launch_plan] no kernels for this shape and these axes.");
+        }
+        if (dtype != mx::float32 && dtype != mx::float16 && dtype != mx::bfloat16) {
+          throw std::invalid_argument("[launch_plan] no kernels for this dtype.");
         }
         const Problem problem{.operation = operation_of(operation),
                               .element = element_of(dtype),
@@ -111,11 +117,11 @@ void bind_launch(nb::module_& m) {
                               .wanted = {wanted[0], wanted[1], wanted[2], wanted[3]},
                               .aligned = aligned};
         const gpu::Plan plan = gpu::plan(problem, {.threads = max_threads});
-        nb::list dispatches;
+        Dispatches dispatches;
         for (const gpu::Dispatch& dispatch : plan.dispatches) {
           dispatches.append(to_dict(dispatch));
         }
-        return nb::make_tuple(dispatches, plan.partials_bytes, plan.sums_bytes);
+        return {dispatches, plan.partials_bytes, plan.sums_bytes};
       },
       "operation"_a, "shape"_a, "axes"_a, "dtype"_a, nb::kw_only(), "channels"_a = 1,
       "eps"_a = 1e-5, "given"_a = false, "weight"_a = false, "bias"_a = false,

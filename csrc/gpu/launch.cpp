@@ -369,7 +369,7 @@ std::vector<Dispatch> all_kernels() {
 }
 
 Problem with_alignment(Problem problem, const BoundArrays& arrays) {
-  // Memory itself begins at a multiple of 16 bytes; a view of it may not.
+  // A Metal buffer begins at a multiple of 16 bytes, and the simulator's do; a view may not.
   for (BufferIndex i : {kX, kG, kOut}) {
     problem.aligned = problem.aligned && (!arrays.has(i) || arrays[i].offset() % 16 == 0);
   }

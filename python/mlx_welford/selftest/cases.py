@@ -1,0 +1,128 @@
+"""The case table: every kernel at least once, and the data that went wrong elsewhere."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Literal
+
+from mlx_welford.dispatches import DTYPES, Plans, kernels, moments_plans, normalization_plans
+
+__all__ = ["CASES", "PATHS", "Case", "coverage"]
+
+Operation = Literal["batch", "instance", "evaluation", "moments"]
+
+
+@dataclass(frozen=True)
+class Case:
+    """One problem: an operation, its input, and what is special about the data."""
+
+    operation: Operation
+    shape: tuple[int, ...]
+    axis: int = -1  # of the channels
+    axes: tuple[int, ...] = ()  # reduced, of moments
+    dtype: str = "float32"
+    weight: bool = True
+    bias: bool = True
+    wanted: tuple[str, ...] = ("x", "weight", "bias", "statistics")  # gradients
+    aligned: bool = True  # if not, x is a view that begins one element into its memory
+    mean: float = 0.0  # added to x
+    nan: bool = False  # in one value of x
+    temporary: bool = False  # arrays that nobody holds, whose memory may be used for the results
+    at_most: float = float("inf")  # allowed error of y, besides the general rule
+
+    def __str__(self) -> str:
+        parts = [self.operation, "x".join(map(str, self.shape))]
+        parts.append(f"axes {','.join(map(str, self.axes))}" if self.axes else f"axis {self.axis}")
+        if not self.axes and not (self.weight and self.bias):
+            parts.append("weight" if self.weight else "bias" if self.bias else "not affine")
+        if len(self.wanted) < 4:
+            parts.append(f"grad {','.join(self.wanted)} only")
+        parts += [] if self.aligned else ["unaligned"]
+        parts += [f"mean {self.mean:g}"] if self.mean else []
+        parts += ["nan"] if self.nan else []
+        parts += ["temporary"] if self.temporary else []
+        return " ".join(parts)
+
+    @cached_property
+    def plans(self) -> Plans:
+        """What the shaders would dispatch for it, whatever it runs on."""
+        if self.operation == "moments":
+            return moments_plans(self.shape, self.axes, dtype=self.dtype, aligned=self.aligned)
+        return normalization_plans(
+            "instance" if self.operation == "instance" else "batch",
+            self.shape,
+            axis=self.axis,
+            dtype=self.dtype,
+            weight=self.weight,
+            bias=self.bias,
+            given=self.operation == "evaluation",
+            wanted=self.wanted,
+            aligned=self.aligned,
+        )
+
+
+# Per type, access pattern and width of access: groups that fit a threadgroup, those that do not,
+# given statistics, and moments by themselves. The widths follow from the number of channels
+# (columns) and from where x begins (rows).
+_PATHS = (
+    # columns, vectors
+    Case("instance", (3, 37, 64)),
+    Case("batch", (2, 1100, 64)),
+    Case("evaluation", (3, 11, 64)),
+    Case("moments", (5, 40, 64), axes=(0, 1)),
+    # columns, one element at a time
+    Case("instance", (3, 37, 5)),
+    Case("batch", (2, 1100, 5)),
+    Case("evaluation", (3, 11, 33)),
+    Case("moments", (5, 41, 33), axes=(1,)),
+    # rows, vectors
+    Case("instance", (3, 7, 129), axis=1),
+    Case("batch", (6, 3, 130), axis=1),
+    Case("evaluation", (3, 5, 67), axis=1),
+    Case("moments", (3, 5, 66), axes=(2,)),
+    # rows, one element at a time
+    Case("instance", (3, 7, 129), axis=1, aligned=False),
+    Case("batch", (6, 3, 130), axis=1, aligned=False),
+    Case("evaluation", (3, 5, 67), axis=1, aligned=False),
+    Case("moments", (3, 5, 66), axes=(2,), aligned=False),
+)
+
+_SPECIAL = (
+    # a single long row, in many pieces
+    Case("instance", (1, 2, 70001), axis=1),
+    Case("instance", (1, 2, 70001), axis=1, dtype="bfloat16"),
+    Case("instance", (1, 1, 20001), axis=1, dtype="float16", aligned=False),
+    # fits one threadgroup forward, but not backward
+    Case("instance", (2, 1100, 8), weight=False),
+    # axes that kernels cannot walk over as they lie
+    Case("instance", (2, 3, 5, 7), axis=2),
+    Case("moments", (3, 4, 5, 6), axes=(1, 3)),
+    Case("moments", (3, 4, 5, 6), axes=(0, 2)),
+    # not every argument, not every gradient
+    Case("batch", (4, 9, 8), weight=False, bias=False),
+    Case("batch", (4, 9, 8), wanted=("weight",)),
+    Case("instance", (4, 8, 9), axis=1, wanted=("bias",), dtype="bfloat16"),
+    Case("evaluation", (4, 9, 8), wanted=("x",), dtype="float16"),
+    # means that are large for their type; the last does not fit a threadgroup, nor is it split
+    Case("batch", (2, 1100, 16), mean=1e5, weight=False, bias=False, at_most=1e-2),
+    Case("instance", (2, 3, 5001), axis=1, mean=1e5, weight=False, bias=False, at_most=1e-2),
+    Case("batch", (8, 14, 14, 32), mean=10.0, dtype="float16"),
+    # nan stays in the instance that it is in
+    Case("instance", (3, 50, 8), nan=True),
+    Case("instance", (3, 8, 50), axis=1, nan=True, dtype="float16"),
+    # results in the memory of their arguments
+    Case("batch", (2, 1100, 8), temporary=True),
+    Case("instance", (3, 9, 50), axis=1, temporary=True, dtype="float16"),
+    Case("evaluation", (3, 50, 8), temporary=True, dtype="bfloat16"),
+    Case("moments", (3, 50, 8), axes=(1,), temporary=True),
+)
+
+PATHS = tuple(replace(case, dtype=dtype) for dtype in DTYPES for case in _PATHS)
+"""As few cases as have every kernel in their plans: four for each way to walk over memory."""
+
+CASES = PATHS + _SPECIAL
+
+
+def coverage(cases: Iterable[Case]) -> set[str]:
+    """Host names of the kernels in the plans of the cases."""
+    return {name for case in cases for name in kernels(case.plans)}

@@ -1,0 +1,193 @@
+"""Runs a case on the default device and compares every result with the truth."""
+
+import math
+import zlib
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import mlx.core as mx
+
+import mlx_welford as mw
+from mlx_welford.dispatches import DTYPES
+from mlx_welford.selftest import truth
+from mlx_welford.selftest.cases import Case
+from mlx_welford.selftest.truth import Arguments, Truth
+from mlx_welford.status import strict_shaders
+
+__all__ = ["Outcome", "Result", "check"]
+
+EPS = 1e-5
+TEMPORARY = "the same from temporaries"
+
+
+class Result(NamedTuple):
+    """One array of a case."""
+
+    name: str
+    error: float
+    allowed: float
+
+    @property
+    def passed(self) -> bool:
+        return self.error <= self.allowed
+
+    @property
+    def share(self) -> float:
+        """The error as a share of what is allowed."""
+        if self.error == 0:
+            return 0.0
+        return self.error / self.allowed if self.allowed > 0 else math.inf
+
+
+@dataclass(frozen=True)
+class Outcome:
+    case: Case
+    results: list[Result]
+    raised: str | None = None  # the message, if the operation did
+
+    @property
+    def passed(self) -> bool:
+        return self.raised is None and all(result.passed for result in self.results)
+
+    @property
+    def worst(self) -> Result:
+        """The result that comes closest to what is allowed, or exceeds it most."""
+        return max(self.results, key=lambda result: result.share)
+
+
+def check(case: Case) -> Outcome:
+    """Runs the case on the default device. A shader that does not compile fails it."""
+    arguments, cotangents = _data(case)
+    try:
+        with strict_shaders():
+            got = _run(case, arguments, cotangents)
+            mx.eval(got)
+            again = _run_on_temporaries(case, arguments, cotangents) if case.temporary else {}
+    except Exception as raised:  # whatever it is belongs in the report
+        return Outcome(case, [], f"{type(raised).__name__}: {raised}")
+    true = _truth(case, arguments, cotangents)
+    results = []
+    for name, a in got.items():
+        # Statistics, and gradients of given ones, are float32 whatever the type of x.
+        narrow = name in ("y", "grad x", "grad weight", "grad bias")
+        dtype = DTYPES[case.dtype] if narrow else mx.float32
+        allowed = true.allowed(name, dtype)
+        allowed = min(allowed, case.at_most) if name == "y" else allowed
+        error = truth.error(a, true.values[name]) if a.dtype == dtype else math.inf
+        results.append(Result(name, error, allowed))
+    if again:
+        worst = max(truth.error(a, truth.wide(got[name])) for name, a in again.items())
+        results.append(Result(TEMPORARY, worst, 0.0))
+    return Outcome(case, results)
+
+
+def _data(case: Case) -> tuple[Arguments, Arguments]:
+    """Arguments and cotangents by name, the same on every device."""
+    dtype = DTYPES[case.dtype]
+    of_batch = case.operation in ("batch", "evaluation")
+    if case.operation == "moments":
+        kept = tuple(n for a, n in enumerate(case.shape) if a not in case.axes)
+        channels = 1
+    else:
+        channels = case.shape[case.axis]
+        kept = (channels,)
+    with mx.stream(mx.cpu):
+        keys = iter(mx.random.split(mx.random.key(zlib.crc32(f"{case} {case.dtype}".encode())), 10))
+
+        def normal(*shape: int) -> mx.array:
+            return mx.random.normal(shape, key=next(keys))
+
+        def uniform(low: float, high: float) -> mx.array:
+            return mx.random.uniform(low, high, (channels,), key=next(keys))
+
+        along = [1] * len(case.shape)
+        along[case.axis] = channels
+        x = normal(*case.shape) * uniform(0.7, 1.5).reshape(along)
+        x = x + uniform(-2, 2).reshape(along) + case.mean
+        if case.nan:
+            flat = mx.arange(x.size).reshape(x.shape)
+            x = mx.where(flat == x.size // 2, mx.array(math.nan), x)
+        arguments = {"x": x}
+        cotangents = {}
+        if case.operation != "moments":
+            arguments |= {"weight": uniform(0.5, 1.5)} if case.weight else {}
+            arguments |= {"bias": normal(channels)} if case.bias else {}
+            cotangents["y"] = normal(*case.shape)
+        arguments = {name: a.astype(dtype) for name, a in arguments.items()}
+        cotangents = {name: a.astype(dtype) for name, a in cotangents.items()}
+        if case.operation == "evaluation":
+            arguments |= {"mean": normal(channels), "var": uniform(0.5, 2)}
+        elif of_batch or case.operation == "moments":
+            # Of the order of the number of values, so that they weigh as much as that of y.
+            n = x.size // math.prod(kept)
+            cotangents |= {"mean": n * normal(*kept), "var": n * normal(*kept)}
+        if not case.aligned:
+            arguments["x"] = _view(arguments["x"])
+        mx.eval(arguments, cotangents)
+    return arguments, cotangents
+
+
+def _view(a: mx.array) -> mx.array:
+    """The same values, beginning one element into their memory."""
+    longer = mx.concatenate([mx.zeros(1, a.dtype), a.flatten()])
+    mx.eval(longer)
+    return longer[1:].reshape(a.shape)
+
+
+def _truth(case: Case, arguments: Arguments, cotangents: Arguments) -> Truth:
+    if case.operation == "moments":
+        return truth.moments(arguments, cotangents, list(case.axes))
+    if case.operation == "evaluation":
+        return truth.evaluation(arguments, cotangents, case.axis, EPS)
+    kept = {case.axis % len(case.shape)} | ({0} if case.operation == "instance" else set())
+    axes = [a for a in range(len(case.shape)) if a not in kept]
+    return truth.normalization(arguments, cotangents, axes, case.axis, EPS)
+
+
+def _run(case: Case, arguments: Arguments, cotangents: Arguments) -> Arguments:
+    """Outputs and gradients by name, not yet evaluated."""
+    outputs = {
+        "batch": ["y", "mean", "var"],
+        "instance": ["y"],
+        "evaluation": ["y"],
+        "moments": ["mean", "var"],
+    }[case.operation]
+    statistics = ("mean", "var") if "statistics" in case.wanted else ()
+    names = [name for name in arguments if name in (*case.wanted, *statistics)]
+
+    def f(*values: mx.array) -> list[mx.array]:
+        given = {**arguments, **dict(zip(names, values, strict=True))}
+        x, weight, bias = given["x"], given.get("weight"), given.get("bias")
+        if case.operation == "moments":
+            return list(mw.moments(x, case.axes))
+        if case.operation == "instance":
+            return [mw.instance_norm(x, weight, bias, EPS, axis=case.axis)]
+        mean, var = given.get("mean"), given.get("var")
+        results = mw.batch_norm(x, weight, bias, EPS, mean=mean, var=var, axis=case.axis)
+        return list(results)[: len(outputs)]
+
+    values, grads = mx.vjp(f, [arguments[name] for name in names], list(cotangents.values()))
+    named = dict(zip(outputs, values, strict=True))
+    return named | {f"grad {name}": g for name, g in zip(names, grads, strict=True)}
+
+
+def _run_on_temporaries(case: Case, arguments: Arguments, cotangents: Arguments) -> Arguments:
+    """The same on copies that nobody else holds: first the outputs alone, then the gradients."""
+    zero = mx.zeros(1)
+
+    def copies(arrays: Arguments) -> Arguments:
+        return {name: a + zero.astype(a.dtype) for name, a in arrays.items()}
+
+    results = {
+        name: a
+        for name, a in _run(case, copies(arguments), cotangents).items()
+        if not name.startswith("grad")
+    }
+    mx.eval(results)
+    gradients = {
+        name: a
+        for name, a in _run(case, copies(arguments), copies(cotangents)).items()
+        if name.startswith("grad")
+    }
+    mx.eval(gradients)
+    return results | gradients

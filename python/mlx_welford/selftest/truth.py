@@ -1,0 +1,228 @@
+"""Truth in float64, and how far from it a result may be.
+
+Truth is MLX's own float64 on the CPU: mean and variance in two passes, gradients by differentiating
+them. The arguments are the values that the operation got, exactly.
+
+Allowed is one unit in the last place of the result's type, at the largest true value, plus what
+float32 accumulation costs, with u = 2^-24:
+
+- 16 u t for an expression in terms of size t: it has about a dozen roundings.
+- 4 u sqrt(n) t for a sum of n such terms: roundings add up like a random walk.
+- u |mean| for every x - mean: the mean is handed on in float32. It is what remains of large means.
+
+A wrong element, coefficient or count is off by far more: by 1/n of a mean, at the least.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import mlx.core as mx
+
+__all__ = [
+    "Arguments",
+    "Truth",
+    "error",
+    "evaluation",
+    "largest",
+    "moments",
+    "normalization",
+    "wide",
+]
+
+U = 2.0**-24
+_PRECISION = {mx.float32: 24, mx.float16: 11, mx.bfloat16: 8}  # bits, the implicit one included
+_MIN_EXPONENT = {mx.float32: -126, mx.float16: -14, mx.bfloat16: -126}
+
+Arguments = dict[str, mx.array]  # x, weight, bias, mean, var by name; and the cotangents
+Function = Callable[..., list[mx.array]]
+
+
+@dataclass
+class Truth:
+    """True values by name, and the allowed errors without the unit in the last place."""
+
+    values: dict[str, mx.array]
+    accumulation: dict[str, float]
+
+    def allowed(self, name: str, dtype: mx.Dtype) -> float:
+        """The allowed error of a result of this type."""
+        return _ulp(largest(self.values[name]), dtype) + self.accumulation[name]
+
+
+def wide(a: mx.array) -> mx.array:
+    """An array in float64, on the CPU."""
+    return a.astype(mx.float64, stream=mx.cpu)
+
+
+def largest(a: mx.array) -> float:
+    """The largest absolute value; nan and infinities count for nothing."""
+    with mx.stream(mx.cpu):
+        finite = mx.where(mx.isfinite(a), mx.abs(a), mx.zeros_like(a))
+        value = finite.max().item() if a.size else 0.0
+    assert isinstance(value, float)
+    return value
+
+
+def error(got: mx.array, truth: mx.array) -> float:
+    """The largest error; infinite if there are nan elsewhere than in the truth."""
+    if got.shape != truth.shape:
+        return math.inf
+    with mx.stream(mx.cpu):
+        difference = wide(got) - truth
+        same = mx.isfinite(difference) | (mx.isnan(truth) & mx.isnan(got))
+        return largest(difference) if bool(same.all().item()) else math.inf
+
+
+def normalization(
+    arguments: Arguments, cotangents: Arguments, axes: list[int], axis: int, eps: float
+) -> Truth:
+    """Of y, mean and var (kept axes only), and gradients by the names of the arguments."""
+    names: list[str] = [name for name in ("x", "weight", "bias") if name in arguments]
+    ndim = arguments["x"].ndim
+
+    def f(*values: mx.array) -> list[mx.array]:
+        given = dict(zip(names, values, strict=True))
+        mean, var = _moments(given["x"], axes)
+        y = _apply(given, mean, var, eps, axis)
+        return [y, mean.squeeze(axes), var.squeeze(axes)]
+
+    with mx.stream(mx.cpu):
+        outputs, grads = _differentiate(f, [arguments[n] for n in names], cotangents)
+        mean, var = _moments(wide(arguments["x"]), axes)
+        r = 1 / mx.sqrt(var + eps)
+        d = wide(arguments["x"]) - mean
+        n = _count(d, axes)
+        per_channel = d.size // d.shape[axis % ndim]
+        sizes = _Sizes(arguments, cotangents, normal=largest(d * r), slope=largest(r))
+        shift = U * largest(mean * r)  # of x - mean, in standard deviations
+        statistics = (sizes.g_mean + 2 * sizes.g_var * largest(d)) / n
+        passed = sizes.g * sizes.weight * sizes.slope * max(1.0, sizes.normal)
+        accumulation = {
+            "y": 16 * U * (sizes.weight * sizes.normal + sizes.bias) + shift * sizes.weight,
+            "mean": 4 * U * largest(d),
+            "var": 16 * U * largest(var),
+            "grad x": (16 * U + 2 * shift) * (passed + statistics),
+            "grad weight": (4 * U + shift) * math.sqrt(per_channel) * sizes.g * sizes.normal,
+            "grad bias": 4 * U * math.sqrt(per_channel) * sizes.g,
+        }
+    return Truth(_named(["y", "mean", "var"], outputs, names, grads), accumulation)
+
+
+def evaluation(arguments: Arguments, cotangents: Arguments, axis: int, eps: float) -> Truth:
+    """Of y with given statistics, and gradients by the names of the arguments."""
+    names: list[str] = [n for n in ("x", "weight", "bias", "mean", "var") if n in arguments]
+    ndim = arguments["x"].ndim
+
+    def f(*values: mx.array) -> list[mx.array]:
+        given = dict(zip(names, values, strict=True))
+        mean, var = (_along(given[n], axis, ndim) for n in ("mean", "var"))
+        return [_apply(given, mean, var, eps, axis)]
+
+    with mx.stream(mx.cpu):
+        outputs, grads = _differentiate(f, [arguments[n] for n in names], cotangents)
+        mean, var = (_along(wide(arguments[n]), axis, ndim) for n in ("mean", "var"))
+        r = 1 / mx.sqrt(var + eps)
+        normal = (wide(arguments["x"]) - mean) * r
+        n = normal.size // normal.shape[axis % ndim]
+        sizes = _Sizes(arguments, cotangents, normal=largest(normal), slope=largest(r))
+        passed = sizes.g * sizes.weight * sizes.slope
+        sums = 4 * U * math.sqrt(n)
+        accumulation = {
+            "y": 16 * U * (sizes.weight * sizes.normal + sizes.bias),
+            "grad x": 16 * U * passed,
+            "grad weight": sums * sizes.g * sizes.normal,
+            "grad bias": sums * sizes.g,
+            "grad mean": sums * passed,
+            "grad var": sums * passed * sizes.normal * sizes.slope,
+        }
+    return Truth(_named(["y"], outputs, names, grads), accumulation)
+
+
+def moments(arguments: Arguments, cotangents: Arguments, axes: list[int]) -> Truth:
+    """Of mean and var, and the gradient of x."""
+
+    def f(x: mx.array) -> list[mx.array]:
+        return [a.squeeze(axes) for a in _moments(x, axes)]
+
+    with mx.stream(mx.cpu):
+        outputs, grads = _differentiate(f, [arguments["x"]], cotangents)
+        mean, var = _moments(wide(arguments["x"]), axes)
+        d = wide(arguments["x"]) - mean
+        g_mean, g_var = largest(cotangents["mean"]), largest(cotangents["var"])
+        grad = (g_mean + 2 * g_var * (largest(d) + largest(mean) / 16)) / _count(d, axes)
+        accumulation = {
+            "mean": 4 * U * largest(d),
+            "var": 16 * U * largest(var),
+            "grad x": 16 * U * grad,
+        }
+    return Truth(_named(["mean", "var"], outputs, ["x"], grads), accumulation)
+
+
+class _Sizes:
+    """The largest values of what the results are made of."""
+
+    def __init__(
+        self, arguments: Arguments, cotangents: Arguments, *, normal: float, slope: float
+    ) -> None:
+        self.weight = largest(arguments["weight"]) if "weight" in arguments else 1.0
+        self.bias = largest(arguments["bias"]) if "bias" in arguments else 0.0
+        self.g = largest(cotangents["y"])
+        self.g_mean = largest(cotangents["mean"]) if "mean" in cotangents else 0.0
+        self.g_var = largest(cotangents["var"]) if "var" in cotangents else 0.0
+        self.normal = normal  # of (x - mean) / sqrt(var + eps)
+        self.slope = slope  # of 1 / sqrt(var + eps)
+
+
+def _moments(x: mx.array, axes: list[int]) -> tuple[mx.array, mx.array]:
+    """Mean and biased variance, with the reduced axes kept as ones."""
+    n = mx.array(_count(x, axes), mx.float64)
+    mean = x.sum(axes, keepdims=True) / n
+    d = x - mean
+    return mean, (d * d).sum(axes, keepdims=True) / n
+
+
+def _apply(given: Arguments, mean: mx.array, var: mx.array, eps: float, axis: int) -> mx.array:
+    x = given["x"]
+    y = (x - mean) / mx.sqrt(var + eps)
+    if "weight" in given:
+        y = y * _along(given["weight"], axis, x.ndim)
+    if "bias" in given:
+        y = y + _along(given["bias"], axis, x.ndim)
+    return y
+
+
+def _differentiate(
+    f: Function, values: list[mx.array], cotangents: Arguments
+) -> tuple[list[mx.array], list[mx.array]]:
+    """Outputs and gradients in float64; outputs without a cotangent have zeros."""
+    outputs = f(*map(wide, values))
+    given = [wide(c) for c in cotangents.values()]
+    given += [mx.zeros_like(a) for a in outputs[len(given) :]]
+    outputs, grads = mx.vjp(f, [wide(v) for v in values], given)
+    return outputs, grads
+
+
+def _named(
+    outputs: list[str], values: list[mx.array], arguments: list[str], grads: list[mx.array]
+) -> dict[str, mx.array]:
+    named = dict(zip(outputs, values, strict=True))
+    named |= {f"grad {name}": g for name, g in zip(arguments, grads, strict=True)}
+    mx.eval(named)
+    return named
+
+
+def _along(v: mx.array, axis: int, ndim: int) -> mx.array:
+    shape = [1] * ndim
+    shape[axis] = -1
+    return v.reshape(shape)
+
+
+def _count(x: mx.array, axes: list[int]) -> int:
+    return math.prod(x.shape[a] for a in axes)
+
+
+def _ulp(magnitude: float, dtype: mx.Dtype) -> float:
+    """The distance between neighbours of the type around a magnitude."""
+    exponent = math.floor(math.log2(magnitude)) if magnitude > 0 else _MIN_EXPONENT[dtype]
+    return 2.0 ** (max(exponent, _MIN_EXPONENT[dtype]) - _PRECISION[dtype] + 1)

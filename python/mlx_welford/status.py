@@ -1,0 +1,129 @@
+"""What is installed, and what runs where."""
+
+import importlib.metadata
+import os
+import platform
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import mlx.core as mx
+
+from mlx_welford import _ext, _versions
+from mlx_welford._text import table
+from mlx_welford.dispatches import DTYPES, Plan, Plans
+from mlx_welford.functional import batch_norm
+
+__all__ = ["describe", "describe_plans", "status", "strict_shaders"]
+
+
+def status() -> dict[str, Any]:
+    """Versions, machine, and what the operations run on; ready for JSON.
+
+    Returns:
+        A dictionary of
+
+        - ``mlx_welford``, ``mlx``, ``mlx_built_against``, ``python``: releases; the two of MLX
+          agree, or the package would not have been imported.
+        - ``system``, ``machine``: operating system and processor architecture.
+        - ``device``, ``device_name``: MLX's default device, ``"cpu"`` or ``"gpu"``, and its model.
+        - ``backend``: what the default stream runs on: ``"metal"`` (the shaders), ``"cpu"``
+          (kernels for the processor), ``"simulator"`` (the shaders, on the processor, for tests),
+          or ``"composed"`` (MLX's own operations).
+        - ``threads``, ``instruction_set``: of the CPU's kernels.
+        - ``shader_hash``, ``shader_kernels``: of the embedded source, and how many kernels it has.
+        - ``shaders_compile``: ``True`` or ``False`` after a tiny problem of each dtype on the GPU,
+          which needs a few kernels of each; ``None`` where there is no Metal to compile them.
+        - ``shaders``: the same in words, with the compiler's log if there was an error.
+        - ``simulator``: whether it stands in for the CPU's kernels.
+
+    Examples:
+        >>> import mlx_welford as mw
+        >>> mw.status()["mlx_welford"] == mw.__version__
+        True
+    """
+    compile_, words = _shaders()
+    device = mx.default_device()
+    return {
+        "mlx_welford": _versions.PACKAGE,
+        "mlx": importlib.metadata.version("mlx"),
+        "mlx_built_against": _ext.mlx_version,
+        "python": platform.python_version(),
+        "system": _system(),
+        "machine": platform.machine(),
+        "device": "gpu" if device == mx.gpu else "cpu",
+        "device_name": str(mx.device_info(device).get("device_name", "unknown")),
+        "backend": _ext.backend(),
+        "threads": _ext.num_threads(),
+        "instruction_set": _ext.instruction_set(),
+        "shader_hash": _ext.shader_hash,
+        "shader_kernels": len(_ext.shader_kernels()),
+        "shaders_compile": compile_,
+        "shaders": words,
+        "simulator": _ext.backend(mx.cpu) == "simulator",
+    }
+
+
+@contextmanager
+def strict_shaders() -> Iterator[None]:
+    """A shader that does not compile is an error in here, whatever MLX_WELFORD_STRICT says."""
+    before = os.environ.get("MLX_WELFORD_STRICT")
+    os.environ["MLX_WELFORD_STRICT"] = "1"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ["MLX_WELFORD_STRICT"]
+        else:
+            os.environ["MLX_WELFORD_STRICT"] = before
+
+
+def describe(facts: Mapping[str, Any]) -> str:
+    """The status as a table of names and values."""
+
+    def words(value: Any) -> str:
+        if value is None:
+            return "not tried"
+        return ("no", "yes")[value] if isinstance(value, bool) else str(value)
+
+    return table([(name.replace("_", " "), words(value)) for name, value in facts.items()])
+
+
+def describe_plans(plans: Plans) -> str:
+    """Plans as a table: kernel, threadgroups x threads, what is read > what is written."""
+    parts: list[tuple[str, Plan]] = [("forward", plans["forward"])]
+    if "backward" in plans:
+        parts.append(("backward", plans["backward"]))
+    blocks = []
+    for name, plan in parts:
+        rows = [("kernel", "groups", "threads", "buffers")]
+        for d in plan["dispatches"]:
+            bound: dict[bool, list[str]] = {False: [], True: []}
+            for b in d["buffers"]:
+                stand_in = "" if b["name"] == b["array"] else f"={b['array']}"
+                bound[b["written"]].append(b["name"] + stand_in)
+            buffers = f"{' '.join(bound[False])} > {' '.join(bound[True])}"
+            rows.append((d["kernel"], str(d["threadgroups"]), str(d["threads"]), buffers))
+        heading = f"{name}: {len(plan['dispatches'])} dispatches, "
+        heading += f"{plan['temporary_bytes']} bytes of temporary arrays"
+        blocks.append(heading + "\n" + table(rows, numbers=(1, 2), indent=2))
+    return "\n".join(blocks)
+
+
+def _system() -> str:
+    if platform.system() == "Darwin":
+        return f"macOS {platform.mac_ver()[0]}"
+    return f"{platform.system()} {platform.release()}"
+
+
+def _shaders() -> tuple[bool | None, str]:
+    """Whether the shaders compile, and the same in words."""
+    if not mx.is_available(mx.gpu) or _ext.backend(mx.gpu) != "metal":
+        return None, "not compiled: there is no Metal in this build"
+    try:
+        with strict_shaders(), mx.stream(mx.gpu):
+            for dtype in DTYPES.values():
+                mx.eval(batch_norm(mx.ones((2, 3), dtype)))
+    except RuntimeError as error:
+        return False, str(error)
+    return True, f"compiled for {', '.join(DTYPES)}"

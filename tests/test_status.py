@@ -1,0 +1,301 @@
+"""mw.status(), the plans that the command line prints, and the traffic that follows from them."""
+
+import contextlib
+import importlib.metadata
+import json
+import math
+import os
+import subprocess
+import sys
+from typing import Any
+
+import mlx.core as mx
+import mlx_welford as mw
+import pytest
+from mlx_welford import _ext
+from mlx_welford.__main__ import main
+from mlx_welford.dispatches import (
+    DTYPES,
+    Layer,
+    Plan,
+    kernels,
+    moments_plans,
+    normalization_plans,
+    traffic,
+)
+from mlx_welford.status import describe_plans, strict_shaders
+
+STATUS = sys.modules["mlx_welford.status"]  # mlx_welford.status itself is the function
+NAMES = {"cpu": "cpu", "sim": "simulator", "gpu": "metal"}
+
+ALL = (True, False, True, True)
+
+
+def launch_plan(*arguments: Any, **options: Any) -> tuple[Any, ...]:
+    """The extension's, whose types are a matter of its own."""
+    result: tuple[Any, ...] = _ext.launch_plan(*arguments, **options)
+    return result
+
+
+@pytest.mark.every_backend
+def test_status_agrees_with_the_extension(backend: str) -> None:
+    facts = mw.status()
+    assert facts["backend"] == _ext.backend() == NAMES[backend]
+    assert facts["simulator"] is (backend == "sim")
+    assert facts["device"] == ("gpu" if backend == "gpu" else "cpu")
+    assert facts["mlx_welford"] == mw.__version__ == importlib.metadata.version("mlx-welford")
+    assert facts["mlx"] == facts["mlx_built_against"] == importlib.metadata.version("mlx")
+    assert facts["python"] == sys.version.split()[0]
+    assert facts["machine"] == os.uname().machine
+    assert facts["threads"] == _ext.num_threads()
+    assert facts["instruction_set"] == _ext.instruction_set()
+    assert facts["shader_hash"] == _ext.shader_hash
+    assert facts["shader_kernels"] == len(_ext.shader_kernels())
+    if mx.metal.is_available():
+        assert facts["shaders_compile"] is True
+    else:
+        assert facts["shaders_compile"] is None
+        assert "no Metal" in facts["shaders"]
+    assert json.loads(json.dumps(facts)) == facts
+
+
+def pretend_metal(monkeypatch: pytest.MonkeyPatch, batch_norm: Any) -> None:
+    """As if there were a GPU, with this in place of the operation."""
+    monkeypatch.setattr(mx, "is_available", lambda device: True)
+    monkeypatch.setattr(mx, "stream", lambda device: contextlib.nullcontext())
+    monkeypatch.setattr(_ext, "backend", lambda stream=None: "metal")
+    monkeypatch.setattr(STATUS, "batch_norm", batch_norm)
+
+
+def test_shaders_that_do_not_compile_are_reported(monkeypatch: pytest.MonkeyPatch) -> None:
+    def batch_norm(x: mx.array) -> mx.array:
+        if os.environ.get("MLX_WELFORD_STRICT") == "1" and x.dtype == mx.bfloat16:
+            raise RuntimeError("program_source:3: error: unknown type name 'bfloat'")
+        return x
+
+    monkeypatch.delenv("MLX_WELFORD_STRICT", raising=False)
+    pretend_metal(monkeypatch, batch_norm)
+    facts = mw.status()
+    assert facts["shaders_compile"] is False
+    assert "unknown type name 'bfloat'" in facts["shaders"]
+    assert "MLX_WELFORD_STRICT" not in os.environ
+
+
+def test_shaders_are_tried_with_every_dtype(monkeypatch: pytest.MonkeyPatch) -> None:
+    tried = []
+
+    def batch_norm(x: mx.array) -> mx.array:
+        tried.append(x.dtype)
+        return x
+
+    pretend_metal(monkeypatch, batch_norm)
+    facts = mw.status()
+    assert facts["shaders_compile"] is True
+    assert tried == list(DTYPES.values())
+    assert all(name in facts["shaders"] for name in DTYPES)
+
+
+@pytest.mark.parametrize("before", [None, "0", "1"])
+def test_strictness_ends(monkeypatch: pytest.MonkeyPatch, before: str | None) -> None:
+    if before is None:
+        monkeypatch.delenv("MLX_WELFORD_STRICT", raising=False)
+    else:
+        monkeypatch.setenv("MLX_WELFORD_STRICT", before)
+    with contextlib.suppress(KeyError), strict_shaders():
+        assert os.environ["MLX_WELFORD_STRICT"] == "1"
+        raise KeyError
+    assert os.environ.get("MLX_WELFORD_STRICT") == before
+
+
+def assert_same_plan(plan: Plan, expected: tuple[Any, ...]) -> None:
+    """A plan of ours says what launch_plan does."""
+    dispatches, partials_bytes, sums_bytes = expected
+    assert plan["temporary_bytes"] == partials_bytes + sums_bytes
+    for ours, theirs in zip(plan["dispatches"], dispatches, strict=True):
+        assert ours["kernel"] == theirs["host_name"]
+        assert (ours["threadgroups"], ours["threads"]) == (theirs["groups"], theirs["threads"])
+        assert [b["written"] for b in ours["buffers"]] == [b[2] for b in theirs["buffers"]]
+        for buffer, (index, array, _) in zip(ours["buffers"], theirs["buffers"], strict=True):
+            assert f"{constant(buffer['name'])} = {index}," in _ext.shader_source
+            assert f"{constant(buffer['array'])} = {array}," in _ext.shader_source
+
+
+def constant(name: str) -> str:
+    """The C++ name of a buffer's index: kGradMean of grad_mean."""
+    return "k" + "".join(part.capitalize() for part in name.split("_"))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("aligned", [True, False])
+@pytest.mark.parametrize(
+    ("layer", "shape", "axis", "axes"),
+    [
+        ("batch", (8, 56, 56, 64), -1, [0, 1, 2]),
+        ("batch", (8, 64, 56, 56), 1, [0, 2, 3]),
+        ("batch", (7, 5), 1, [0]),
+        ("instance", (2, 37, 64), 2, [1]),
+        ("instance", (2, 64, 4097), -2, [2]),
+        ("instance", (2, 40, 50, 60, 32), 4, [1, 2, 3]),
+    ],
+)
+def test_a_plan_is_the_launch_plan(
+    layer: Layer, shape: tuple[int, ...], axis: int, axes: list[int], aligned: bool, dtype: str
+) -> None:
+    plans = normalization_plans(layer, shape, axis=axis, dtype=dtype, aligned=aligned)
+    common = {"channels": shape[axis], "weight": True, "aligned": aligned}
+    forward = launch_plan("normalize", shape, axes, DTYPES[dtype], bias=True, **common)
+    backward = launch_plan("normalize_gradient", shape, axes, DTYPES[dtype], wanted=ALL, **common)
+    assert_same_plan(plans["forward"], forward)
+    assert_same_plan(plans["backward"], backward)
+    named = [d["host_name"] for d in [*forward[0], *backward[0]]]
+    assert kernels(plans) == list(dict.fromkeys(named))
+
+
+def test_absent_arguments_and_gradients() -> None:
+    shape = (2, 9, 8)
+    plans = normalization_plans("batch", shape, weight=False, bias=False)
+    assert_same_plan(
+        plans["forward"], launch_plan("normalize", shape, [0, 1], mx.float32, channels=8)
+    )
+    assert_same_plan(
+        plans["backward"],
+        launch_plan(
+            *("normalize_gradient", shape, [0, 1], mx.float32),
+            channels=8,
+            wanted=(True, False, False, False),
+        ),
+    )
+    assert "weight=var" in describe_plans(plans)
+    assert "backward" not in normalization_plans("batch", shape, wanted=())
+    assert "backward" not in normalization_plans("batch", shape, bias=False, wanted=("bias",))
+
+
+def test_given_statistics_are_those_of_a_batch() -> None:
+    shape = (2, 9, 8)
+    for layer in ("batch", "instance"):
+        plans = normalization_plans(layer, shape, given=True, wanted=("statistics",))
+        common = {"channels": 8, "given": True, "weight": True}
+        assert_same_plan(
+            plans["forward"],
+            launch_plan("normalize", shape, [0, 1], mx.float32, bias=True, **common),
+        )
+        assert_same_plan(
+            plans["backward"],
+            launch_plan(
+                *("normalize_gradient", shape, [0, 1], mx.float32),
+                wanted=(False, True, False, False),
+                **common,
+            ),
+        )
+
+
+def test_axes_move_where_kernels_cannot_walk_over_them() -> None:
+    moved = normalization_plans("instance", (2, 3, 5, 7), axis=2)
+    assert moved == normalization_plans("instance", (2, 3, 7, 5), axis=3)
+    moved = moments_plans((3, 4, 5, 6), (1, 3))
+    assert_same_plan(moved["forward"], launch_plan("moments", (3, 5, 4, 6), [2, 3], mx.float32))
+    assert_same_plan(
+        moved["backward"], launch_plan("moments_gradient", (3, 5, 4, 6), [2, 3], mx.float32)
+    )
+
+
+@pytest.mark.parametrize(
+    ("shape", "forward", "backward"),
+    [
+        ((2, 100_000, 64), 2 + 1, 4 + 1),  # too large for a threadgroup
+        ((2, 200, 64), 1 + 1, 2 + 1),  # fits one
+    ],
+)
+def test_traffic_is_what_the_mathematics_allows(
+    shape: tuple[int, ...], forward: int, backward: int
+) -> None:
+    x_bytes = 4 * math.prod(shape)
+    plans = normalization_plans("instance", shape, wanted=())
+    assert traffic(plans, x_bytes) == forward * x_bytes
+    plans = normalization_plans("instance", shape)
+    assert traffic(plans, x_bytes) == (forward + backward) * x_bytes
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("batch", (2, 3, 4), 3), r"\[batch_norm\] 'axis' must be in \[-3, 2\] but got 3\."),
+        (("instance", (2, 4), -1), r"\[instance_norm\] expected an input of at least 3 dimensions"),
+        (("instance", (2, 3, 4), 0), r"\[instance_norm\] 'axis' must not be the batch axis 0\."),
+        (("batch", (0, 4), -1), r"nothing to dispatch for an empty array of shape \(0, 4\)"),
+    ],
+)
+def test_problems_that_there_is_no_plan_for(
+    arguments: tuple[Layer, tuple[int, ...], int], message: str
+) -> None:
+    layer, shape, axis = arguments
+    with pytest.raises(ValueError, match=message):
+        normalization_plans(layer, shape, axis=axis)
+
+
+def test_there_are_no_shaders_for_float64() -> None:
+    with pytest.raises(ValueError, match="no shaders for float64"):
+        normalization_plans("batch", (2, 4), dtype="float64")
+    with pytest.raises(ValueError, match="no shaders for float64"):
+        moments_plans((2, 4), (0,), dtype="float64")
+
+
+# ---- The command line ----
+
+
+def test_the_command_in_a_process_of_its_own() -> None:
+    command = [sys.executable, "-m", "mlx_welford", "status", "--json"]
+    problem = ["--shape", "2,64,33,31", "--layer", "instance", "--axis", "1", "--dtype", "float16"]
+    done = subprocess.run(
+        [*command, *problem, "--no-affine"], capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 0, done.stderr
+    printed = json.loads(done.stdout)
+    assert printed["plans"] == normalization_plans(
+        "instance", (2, 64, 33, 31), axis=1, dtype="float16", weight=False, bias=False
+    )
+    assert printed["status"].keys() == mw.status().keys()
+    assert printed["status"]["shader_hash"] == _ext.shader_hash
+
+
+@pytest.mark.parametrize("arguments", [[], ["status"]])
+def test_the_status_as_a_table(capsys: pytest.CaptureFixture[str], arguments: list[str]) -> None:
+    assert main(arguments) == 0
+    lines = capsys.readouterr().out.splitlines()
+    facts = mw.status()
+    assert [line[: len(name)] for line, name in zip(lines, facts, strict=True)] == [
+        name.replace("_", " ") for name in facts
+    ]
+    assert any(line.split() == ["threads", str(facts["threads"])] for line in lines)
+    assert any(line.split() == ["simulator", "no"] for line in lines)
+
+
+def test_the_status_as_json(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["status", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == mw.status()
+
+
+def test_the_plan_as_a_table(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["status", "--shape", "8,56,56,64", "--evaluation"]) == 0
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    plans = normalization_plans("batch", (8, 56, 56, 64), given=True)
+    for d in plans["forward"]["dispatches"] + plans["backward"]["dispatches"]:
+        start = [d["kernel"], str(d["threadgroups"]), str(d["threads"])]
+        assert any(line[:3] == start for line in lines), start
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--shape", "2,3,4", "--axis", "7"], "'axis' must be in [-3, 2] but got 7"),
+        (["--shape", "2,x"], "invalid _shape value"),
+        (["--shape", "2,4", "--dtype", "float64"], "invalid choice"),
+    ],
+)
+def test_wrong_arguments_are_named(
+    capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
+) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        main(["status", *arguments])
+    assert stopped.value.code == 2
+    assert message in capsys.readouterr().err
