@@ -1,7 +1,7 @@
 """Writes the shaders as one C++ string: embed_shaders.py DIRECTORY OUTPUT.
 
-Metal compiles source text at run time and knows no include paths, so the headers of this project go in where
-they are included first. The hash is part of the names under which MLX keeps compiled libraries.
+Metal compiles source text at run time and knows no include paths, so the headers of this project go
+in where they are included first. The hash is part of the names under which MLX keeps libraries.
 """
 
 import hashlib

@@ -78,7 +78,7 @@ struct Walk {
   long edge;       // or -1
   bool inside;     // the array; if not, there is nothing to read and no statistic
   long statistic;  // of the first column
-  long partial;    // its place among the partial results
+  long part;       // its place among the partial results
 };
 
 /// Which piece of which strip a threadgroup works on. The second pass over an array takes the
@@ -89,11 +89,8 @@ struct Piece {
   long piece;
 };
 
-inline Piece locate(constant Sweep& s, uint threadgroup_index, uint threadgroups, bool reverse) {
-  const uint i = reverse ? threadgroups - 1 - threadgroup_index : threadgroup_index;
-  const uint pieces_and_segments = i / s.strips;
-  return Piece{long(pieces_and_segments / s.pieces), long(i % s.strips),
-               long(pieces_and_segments % s.pieces)};
+inline uint in_order(uint group, uint groups, bool reverse) {
+  return reverse ? groups - 1 - group : group;
 }
 
 /// inner > 1: lanes across neighbouring columns, each with V statistics of its own.
@@ -103,23 +100,32 @@ struct Columns {
     enum { count = V };
   };
 
-  static Place place(constant Sweep& s, uint thread_index) {
-    return place_across(thread_index, s.across, s.along);
+  static Place place(constant Sweep& sweep, uint thread_index) {
+    return place_across(thread_index, sweep.across, sweep.along);
+  }
+
+  /// Neighbouring threadgroups take neighbouring strips, then pieces, then segments.
+  static Piece locate(constant Sweep& sweep, uint group, uint groups, bool reverse) {
+    const uint i = in_order(group, groups, reverse);
+    const uint strips_before = i / sweep.strips;
+    return Piece{long(strips_before / sweep.pieces), long(i % sweep.strips),
+                 long(strips_before % sweep.pieces)};
   }
 
   template <int V>
-  static Walk walk(constant Sweep& s, Piece at, Place p) {
-    const long column = (at.strip * s.across + p.a) * V;
-    const long begin = at.piece * s.piece;
-    const long positions = metal::min(long(s.piece), s.reduce - begin);
+  static Walk walk(constant Sweep& sweep, Piece at, Place p) {
+    const long column = (at.strip * sweep.across + p.across) * V;
+    const long begin = at.piece * sweep.piece;
+    const long positions = metal::min(long(sweep.piece), sweep.reduce - begin);
     Walk w;
-    w.inside = column < s.inner;
-    w.first = (at.segment * s.reduce + begin + p.l) * s.inner + column;
-    w.step = s.along * s.inner;
-    w.vectors = w.inside && p.l < positions ? (positions - p.l + s.along - 1) / s.along : 0;
+    w.inside = column < sweep.inner;
+    w.first = (at.segment * sweep.reduce + begin + p.along) * sweep.inner + column;
+    w.step = sweep.along * sweep.inner;
+    w.vectors =
+        w.inside && p.along < positions ? (positions - p.along + sweep.along - 1) / sweep.along : 0;
     w.edge = -1;
-    w.statistic = at.segment % s.outer * s.inner + column;
-    w.partial = (at.piece * s.segments + at.segment) * s.inner + column;
+    w.statistic = at.segment % sweep.outer * sweep.inner + column;
+    w.part = (at.piece * sweep.segments + at.segment) * sweep.inner + column;
     return w;
   }
 };
@@ -131,17 +137,24 @@ struct Rows {
     enum { count = 1 };
   };
 
-  static Place place(constant Sweep& s, uint thread_index) {
-    return place_along(thread_index, s.along);
+  static Place place(constant Sweep& sweep, uint thread_index) {
+    return place_along(thread_index, sweep.along);
+  }
+
+  /// Neighbouring threadgroups take neighbouring pieces, then strips, which are of all segments.
+  static Piece locate(constant Sweep& sweep, uint group, uint groups, bool reverse) {
+    const uint i = in_order(group, groups, reverse);
+    return Piece{0, long(i / sweep.pieces), long(i % sweep.pieces)};
   }
 
   template <int V>
-  static Walk walk(constant Sweep& s, Piece at, Place p) {
-    const long segment = at.strip * s.across + p.a;
+  static Walk walk(constant Sweep& sweep, Piece at, Place p) {
+    const long segment = at.strip * sweep.across + p.across;
     Walk w;
-    w.inside = segment < s.segments;
-    const long positions = w.inside ? metal::min(long(s.piece), s.reduce - at.piece * s.piece) : 0;
-    const long begin = segment * s.reduce + at.piece * s.piece;
+    w.inside = segment < sweep.segments;
+    const long positions =
+        w.inside ? metal::min(long(sweep.piece), sweep.reduce - at.piece * sweep.piece) : 0;
+    const long begin = segment * sweep.reduce + at.piece * sweep.piece;
     const long end = begin + positions;
     long aligned_begin = (begin + V - 1) / V * V;
     long aligned_end = end / V * V;
@@ -150,15 +163,15 @@ struct Rows {
       aligned_end = begin;
     }
     const long vectors = (aligned_end - aligned_begin) / V;
-    w.first = aligned_begin + p.l * V;
-    w.step = s.along * V;
-    w.vectors = p.l < vectors ? (vectors - p.l + s.along - 1) / s.along : 0;
+    w.first = aligned_begin + p.along * V;
+    w.step = sweep.along * V;
+    w.vectors = p.along < vectors ? (vectors - p.along + sweep.along - 1) / sweep.along : 0;
     // Fewer than 2 V elements before and after, one for each of the first threads.
-    const long head = begin + p.l;
-    const long tail = aligned_end + (p.l - (aligned_begin - begin));
+    const long head = begin + p.along;
+    const long tail = aligned_end + (p.along - (aligned_begin - begin));
     w.edge = head < aligned_begin ? head : tail < end ? tail : -1;
-    w.statistic = segment % s.outer;
-    w.partial = at.piece * s.segments + segment;
+    w.statistic = segment % sweep.outer;
+    w.part = at.piece * sweep.segments + segment;
     return w;
   }
 };

@@ -1,4 +1,11 @@
 // What shaders and host agree on: parameter structs, buffer indices, limits. Included by both.
+//
+//   position   an index along a reduction
+//   column     an index across neighbouring statistics of a segment
+//   segment    one (merge, outer) index of an array that lies as (merge, outer, reduce, inner)
+//   statistic  one (outer, inner) index: what a mean and a variance belong to
+//   piece      some positions in a row, of a strip that threads take side by side
+//   part       a partial result for a statistic: of one piece of one segment
 #pragma once
 
 #ifdef __METAL_VERSION__
@@ -18,7 +25,7 @@ enum Limit {
 };
 
 /// Buffer indices, the same in every kernel that has the buffer. An absent weight or bias is bound
-/// to mean and never read.
+/// to var and never read.
 enum BufferIndex {
   kParameters = 0,   // Sweep or Merge
   kX = 1,            // x

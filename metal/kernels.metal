@@ -1,65 +1,32 @@
-// The kernels: normalisation and its gradient in as few passes over memory as there can be.
-//
-// Per statistic, with r = rsqrt(var + eps), d = x - mean, m values, weight w and bias b:
-//
-//   y       = r w d + b
-//   grad x  = r w g  +  (grad_mean - r w sum(g)) / m  +  (2 grad_var - r^3 w sum(g d)) / m * d
-//   grad b  = sum(g)  and  grad w = r sum(g d), over all statistics of a channel
+// The kernels: normalisation and its gradient in as few passes over memory as there can be. What they
+// compute is in affine.h.
 //
 // T is the type of the elements, V how many make a vector, A the access pattern. The host appends
-// an instantiation for the problem at hand (csrc/launch.cpp).
+// an instantiation for the problem at hand (csrc/gpu/launch.cpp).
 
 #include <metal_stdlib>
+using namespace metal;  // before our headers: uint is metal::uint to Apple's compiler
 
 #include "stages.h"
-
-using namespace metal;
-
-// ---- Coefficients ------------------------------------------------------------------------------
-
-inline float inverse_deviation(float var, float eps) { return precise::rsqrt(var + eps); }
-
-template <typename T>
-inline float weight_of(constant Sweep& s, const device T* weight, long statistic) {
-  return s.has_weight ? float(weight[statistic % s.channels]) : 1.0f;
-}
-
-/// y of x.
-template <typename T>
-inline Affine forward(constant Sweep& s, float mean, float var, const device T* weight,
-                      const device T* bias, long statistic) {
-  const float r = inverse_deviation(var, s.eps);
-  const float b = s.has_bias ? float(bias[statistic % s.channels]) : 0.0f;
-  return Affine{mean, r * weight_of(s, weight, statistic), b, 0.0f};
-}
-
-/// grad x of x and g.
-template <typename T>
-inline Affine backward(constant Sweep& s, float mean, float var, const device T* weight, Sums sums,
-                       float grad_mean, float grad_var, long statistic) {
-  const float r = inverse_deviation(var, s.eps);
-  const float rw = r * weight_of(s, weight, statistic);
-  return Affine{mean, (2.0f * grad_var - rw * r * (r * sums.gd)) / s.count,
-                (grad_mean - rw * sums.g) / s.count, rw};
-}
 
 // ---- First pass: moments of x, sums of g -------------------------------------------------------
 
 /// mean and var (statistic) of x, where a single threadgroup reads all of a statistic.
 template <typename T, int V, typename A>
-[[kernel]] void moments(constant Sweep& s [[buffer(kParameters)]], const device T* x [[buffer(kX)]],
-                        device float* mean [[buffer(kMean)]], device float* var [[buffer(kVar)]],
+[[kernel]] void moments(constant Sweep& sweep [[buffer(kParameters)]],
+                        const device T* x [[buffer(kX)]], device float* mean [[buffer(kMean)]],
+                        device float* var [[buffer(kVar)]],
                         uint group [[threadgroup_position_in_grid]],
                         uint groups [[threadgroups_per_grid]],
                         uint thread_index [[thread_position_in_threadgroup]]) {
   enum { S = A::template Statistics<V>::count };
   threadgroup Moments entries[kEntries];
-  const Place p = A::place(s, thread_index);
-  const Walk w = A::template walk<V>(s, locate(s, group, groups, false), p);
+  const Place p = A::place(sweep, thread_index);
+  const Walk w = A::template walk<V>(sweep, A::locate(sweep, group, groups, false), p);
   Moments found[S];
   find_moments<T, V, S>(x, w, found);
   merge_along<Moments, S>(found, p, entries);
-  if (p.l == 0 && w.inside) {
+  if (p.along == 0 && w.inside) {
     for (int i = 0; i < S; ++i) {
       mean[w.statistic + i] = found[i].mean;
       var[w.statistic + i] = found[i].m2 / found[i].count;
@@ -69,7 +36,7 @@ template <typename T, int V, typename A>
 
 /// Moments (part, statistic) of x, where several threadgroups share a statistic; see merge_moments.
 template <typename T, int V, typename A>
-[[kernel]] void partial_moments(constant Sweep& s [[buffer(kParameters)]],
+[[kernel]] void partial_moments(constant Sweep& sweep [[buffer(kParameters)]],
                                 const device T* x [[buffer(kX)]],
                                 device Moments* partials [[buffer(kPartials)]],
                                 uint group [[threadgroup_position_in_grid]],
@@ -77,21 +44,21 @@ template <typename T, int V, typename A>
                                 uint thread_index [[thread_position_in_threadgroup]]) {
   enum { S = A::template Statistics<V>::count };
   threadgroup Moments entries[kEntries];
-  const Place p = A::place(s, thread_index);
-  const Walk w = A::template walk<V>(s, locate(s, group, groups, false), p);
+  const Place p = A::place(sweep, thread_index);
+  const Walk w = A::template walk<V>(sweep, A::locate(sweep, group, groups, false), p);
   Moments found[S];
   find_moments<T, V, S>(x, w, found);
   merge_along<Moments, S>(found, p, entries);
-  if (p.l == 0 && w.inside) {
+  if (p.along == 0 && w.inside) {
     for (int i = 0; i < S; ++i) {
-      partials[w.partial + i] = found[i];
+      partials[w.part + i] = found[i];
     }
   }
 }
 
 /// Sums (part, statistic) of g and g * (x - mean); see merge_sums.
 template <typename T, int V, typename A>
-[[kernel]] void partial_sums(constant Sweep& s [[buffer(kParameters)]],
+[[kernel]] void partial_sums(constant Sweep& sweep [[buffer(kParameters)]],
                              const device T* x [[buffer(kX)]], const device T* g [[buffer(kG)]],
                              const device float* mean [[buffer(kMean)]],
                              device Sums* partials [[buffer(kPartials)]],
@@ -100,8 +67,8 @@ template <typename T, int V, typename A>
                              uint thread_index [[thread_position_in_threadgroup]]) {
   enum { S = A::template Statistics<V>::count };
   threadgroup Sums entries[kEntries];
-  const Place p = A::place(s, thread_index);
-  const Walk w = A::template walk<V>(s, locate(s, group, groups, false), p);
+  const Place p = A::place(sweep, thread_index);
+  const Walk w = A::template walk<V>(sweep, A::locate(sweep, group, groups, false), p);
   float means[S];
   for (int i = 0; i < S; ++i) {
     means[i] = w.inside ? mean[w.statistic + i] : 0.0f;
@@ -109,9 +76,9 @@ template <typename T, int V, typename A>
   Sums found[S];
   find_sums<T, V, S>(x, g, w, means, found);
   merge_along<Sums, S>(found, p, entries);
-  if (p.l == 0 && w.inside) {
+  if (p.along == 0 && w.inside) {
     for (int i = 0; i < S; ++i) {
-      partials[w.partial + i] = found[i];
+      partials[w.part + i] = found[i];
     }
   }
 }
@@ -120,12 +87,12 @@ template <typename T, int V, typename A>
 
 /// The merge over all parts of one column, known to every thread of that column.
 template <typename M>
-inline M merge_parts(constant Merge& s, const device M* partials, M identity, long column, Place p,
-                     threadgroup M* entries) {
+inline M merge_parts(constant Merge& merging, const device M* partials, M identity, long column,
+                     Place p, threadgroup M* entries) {
   M all[1] = {identity};
-  if (column < s.columns) {
-    for (long part = p.l; part < s.parts; part += s.along) {
-      all[0] = merge(all[0], partials[part * s.columns + column]);
+  if (column < merging.columns) {
+    for (long part = p.along; part < merging.parts; part += merging.along) {
+      all[0] = merge(all[0], partials[part * merging.columns + column]);
     }
   }
   merge_along<M, 1>(all, p, entries);
@@ -133,40 +100,40 @@ inline M merge_parts(constant Merge& s, const device M* partials, M identity, lo
 }
 
 /// mean and var (column) from partial moments (part, column).
-[[kernel]] void merge_moments(constant Merge& s [[buffer(kParameters)]],
+[[kernel]] void merge_moments(constant Merge& merging [[buffer(kParameters)]],
                               const device Moments* partials [[buffer(kPartials)]],
                               device float* mean [[buffer(kMean)]],
                               device float* var [[buffer(kVar)]],
                               uint group [[threadgroup_position_in_grid]],
                               uint thread_index [[thread_position_in_threadgroup]]) {
   threadgroup Moments entries[kEntries];
-  const Place p = place_across(thread_index, s.across, s.along);
-  const long column = long(group) * s.across + p.a;
-  const Moments all = merge_parts(s, partials, no_moments(), column, p, entries);
-  if (p.l == 0 && column < s.columns) {
+  const Place p = place_across(thread_index, merging.across, merging.along);
+  const long column = long(group) * merging.across + p.across;
+  const Moments all = merge_parts(merging, partials, no_moments(), column, p, entries);
+  if (p.along == 0 && column < merging.columns) {
     mean[column] = all.mean;
     var[column] = all.m2 / all.count;
   }
 }
 
 /// Sums (column) from partial sums (part, column).
-[[kernel]] void merge_sums(constant Merge& s [[buffer(kParameters)]],
+[[kernel]] void merge_sums(constant Merge& merging [[buffer(kParameters)]],
                            const device Sums* partials [[buffer(kPartials)]],
                            device Sums* sums [[buffer(kSums)]],
                            uint group [[threadgroup_position_in_grid]],
                            uint thread_index [[thread_position_in_threadgroup]]) {
   threadgroup Sums entries[kEntries];
-  const Place p = place_across(thread_index, s.across, s.along);
-  const long column = long(group) * s.across + p.a;
-  const Sums all = merge_parts(s, partials, Sums{0.0f, 0.0f}, column, p, entries);
-  if (p.l == 0 && column < s.columns) {
+  const Place p = place_across(thread_index, merging.across, merging.along);
+  const long column = long(group) * merging.across + p.across;
+  const Sums all = merge_parts(merging, partials, Sums{0.0f, 0.0f}, column, p, entries);
+  if (p.along == 0 && column < merging.columns) {
     sums[column] = all;
   }
 }
 
 /// Gradients (channel) of weight and bias from sums and var (part, channel): parts are instances.
 template <typename T>
-[[kernel]] void parameter_gradients(constant Merge& s [[buffer(kParameters)]],
+[[kernel]] void parameter_gradients(constant Merge& merging [[buffer(kParameters)]],
                                     const device Sums* sums [[buffer(kSums)]],
                                     const device float* var [[buffer(kVar)]],
                                     device T* grad_weight [[buffer(kGradWeight)]],
@@ -174,21 +141,21 @@ template <typename T>
                                     uint group [[threadgroup_position_in_grid]],
                                     uint thread_index [[thread_position_in_threadgroup]]) {
   threadgroup Sums entries[kEntries];
-  const Place p = place_across(thread_index, s.across, s.along);
-  const long channel = long(group) * s.across + p.a;
+  const Place p = place_across(thread_index, merging.across, merging.along);
+  const long channel = long(group) * merging.across + p.across;
   Sums all[1] = {Sums{0.0f, 0.0f}};
-  if (channel < s.columns) {
-    for (long part = p.l; part < s.parts; part += s.along) {
-      const long i = part * s.columns + channel;
-      all[0] = merge(all[0], Sums{sums[i].g, sums[i].gd * inverse_deviation(var[i], s.eps)});
+  if (channel < merging.columns) {
+    for (long part = p.along; part < merging.parts; part += merging.along) {
+      const long i = part * merging.columns + channel;
+      all[0] = merge(all[0], Sums{sums[i].g, sums[i].gd * inverse_deviation(var[i], merging.eps)});
     }
   }
   merge_along<Sums, 1>(all, p, entries);
-  if (p.l == 0 && channel < s.columns) {
-    if (s.has_weight) {
+  if (p.along == 0 && channel < merging.columns) {
+    if (merging.has_weight) {
       grad_weight[channel] = T(all[0].gd);
     }
-    if (s.has_bias) {
+    if (merging.has_bias) {
       grad_bias[channel] = T(all[0].g);
     }
   }
@@ -196,7 +163,7 @@ template <typename T>
 
 /// Gradients (channel) of given mean and var from sums (channel).
 template <typename T>
-[[kernel]] void given_gradients(constant Merge& s [[buffer(kParameters)]],
+[[kernel]] void given_gradients(constant Merge& merging [[buffer(kParameters)]],
                                 const device Sums* sums [[buffer(kSums)]],
                                 const device float* var [[buffer(kVar)]],
                                 const device T* weight [[buffer(kWeight)]],
@@ -204,34 +171,52 @@ template <typename T>
                                 device float* grad_var [[buffer(kGradVar)]],
                                 uint group [[threadgroup_position_in_grid]],
                                 uint thread_index [[thread_position_in_threadgroup]]) {
-  const Place p = place_across(thread_index, s.across, s.along);
-  const long channel = long(group) * s.across + p.a;
-  if (p.l == 0 && channel < s.columns) {
-    const float r = inverse_deviation(var[channel], s.eps);
-    const float rw = r * (s.has_weight ? float(weight[channel]) : 1.0f);
+  const Place p = place_across(thread_index, merging.across, merging.along);
+  const long channel = long(group) * merging.across + p.across;
+  if (p.along == 0 && channel < merging.columns) {
+    const float r = inverse_deviation(var[channel], merging.eps);
+    const float rw = r * (merging.has_weight ? float(weight[channel]) : 1.0f);
     grad_mean[channel] = -rw * sums[channel].g;
     grad_var[channel] = -0.5f * rw * r * (r * sums[channel].gd);
   }
 }
 
+// ---- Parameters of a channel -------------------------------------------------------------------
+
+template <typename T>
+inline float weight_of(constant Sweep& sweep, const device T* weight, long channel) {
+  return sweep.has_weight ? float(weight[channel]) : 1.0f;
+}
+
+template <typename T>
+inline float bias_of(constant Sweep& sweep, const device T* bias, long channel) {
+  return sweep.has_bias ? float(bias[channel]) : 0.0f;
+}
+
+/// The channel of the next statistic; a division for each of them would take longer.
+inline long after(long channel, long channels) { return channel + 1 == channels ? 0 : channel + 1; }
+
 // ---- Second pass: y, grad x --------------------------------------------------------------------
 
 /// y of x and the statistics.
 template <typename T, int V, typename A>
-[[kernel]] void normalize(
-    constant Sweep& s [[buffer(kParameters)]], const device T* x [[buffer(kX)]],
+[[kernel]] void normalize_input(
+    constant Sweep& sweep [[buffer(kParameters)]], const device T* x [[buffer(kX)]],
     const device float* mean [[buffer(kMean)]], const device float* var [[buffer(kVar)]],
     const device T* weight [[buffer(kWeight)]], const device T* bias [[buffer(kBias)]],
     device T* y [[buffer(kOut)]], uint group [[threadgroup_position_in_grid]],
     uint groups [[threadgroups_per_grid]], uint thread_index [[thread_position_in_threadgroup]]) {
   enum { S = A::template Statistics<V>::count };
-  const Place p = A::place(s, thread_index);
-  const Walk w = A::template walk<V>(s, locate(s, group, groups, true), p);
+  const Place p = A::place(sweep, thread_index);
+  const Walk w = A::template walk<V>(sweep, A::locate(sweep, group, groups, true), p);
   if (w.inside) {
     Affine f[S];
+    long channel = w.statistic % sweep.channels;
     for (int i = 0; i < S; ++i) {
       const long j = w.statistic + i;
-      f[i] = forward(s, mean[j], var[j], weight, bias, j);
+      f[i] = forward(sweep, mean[j], var[j], weight_of(sweep, weight, channel),
+                     bias_of(sweep, bias, channel));
+      channel = after(channel, sweep.channels);
     }
     apply<T, V, S>(x, w, f, y);
   }
@@ -240,7 +225,7 @@ template <typename T, int V, typename A>
 /// grad x of x, g, the statistics, the sums, and the cotangents of the statistics.
 template <typename T, int V, typename A>
 [[kernel]] void input_gradient(
-    constant Sweep& s [[buffer(kParameters)]], const device T* x [[buffer(kX)]],
+    constant Sweep& sweep [[buffer(kParameters)]], const device T* x [[buffer(kX)]],
     const device T* g [[buffer(kG)]], const device float* mean [[buffer(kMean)]],
     const device float* var [[buffer(kVar)]], const device T* weight [[buffer(kWeight)]],
     const device Sums* sums [[buffer(kSums)]], const device float* grad_mean [[buffer(kGradMean)]],
@@ -248,13 +233,16 @@ template <typename T, int V, typename A>
     uint group [[threadgroup_position_in_grid]], uint groups [[threadgroups_per_grid]],
     uint thread_index [[thread_position_in_threadgroup]]) {
   enum { S = A::template Statistics<V>::count };
-  const Place p = A::place(s, thread_index);
-  const Walk w = A::template walk<V>(s, locate(s, group, groups, true), p);
+  const Place p = A::place(sweep, thread_index);
+  const Walk w = A::template walk<V>(sweep, A::locate(sweep, group, groups, true), p);
   if (w.inside) {
     Affine f[S];
+    long channel = w.statistic % sweep.channels;
     for (int i = 0; i < S; ++i) {
       const long j = w.statistic + i;
-      f[i] = backward(s, mean[j], var[j], weight, sums[j], grad_mean[j], grad_var[j], j);
+      f[i] = backward(sweep, mean[j], var[j], weight_of(sweep, weight, channel), sums[j],
+                      grad_mean[j], grad_var[j]);
+      channel = after(channel, sweep.channels);
     }
     apply<T, V, S>(x, g, w, f, grad_x);
   }
@@ -263,18 +251,20 @@ template <typename T, int V, typename A>
 /// grad x of g alone: the gradient with given statistics.
 template <typename T, int V, typename A>
 [[kernel]] void given_input_gradient(
-    constant Sweep& s [[buffer(kParameters)]], const device T* g [[buffer(kG)]],
+    constant Sweep& sweep [[buffer(kParameters)]], const device T* g [[buffer(kG)]],
     const device float* var [[buffer(kVar)]], const device T* weight [[buffer(kWeight)]],
     device T* grad_x [[buffer(kOut)]], uint group [[threadgroup_position_in_grid]],
     uint groups [[threadgroups_per_grid]], uint thread_index [[thread_position_in_threadgroup]]) {
   enum { S = A::template Statistics<V>::count };
-  const Place p = A::place(s, thread_index);
-  const Walk w = A::template walk<V>(s, locate(s, group, groups, true), p);
+  const Place p = A::place(sweep, thread_index);
+  const Walk w = A::template walk<V>(sweep, A::locate(sweep, group, groups, true), p);
   if (w.inside) {
     Affine f[S];
+    long channel = w.statistic % sweep.channels;
     for (int i = 0; i < S; ++i) {
-      const long j = w.statistic + i;
-      f[i] = Affine{0.0f, inverse_deviation(var[j], s.eps) * weight_of(s, weight, j), 0.0f, 0.0f};
+      const float r = inverse_deviation(var[w.statistic + i], sweep.eps);
+      f[i] = Affine{0.0f, r * weight_of(sweep, weight, channel), 0.0f, 0.0f};
+      channel = after(channel, sweep.channels);
     }
     apply<T, V, S>(g, w, f, grad_x);
   }
@@ -283,19 +273,19 @@ template <typename T, int V, typename A>
 /// grad x of the cotangents of moments.
 template <typename T, int V, typename A>
 [[kernel]] void moments_gradient(
-    constant Sweep& s [[buffer(kParameters)]], const device T* x [[buffer(kX)]],
+    constant Sweep& sweep [[buffer(kParameters)]], const device T* x [[buffer(kX)]],
     const device float* mean [[buffer(kMean)]], const device float* grad_mean [[buffer(kGradMean)]],
     const device float* grad_var [[buffer(kGradVar)]], device T* grad_x [[buffer(kOut)]],
     uint group [[threadgroup_position_in_grid]], uint groups [[threadgroups_per_grid]],
     uint thread_index [[thread_position_in_threadgroup]]) {
   enum { S = A::template Statistics<V>::count };
-  const Place p = A::place(s, thread_index);
-  const Walk w = A::template walk<V>(s, locate(s, group, groups, true), p);
+  const Place p = A::place(sweep, thread_index);
+  const Walk w = A::template walk<V>(sweep, A::locate(sweep, group, groups, true), p);
   if (w.inside) {
     Affine f[S];
     for (int i = 0; i < S; ++i) {
       const long j = w.statistic + i;
-      f[i] = Affine{mean[j], 2.0f * grad_var[j] / s.count, grad_mean[j] / s.count, 0.0f};
+      f[i] = Affine{mean[j], 2.0f * grad_var[j] / sweep.count, grad_mean[j] / sweep.count, 0.0f};
     }
     apply<T, V, S>(x, w, f, grad_x);
   }
@@ -306,27 +296,29 @@ template <typename T, int V, typename A>
 /// mean, var and y of x: every element is read once, and kept in registers in between.
 template <typename T, int V, typename A>
 [[kernel]] void fused_normalize(
-    constant Sweep& s [[buffer(kParameters)]], const device T* x [[buffer(kX)]],
+    constant Sweep& sweep [[buffer(kParameters)]], const device T* x [[buffer(kX)]],
     device float* mean [[buffer(kMean)]], device float* var [[buffer(kVar)]],
     const device T* weight [[buffer(kWeight)]], const device T* bias [[buffer(kBias)]],
     device T* y [[buffer(kOut)]], uint group [[threadgroup_position_in_grid]],
     uint groups [[threadgroups_per_grid]], uint thread_index [[thread_position_in_threadgroup]]) {
   enum { S = A::template Statistics<V>::count };
   threadgroup Moments entries[kEntries];
-  const Place p = A::place(s, thread_index);
-  const Walk w = A::template walk<V>(s, locate(s, group, groups, false), p);
+  const Place p = A::place(sweep, thread_index);
+  const Walk w = A::template walk<V>(sweep, A::locate(sweep, group, groups, false), p);
   const Kept<T, V> kept = keep<T, V>(x, w);
   Moments found[S];
   find_moments<T, V, S>(kept, w, found);
   merge_along<Moments, S>(found, p, entries);
   if (w.inside) {
     Affine f[S];
+    long channel = w.statistic % sweep.channels;
     for (int i = 0; i < S; ++i) {
       const long j = w.statistic + i;
       const float m = found[i].mean;
       const float v = found[i].m2 / found[i].count;
-      f[i] = forward(s, m, v, weight, bias, j);
-      if (p.l == 0) {
+      f[i] = forward(sweep, m, v, weight_of(sweep, weight, channel), bias_of(sweep, bias, channel));
+      channel = after(channel, sweep.channels);
+      if (p.along == 0) {
         mean[j] = m;
         var[j] = v;
       }
@@ -338,7 +330,7 @@ template <typename T, int V, typename A>
 /// Sums and grad x of x and g: every element is read once.
 template <typename T, int V, typename A>
 [[kernel]] void fused_gradient(
-    constant Sweep& s [[buffer(kParameters)]], const device T* x [[buffer(kX)]],
+    constant Sweep& sweep [[buffer(kParameters)]], const device T* x [[buffer(kX)]],
     const device T* g [[buffer(kG)]], const device float* mean [[buffer(kMean)]],
     const device float* var [[buffer(kVar)]], const device T* weight [[buffer(kWeight)]],
     const device float* grad_mean [[buffer(kGradMean)]],
@@ -347,8 +339,8 @@ template <typename T, int V, typename A>
     uint groups [[threadgroups_per_grid]], uint thread_index [[thread_position_in_threadgroup]]) {
   enum { S = A::template Statistics<V>::count };
   threadgroup Sums entries[kEntries];
-  const Place p = A::place(s, thread_index);
-  const Walk w = A::template walk<V>(s, locate(s, group, groups, false), p);
+  const Place p = A::place(sweep, thread_index);
+  const Walk w = A::template walk<V>(sweep, A::locate(sweep, group, groups, false), p);
   const Kept<T, V> kept_x = keep<T, V>(x, w);
   const Kept<T, V> kept_g = keep<T, V>(g, w);
   float means[S];
@@ -360,10 +352,13 @@ template <typename T, int V, typename A>
   merge_along<Sums, S>(found, p, entries);
   if (w.inside) {
     Affine f[S];
+    long channel = w.statistic % sweep.channels;
     for (int i = 0; i < S; ++i) {
       const long j = w.statistic + i;
-      f[i] = backward(s, means[i], var[j], weight, found[i], grad_mean[j], grad_var[j], j);
-      if (p.l == 0) {
+      f[i] = backward(sweep, means[i], var[j], weight_of(sweep, weight, channel), found[i],
+                      grad_mean[j], grad_var[j]);
+      channel = after(channel, sweep.channels);
+      if (p.along == 0) {
         sums[j] = found[i];
       }
     }

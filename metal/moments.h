@@ -40,7 +40,8 @@ inline Moments merge(Moments a, Moments b) {
 /// Welford's step: the merge with a single value.
 inline Moments push(Moments a, float x) { return merge(a, Moments{1.0f, x, 0.0f, 0.0f}); }
 
-/// Sums of g and of g * (x - mean). The identity is zero.
+/// What the gradients need of a set of values: the sums of g and of g * d, where g is the cotangent
+/// of y and d = x - mean. The identity is zero.
 struct Sums {
   float g;
   float gd;
@@ -57,28 +58,30 @@ inline Sums shuffle_xor(Sums s, ushort offset) {
   return Sums{metal::simd_shuffle_xor(s.g, offset), metal::simd_shuffle_xor(s.gd, offset)};
 }
 
-/// A thread's place in its threadgroup: `a` across the statistics, `l` along the reduction.
+/// A thread's place in its threadgroup: which of the statistics side by side, and which of the
+/// threads along their reduction.
 struct Place {
-  uint a;
-  uint l;
-  uint lane_step;    // lanes between two of the same `a`: a simdgroup merges those by itself,
+  uint across;
+  uint along;
+  uint lane;
+  uint lane_step;    // lanes between two of the same statistic: a simdgroup merges those by itself,
   bool writes;       // and its lanes that hold the results
   uint entry;        // write them to these entries of threadgroup memory;
-  uint first_entry;  // those of this `a` begin here,
+  uint first_entry;  // those of this statistic begin here,
   uint entry_step;   // lie this far apart,
   uint entries;      // and are so many.
 };
 
 /// Neighbouring threads stand across. `across` is a power of two up to kSimd.
 inline Place place_across(uint thread_index, uint across, uint along) {
-  const uint lane = thread_index % kSimd;
   Place p;
-  p.a = thread_index % across;
-  p.l = thread_index / across;
+  p.across = thread_index % across;
+  p.along = thread_index / across;
+  p.lane = thread_index % kSimd;
   p.lane_step = across;
-  p.writes = lane < across;
-  p.entry = thread_index / kSimd * across + lane;
-  p.first_entry = p.a;
+  p.writes = p.lane < across;
+  p.entry = thread_index / kSimd * across + p.lane;
+  p.first_entry = p.across;
   p.entry_step = across;
   p.entries = across * along / kSimd;
   return p;
@@ -87,25 +90,32 @@ inline Place place_across(uint thread_index, uint across, uint along) {
 /// Neighbouring threads stand along. `along` is a multiple of kSimd.
 inline Place place_along(uint thread_index, uint along) {
   Place p;
-  p.a = thread_index / along;
-  p.l = thread_index % along;
+  p.across = thread_index / along;
+  p.along = thread_index % along;
+  p.lane = thread_index % kSimd;
   p.lane_step = 1;
-  p.writes = thread_index % kSimd == 0;
+  p.writes = p.lane == 0;
   p.entry = thread_index / kSimd;
   p.entries = along / kSimd;
-  p.first_entry = p.a * p.entries;
+  p.first_entry = p.across * p.entries;
   p.entry_step = 1;
   return p;
 }
 
-/// Merges values[0], ..., values[n - 1], each over all threads of the same `a`; all of these get
-/// the results. Every thread of the threadgroup must come here.
+/// Merges values[0], ..., values[n - 1], each over all threads of the same statistic; all of these
+/// get the same results. Every thread of the threadgroup must come here.
 template <typename M, int n>
 inline void merge_along(thread M* values, Place p, threadgroup M* entries) {
   for (int i = 0; i < n; ++i) {
     M m = values[i];
     for (uint offset = p.lane_step; offset < kSimd; offset *= 2) {
-      m = merge(m, shuffle_xor(m, ushort(offset)));
+      const M other = shuffle_xor(m, ushort(offset));
+      // In the order of the lanes on both sides, so that both round alike.
+      if (p.lane & offset) {
+        m = merge(other, m);
+      } else {
+        m = merge(m, other);
+      }
     }
     if (p.entries > 1) {
       // What these entries held before may still be being read.

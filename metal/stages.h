@@ -2,25 +2,71 @@
 #pragma once
 
 #include "access.h"
+#include "affine.h"
+
+#define WELFORD_UNROLL _Pragma("clang loop unroll(full)")
+
+/// Moments of the values that went through one lane of a thread's vectors; how many they are, the
+/// thread knows. The mean is origin + offset, and the origin is the first value.
+struct Chain {
+  float origin;
+  float offset;
+  float m2;
+};
+
+/// Chan's merge of four values into a chain of n, with share = 4 / (n + 4).
+inline Chain add_block(Chain a, float n, float share, float v0, float v1, float v2, float v3) {
+  const float origin = n == 0.0f ? v0 : a.origin;
+  const float e0 = v0 - origin;
+  const float e1 = v1 - origin;
+  const float e2 = v2 - origin;
+  const float e3 = v3 - origin;
+  const float block_offset = 0.25f * ((e0 + e1) + (e2 + e3));
+  const float d0 = e0 - block_offset;
+  const float d1 = e1 - block_offset;
+  const float d2 = e2 - block_offset;
+  const float d3 = e3 - block_offset;
+  const float block_m2 = (d0 * d0 + d1 * d1) + (d2 * d2 + d3 * d3);
+  const float d = block_offset - a.offset;
+  return Chain{origin, a.offset + d * share, a.m2 + (block_m2 + d * d * (n * share))};
+}
+
+/// The same with a single value, and share = 1 / (n + 1).
+inline Chain add_value(Chain a, float n, float share, float v) {
+  const float origin = n == 0.0f ? v : a.origin;
+  const float d = (v - origin) - a.offset;
+  return Chain{origin, a.offset + d * share, a.m2 + d * d * (n * share)};
+}
+
+/// The chains of a thread as the moments of its S statistics: a chain each, or all of them of one,
+/// to which `rest` belongs then.
+template <int chains, int S>
+inline void merge_chains(const thread Chain* chain, float n, Moments rest, thread Moments* found) {
+  for (int i = 0; i < S; ++i) {
+    found[i] = moments_about(n, chain[i].origin, chain[i].offset, chain[i].m2);
+  }
+  if (S == 1) {
+    found[0] = rest;
+    for (int c = 0; c < chains; ++c) {
+      found[0] = merge(found[0], moments_about(n, chain[c].origin, chain[c].offset, chain[c].m2));
+    }
+  }
+}
 
 /// Moments of a thread's elements, of each of its S statistics.
 ///
-/// Each lane of the vectors is a chain of its own. Four vectors at a time become mean and m2 of a
-/// block, which is merged into its chain: one division for 4 V elements, and loads in flight while
-/// the sums before are finished. Single elements make four chains of what would be one.
+/// Each lane of the vectors is a chain. Four vectors at a time become mean and m2 of a block, which
+/// is merged into its chain: one division for 4 V elements, and loads in flight while the sums
+/// before are finished. Single elements make four chains of what would be one.
 template <typename T, int V, int S>
 inline void find_moments(const device T* x, Walk w, thread Moments* found) {
   typedef Elements<T, V> E;
   enum { chains = V == 1 ? 4 : V, loads = V == 1 ? 4 : 1, block = 4 * loads };
-  float origin[chains];
-  float offset[chains];
-  float m2[chains];
+  Chain chain[chains];
   for (int c = 0; c < chains; ++c) {
-    origin[c] = 0.0f;
-    offset[c] = 0.0f;
-    m2[c] = 0.0f;
+    chain[c] = Chain{0.0f, 0.0f, 0.0f};
   }
-  float n = 0.0f;
+  float n = 0.0f;  // values of each chain
   Moments rest = no_moments();
 
   // Merge blocks of four
@@ -33,26 +79,13 @@ inline void find_moments(const device T* x, Walk w, thread Moments* found) {
       }
     }
     const float share = 4.0f / (n + 4.0f);
-    const float between = n * share;
     for (int c = 0; c < chains; ++c) {
-      origin[c] = n == 0.0f ? v[0][c] : origin[c];
-      const float e0 = v[0][c] - origin[c];
-      const float e1 = v[1][c] - origin[c];
-      const float e2 = v[2][c] - origin[c];
-      const float e3 = v[3][c] - origin[c];
-      const float block_offset = 0.25f * ((e0 + e1) + (e2 + e3));
-      const float d0 = e0 - block_offset;
-      const float d1 = e1 - block_offset;
-      const float d2 = e2 - block_offset;
-      const float d3 = e3 - block_offset;
-      const float d = block_offset - offset[c];
-      offset[c] += d * share;
-      m2[c] += ((d0 * d0 + d1 * d1) + (d2 * d2 + d3 * d3)) + d * d * between;
+      chain[c] = add_block(chain[c], n, share, v[0][c], v[1][c], v[2][c], v[3][c]);
     }
     n += 4.0f;
   }
 
-  // Push what is left
+  // Add what is left
   for (; i < w.vectors; ++i) {
     float v[V];
     E::unpack(E::load(x, w.first + i * w.step), v);
@@ -60,12 +93,8 @@ inline void find_moments(const device T* x, Walk w, thread Moments* found) {
       rest = push(rest, v[0]);
     } else {
       const float share = 1.0f / (n + 1.0f);
-      const float between = n * share;
       for (int c = 0; c < V; ++c) {
-        origin[c] = n == 0.0f ? v[c] : origin[c];
-        const float d = (v[c] - origin[c]) - offset[c];
-        offset[c] += d * share;
-        m2[c] += d * d * between;
+        chain[c] = add_value(chain[c], n, share, v[c]);
       }
       n += 1.0f;
     }
@@ -73,17 +102,7 @@ inline void find_moments(const device T* x, Walk w, thread Moments* found) {
   if (w.edge >= 0) {
     rest = push(rest, float(x[w.edge]));
   }
-
-  // Merge the chains of one statistic
-  for (int s = 0; s < S; ++s) {
-    found[s] = moments_about(n, origin[s], offset[s], m2[s]);
-  }
-  if (S == 1) {
-    found[0] = rest;
-    for (int c = 0; c < chains; ++c) {
-      found[0] = merge(found[0], moments_about(n, origin[c], offset[c], m2[c]));
-    }
-  }
+  merge_chains<chains, S>(chain, n, rest, found);
 }
 
 /// Sums of a thread's elements, of each of its S statistics, about their means.
@@ -133,8 +152,8 @@ inline void find_sums(const device T* x, const device T* g, Walk w, const thread
     sum_gd[0] += edge_g * (float(x[w.edge]) - mean[0]);
   }
 
-  for (int s = 0; s < S; ++s) {
-    found[s] = Sums{sum_g[s], sum_gd[s]};
+  for (int i = 0; i < S; ++i) {
+    found[i] = Sums{sum_g[i], sum_gd[i]};
   }
   if (S == 1) {
     for (int c = 1; c < chains; ++c) {
@@ -142,18 +161,6 @@ inline void find_sums(const device T* x, const device T* g, Walk w, const thread
     }
   }
 }
-
-/// out = slope * (x - mean) + level + scale * g: normalisation and both kinds of gradient, one
-/// statistic's worth. Centred, since x * A + B cancels for large means.
-struct Affine {
-  float mean;
-  float slope;
-  float level;
-  float scale;
-
-  static float of_x(Affine f, float x) { return f.slope * (x - f.mean) + f.level; }
-  static float of_both(Affine f, float x, float g) { return of_x(f, x) + f.scale * g; }
-};
 
 /// Applies f to a thread's elements. Each is read before it is written, so out may be x.
 template <typename T, int V, int S>
@@ -228,8 +235,8 @@ inline void apply(const device T* x, const device T* g, Walk w, const thread Aff
 
 // ---- The same for elements kept in registers ---------------------------------------------------
 
-/// All that a thread of a fused kernel reads. Loops over it have constant bounds, so that it can
-/// stay in registers.
+/// All that a thread of a fused kernel reads. Loops over it are unrolled, or it could not stay in
+/// registers.
 template <typename T, int V>
 struct Kept {
   typename Elements<T, V>::Raw vectors[kKept];
@@ -239,6 +246,7 @@ struct Kept {
 template <typename T, int V>
 inline Kept<T, V> keep(const device T* x, Walk w) {
   Kept<T, V> kept;
+  WELFORD_UNROLL
   for (int k = 0; k < kKept; ++k) {
     if (k < w.vectors) {
       kept.vectors[k] = Elements<T, V>::load(x, w.first + k * w.step);
@@ -251,10 +259,7 @@ inline Kept<T, V> keep(const device T* x, Walk w) {
 template <typename T, int V, int S>
 inline void find_moments(Kept<T, V> kept, Walk w, thread Moments* found) {
   float v[kKept][V];
-  float origin[V];
-  float offset[V];
-  float m2[V];
-  const float n = float(w.vectors);
+  WELFORD_UNROLL
   for (int k = 0; k < kKept; ++k) {
     if (k < w.vectors) {
       Elements<T, V>::unpack(kept.vectors[k], v[k]);
@@ -262,41 +267,39 @@ inline void find_moments(Kept<T, V> kept, Walk w, thread Moments* found) {
   }
 
   // Twice through the registers: about the first value, then about the mean
+  const float n = float(w.vectors);
+  Chain chain[V];
   for (int c = 0; c < V; ++c) {
-    origin[c] = w.vectors > 0 ? v[0][c] : 0.0f;
+    const float origin = w.vectors > 0 ? v[0][c] : 0.0f;
     float sum = 0.0f;
+    WELFORD_UNROLL
     for (int k = 1; k < kKept; ++k) {
-      sum += k < w.vectors ? v[k][c] - origin[c] : 0.0f;
+      sum += k < w.vectors ? v[k][c] - origin : 0.0f;
     }
-    offset[c] = w.vectors > 0 ? sum / n : 0.0f;
-    m2[c] = 0.0f;
+    const float offset = w.vectors > 0 ? sum / n : 0.0f;
+    float m2 = 0.0f;
+    WELFORD_UNROLL
     for (int k = 0; k < kKept; ++k) {
-      const float d = k < w.vectors ? (v[k][c] - origin[c]) - offset[c] : 0.0f;
-      m2[c] += d * d;
+      const float d = k < w.vectors ? (v[k][c] - origin) - offset : 0.0f;
+      m2 += d * d;
     }
+    chain[c] = Chain{origin, offset, m2};
   }
 
-  Moments edge = no_moments();
+  Moments rest = no_moments();
   if (w.edge >= 0) {
-    edge = push(edge, kept.edge);
+    rest = push(rest, kept.edge);
   }
-  for (int s = 0; s < S; ++s) {
-    found[s] = moments_about(n, origin[s], offset[s], m2[s]);
-  }
-  if (S == 1) {
-    found[0] = edge;
-    for (int c = 0; c < V; ++c) {
-      found[0] = merge(found[0], moments_about(n, origin[c], offset[c], m2[c]));
-    }
-  }
+  merge_chains<V, S>(chain, n, rest, found);
 }
 
 template <typename T, int V, int S>
 inline void find_sums(Kept<T, V> x, Kept<T, V> g, Walk w, const thread float* mean,
                       thread Sums* found) {
-  for (int s = 0; s < S; ++s) {
-    found[s] = Sums{0.0f, 0.0f};
+  for (int i = 0; i < S; ++i) {
+    found[i] = Sums{0.0f, 0.0f};
   }
+  WELFORD_UNROLL
   for (int k = 0; k < kKept; ++k) {
     if (k < w.vectors) {
       float vx[V];
@@ -304,8 +307,8 @@ inline void find_sums(Kept<T, V> x, Kept<T, V> g, Walk w, const thread float* me
       Elements<T, V>::unpack(x.vectors[k], vx);
       Elements<T, V>::unpack(g.vectors[k], vg);
       for (int c = 0; c < V; ++c) {
-        const int s = S == 1 ? 0 : c;
-        found[s] = merge(found[s], Sums{vg[c], vg[c] * (vx[c] - mean[s])});
+        const int i = S == 1 ? 0 : c;
+        found[i] = merge(found[i], Sums{vg[c], vg[c] * (vx[c] - mean[i])});
       }
     }
   }
@@ -316,6 +319,7 @@ inline void find_sums(Kept<T, V> x, Kept<T, V> g, Walk w, const thread float* me
 
 template <typename T, int V, int S>
 inline void apply(Kept<T, V> x, Walk w, const thread Affine* f, device T* out) {
+  WELFORD_UNROLL
   for (int k = 0; k < kKept; ++k) {
     if (k < w.vectors) {
       float v[V];
@@ -333,6 +337,7 @@ inline void apply(Kept<T, V> x, Walk w, const thread Affine* f, device T* out) {
 
 template <typename T, int V, int S>
 inline void apply(Kept<T, V> x, Kept<T, V> g, Walk w, const thread Affine* f, device T* out) {
+  WELFORD_UNROLL
   for (int k = 0; k < kKept; ++k) {
     if (k < w.vectors) {
       float vx[V];

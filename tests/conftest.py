@@ -1,10 +1,10 @@
 """Settings that every test shares, and the backends that tests run on.
 
-A module marked ``every_backend`` runs once for each backend that is present: the CPU's kernels, the shaders in the
-simulator, and the shaders on a Mac's GPU. ``--backend`` chooses among them.
+A module marked ``every_backend`` runs once for each backend that is present: the CPU's kernels, the
+shaders in the simulator, and the shaders on a Mac's GPU. ``--backend`` chooses among them.
 
-In the simulator the seed that orders the threads and whether denormals are flushed vary from test to test, unless
-MLX_WELFORD_SIM_SEED and MLX_WELFORD_SIM_FTZ are set.
+In the simulator the seed that orders the threads and whether denormals are flushed vary from test
+to test, unless MLX_WELFORD_SIM_SEED and MLX_WELFORD_SIM_FTZ are set.
 """
 
 import os
@@ -41,7 +41,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def present() -> list[str]:
-    """The backends of this machine and build. MLX_WELFORD_REQUIRE_GPU=1 makes a missing GPU an error."""
+    """The backends that are here. MLX_WELFORD_REQUIRE_GPU=1 makes a missing GPU an error."""
     if mx.metal.is_available():
         return ["cpu", "sim", "gpu"]
     if os.environ.get("MLX_WELFORD_REQUIRE_GPU") == "1":
@@ -69,7 +69,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 @cache
 def shaders() -> str:
-    """The path of all shaders, compiled for the simulator from the text that the extension holds."""
+    """All shaders, compiled for the simulator from the text that the extension holds: a path."""
     instantiations = [text for _, text in _ext.shader_kernels()]
     return str(compile_library(_ext.shader_source, instantiations).path)
 

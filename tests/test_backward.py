@@ -68,7 +68,7 @@ def test_every_set_of_arguments(case: Case, names: tuple[str, ...]) -> None:
 @pytest.mark.parametrize("names", SUBSETS, ids=",".join)
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_set_of_argnums(kind: Kind, names: tuple[str, ...], backend: str) -> None:
-    """The same gradients, whichever are asked for; where other kernels find fewer, but for rounding."""
+    """The same gradients, whichever are asked for; where other kernels find them, nearly."""
     problem = Problem(Case(kind, (3, 33, 7)))
 
     def loss(x: mx.array, weight: mx.array, bias: mx.array) -> mx.array:

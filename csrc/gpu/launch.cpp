@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <bit>
+#include <limits>
 #include <optional>
 #include <stdexcept>
 #include <utility>
@@ -96,15 +97,21 @@ Sweep describe(const Problem& p) {
 
 /// Completes a sweep whose across and along are chosen.
 Shape arrange(const Access& a, Sweep s, int64_t across, int64_t along, int64_t pieces) {
-  s.across = static_cast<uint32_t>(across);
-  s.along = static_cast<uint32_t>(along);
-  s.strips = static_cast<uint32_t>(ceil_div(a.columns ? a.vectors : s.segments, across));
+  const int64_t strips = ceil_div(a.columns ? a.vectors : s.segments, across);
   s.piece = ceil_div(s.reduce, pieces);
   if (!a.columns) {
     s.piece = round_up(s.piece, a.vector);  // inner boundaries need no edges of their own
   }
-  s.pieces = static_cast<uint32_t>(ceil_div(s.reduce, s.piece));
-  const int64_t groups = int64_t{s.strips} * s.pieces * (a.columns ? s.segments : 1);
+  const int64_t pieces_used = ceil_div(s.reduce, s.piece);
+  const int64_t groups = strips * pieces_used * (a.columns ? s.segments : 1);
+  if (groups > std::numeric_limits<uint32_t>::max()) {
+    throw std::invalid_argument("[mlx_welford] The array needs " + std::to_string(groups) +
+                                " threadgroups, more than one dispatch can have.");
+  }
+  s.across = static_cast<uint32_t>(across);
+  s.along = static_cast<uint32_t>(along);
+  s.strips = static_cast<uint32_t>(strips);
+  s.pieces = static_cast<uint32_t>(pieces_used);
   return {s, static_cast<uint32_t>(groups), static_cast<uint32_t>(across * along)};
 }
 
@@ -221,7 +228,7 @@ class Planner {
       }
       find_moments();
     }
-    add("normalize", second_pass(p_, access_, limits_),
+    add("normalize_input", second_pass(p_, access_, limits_),
         {in(kX), in(kMean), in(kVar), weight(), bias(), out(kOut)});
     return std::move(plan_);
   }
@@ -274,7 +281,7 @@ class Planner {
   static constexpr int64_t kMomentsBytes = 4 * sizeof(float);
   static constexpr int64_t kSumsBytes = 2 * sizeof(float);
 
-  /// An absent vector is never read; mean (or var, where there is no mean) stands in for it.
+  /// An absent vector is never read; var, which every such kernel has, stands in for it.
   Binding weight() const { return {kWeight, p_.has_weight ? kWeight : kVar, false}; }
   Binding bias() const { return {kBias, p_.has_bias ? kBias : kVar, false}; }
 
@@ -353,7 +360,7 @@ std::vector<Dispatch> all_kernels() {
       for (bool aligned : {false, true}) {
         const Access access({.reduce = 16, .inner = inner}, element, aligned);
         for (const char* name :
-             {"moments", "partial_moments", "partial_sums", "normalize", "input_gradient",
+             {"moments", "partial_moments", "partial_sums", "normalize_input", "input_gradient",
               "given_input_gradient", "moments_gradient", "fused_normalize", "fused_gradient"}) {
           add(name, access.arguments(element));
         }
@@ -377,6 +384,9 @@ Problem with_alignment(Problem problem, const BoundArrays& arrays) {
 }
 
 Plan plan(const Problem& problem, const Limits& limits) {
+  if (limits.threads < kSimd || limits.threads % kSimd != 0) {
+    throw std::invalid_argument("[mlx_welford] A threadgroup's threads must be a multiple of 32.");
+  }
   Planner planner(problem, limits);
   switch (problem.operation) {
     case Operation::moments:

@@ -4,12 +4,13 @@
 
 #ifdef MLX_WELFORD_METAL
 
+#include <algorithm>
+#include <atomic>
 #include <cstdlib>
 #include <cstring>
 #include <iostream>
-#include <mutex>
 #include <string>
-#include <unordered_set>
+#include <variant>
 
 #include "gpu/launch.h"
 #include "memory.h"
@@ -40,6 +41,10 @@ Plan plan_for(mx::metal::Device& device, const Problem& problem) {
     uint32_t allowed = limits.threads;
     for (const Dispatch& d : p.dispatches) {
       const auto most = static_cast<uint32_t>(pipeline(device, d)->maxTotalThreadsPerThreadgroup());
+      if (most < kSimd) {
+        throw std::runtime_error(d.host_name() + " may have no more than " + std::to_string(most) +
+                                 " threads.");
+      }
       if (d.threads > most) {
         allowed = std::min(allowed, most / kSimd * kSimd);
       }
@@ -51,24 +56,17 @@ Plan plan_for(mx::metal::Device& device, const Problem& problem) {
   }
 }
 
-/// Prints why shaders do not compile, once; an error instead if MLX_WELFORD_STRICT=1.
-void report(const std::exception& error) {
-  const char* strict = std::getenv("MLX_WELFORD_STRICT");
-  if (strict != nullptr && std::strcmp(strict, "1") == 0) {
-    throw std::runtime_error(std::string("mlx_welford: a shader does not compile.\n") +
-                             error.what());
-  }
-  static std::once_flag once;
-  std::call_once(once, [&] {
-    std::cerr << "mlx_welford: a shader does not compile; using MLX's own operations instead. "
-                 "Please report this:\n"
-              << error.what() << std::endl;
-  });
+/// Whether MLX_WELFORD_STRICT=1 asks for errors in place of a fallback.
+bool strict() {
+  const char* value = std::getenv("MLX_WELFORD_STRICT");
+  return value != nullptr && std::strcmp(value, "1") == 0;
 }
 
-/// Uninitialised memory that lives until the encoder's work is done.
+/// Uninitialised memory that lives until the GPU is done with it. Rows of 8 bytes: one side of an
+/// array has at most 2^31 elements.
 mx::array temporary(mx::metal::CommandEncoder& encoder, int64_t bytes) {
-  mx::array a({static_cast<int>(bytes)}, mx::uint8, nullptr, {});
+  constexpr int64_t kRow = 8;
+  mx::array a({static_cast<int>((bytes + kRow - 1) / kRow), kRow}, mx::uint8, nullptr, {});
   allocate(a);
   encoder.add_temporary(a);
   return a;
@@ -79,11 +77,26 @@ mx::array temporary(mx::metal::CommandEncoder& encoder, int64_t bytes) {
 bool has_metal() { return true; }
 
 bool metal_can_run(mx::Stream s, const Problem& problem) {
+  // MLX does not remember what failed to compile; another attempt at each call would take longer
+  // than the operations that are used instead.
+  static std::atomic<bool> failed{false};
+  if (failed && !strict()) {
+    return false;
+  }
   try {
     plan_for(mx::metal::device(s.device), problem);
     return true;
   } catch (const std::runtime_error& error) {
-    report(error);
+    if (strict()) {
+      throw std::runtime_error(std::string("mlx_welford: a shader does not compile.\n") +
+                               error.what());
+    }
+    if (!failed.exchange(true)) {
+      std::cerr
+          << "mlx_welford: a shader does not compile; using MLX's own operations from now on. "
+             "Please report this:\n"
+          << error.what() << std::endl;
+    }
     return false;
   }
 }
@@ -91,6 +104,7 @@ bool metal_can_run(mx::Stream s, const Problem& problem) {
 void run_on_metal(mx::Stream s, const Problem& problem, const BoundArrays& given) {
   auto& device = mx::metal::device(s.device);
   auto& encoder = mx::metal::get_command_encoder(s);
+  // Views that begin off 16 bytes need other kernels than metal_can_run has tried.
   const Plan p = plan_for(device, with_alignment(problem, given));
   BoundArrays arrays = given;
   if (p.partials_bytes > 0) {

@@ -21,6 +21,7 @@ import sys
 import tempfile
 import tomllib
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 
 # Where the wheel keeps what the oracle reads.
@@ -48,29 +49,41 @@ def pinned_version(pyproject: Path) -> str:
     raise ValueError(f"{pyproject}: no requirement of the form mlx==VERSION among {requires}")
 
 
-def fetch_wheel(version: str, cache: Path) -> Path:
-    """Download and unpack what the oracle reads of ``mlx-metal``; returns the unpacked root.
+def _is_read(name: str) -> bool:
+    """Whether the oracle reads a file of ``mlx-metal``."""
+    return name == METALLIB or name.startswith(_HEADERS)
+
+
+def fetch_wheel(
+    version: str,
+    cache: Path,
+    *,
+    package: str = "mlx-metal",
+    platform: str = "macosx_14_0_arm64",
+    python: str = "3.11",
+    wanted: Callable[[str], bool] = _is_read,
+) -> Path:
+    """Download one of MLX's wheels and unpack the `wanted` files; returns the unpacked root.
 
     What is already in `cache` is kept. Raises RuntimeError, with pip's own words, when the wheel
     cannot be had: a comparison that silently did not happen would be worth nothing.
     """
-    root = cache / f"mlx-metal-{version}"
+    root = cache / f"{package}-{version}-{platform}-cp{python}"
     if root.is_dir():
         return root
     cache.mkdir(parents=True, exist_ok=True)
     # Unpacked elsewhere and then renamed: an interrupted run leaves nothing half done.
     with tempfile.TemporaryDirectory(dir=cache) as name:
         folder = Path(name)
-        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps"]
-        command += ["--only-binary=:all:", "--platform", "macosx_14_0_arm64"]
-        command += ["--python-version", "3.11", "--dest", name, f"mlx-metal=={version}"]
+        command = [sys.executable, "-m", "pip", "--disable-pip-version-check", "download"]
+        command += ["--quiet", "--no-deps", "--only-binary=:all:", "--platform", platform]
+        command += ["--python-version", python, "--dest", name, f"{package}=={version}"]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode != 0:
-            raise RuntimeError(f"could not download mlx-metal=={version}:\n{done.stderr}")
-        (wheel,) = folder.glob("mlx_metal-*.whl")
+            raise RuntimeError(f"could not download {package}=={version}:\n{done.stderr}")
+        (wheel,) = folder.glob("*.whl")
         with zipfile.ZipFile(wheel) as archive:
-            wanted = [n for n in archive.namelist() if n == METALLIB or n.startswith(_HEADERS)]
-            archive.extractall(folder / "wheel", wanted)
+            archive.extractall(folder / "wheel", [n for n in archive.namelist() if wanted(n)])
         (folder / "wheel").rename(root)
     return root
 

@@ -1,0 +1,38 @@
+// The mathematics of the second pass: how y and the gradient of x follow from the statistics.
+//
+// With r = rsqrt(var + eps), d = x - mean, m values per statistic, weight w and bias b:
+//
+//   y       = r w d + b
+//   grad x  = r w g  +  (grad_mean - r w sum(g)) / m  +  (2 grad_var - r^3 w sum(g d)) / m * d
+//   grad b  = sum(g)  and  grad w = r sum(g d), over all statistics of a channel
+#pragma once
+
+#include "moments.h"
+
+/// out = slope * (x - mean) + level + scale * g: all of them, for one statistic. Centred, since
+/// x * A + B cancels for large means.
+struct Affine {
+  float mean;
+  float slope;
+  float level;
+  float scale;
+
+  static float of_x(Affine f, float x) { return f.slope * (x - f.mean) + f.level; }
+  static float of_both(Affine f, float x, float g) { return of_x(f, x) + f.scale * g; }
+};
+
+inline float inverse_deviation(float var, float eps) { return metal::precise::rsqrt(var + eps); }
+
+/// y of x.
+inline Affine forward(constant Sweep& sweep, float mean, float var, float weight, float bias) {
+  return Affine{mean, inverse_deviation(var, sweep.eps) * weight, bias, 0.0f};
+}
+
+/// grad x of x and g.
+inline Affine backward(constant Sweep& sweep, float mean, float var, float weight, Sums sums,
+                       float grad_mean, float grad_var) {
+  const float r = inverse_deviation(var, sweep.eps);
+  const float rw = r * weight;
+  return Affine{mean, (2.0f * grad_var - rw * r * (r * sums.gd)) / sweep.count,
+                (grad_mean - rw * sums.g) / sweep.count, rw};
+}

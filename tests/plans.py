@@ -1,0 +1,490 @@
+"""Launch plans from Python: problems, their plans, and a loop that runs a plan on numpy arrays.
+
+Buffers go by the names that they have in metal/bindings.h, without the k and in lower case: "x",
+"mean", "grad_weight". bfloat16 arrays are uint16 in numpy.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cache
+from typing import Any, Protocol
+
+import mlx.core as mx
+import numpy as np
+from hypothesis import strategies as st
+from mlx_welford import _ext
+from numpy.typing import NDArray
+from simulator import Library, Traffic, compile_library
+
+Array = NDArray[Any]
+Arrays = dict[str, Array]
+
+ITEM_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
+METAL_TYPES = {"float32": "float", "float16": "half", "bfloat16": "bfloat"}
+DTYPES = tuple(ITEM_BYTES)
+MOMENTS_BYTES = 16  # count, mean, tail, m2
+SUMS_BYTES = 8
+
+
+# ---- What the shaders declare --------------------------------------------------------------------
+
+
+def _without_comments(source: str) -> str:
+    return re.sub(r"//[^\n]*", "", source)
+
+
+def _enumerators(name: str) -> dict[str, int]:
+    body = re.search(rf"enum {name} \{{(.*?)\}}", _without_comments(_ext.shader_source), re.S)
+    assert body is not None
+    return {key: int(value) for key, value in re.findall(r"(\w+)\s*=\s*(\d+)", body[1])}
+
+
+def _plain_name(enumerator: str) -> str:
+    return re.sub(r"(?<=[a-z])(?=[A-Z])", "_", enumerator.removeprefix("k")).lower()
+
+
+LIMITS = _enumerators("Limit")
+BUFFER_INDICES = {_plain_name(key): index for key, index in _enumerators("BufferIndex").items()}
+BUFFER_NAMES = {index: name for name, index in BUFFER_INDICES.items()}
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """A buffer that a kernel declares."""
+
+    buffer: str
+    type: str  # of an element: "T", "float", "Sums"
+    writable: bool
+
+
+@cache
+def declared_kernels() -> dict[str, tuple[Parameter, ...]]:
+    """The buffers of every kernel of the source, parameters included, by its name there."""
+    kernels: dict[str, tuple[Parameter, ...]] = {}
+    source = _without_comments(_ext.shader_source)
+    for match in re.finditer(r"\[\[kernel\]\]\s+void\s+(\w+)\s*\((.*?)\)\s*\{", source, re.S):
+        buffers = re.findall(
+            r"(constant|const device|device)\s+(\w+)\s*[*&]\s*\w+\s*\[\[buffer\((\w+)\)\]\]",
+            match[2],
+        )
+        assert len(buffers) == match[2].count("buffer(")
+        kernels[match[1]] = tuple(
+            Parameter(_plain_name(index), element, space == "device")
+            for space, element, index in buffers
+        )
+    assert kernels
+    return kernels
+
+
+@cache
+def shaders(*, instrumented: bool = False, contract: bool = True) -> Library:
+    """Every kernel that a plan can contain, compiled for the simulator."""
+    return compile_library(
+        _ext.shader_source,
+        [instantiation for _, instantiation in _ext.shader_kernels()],
+        instrumented=instrumented,
+        contract=contract,
+    )
+
+
+# ---- Plans ---------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Binding:
+    """The buffer of a kernel, and the array in its place."""
+
+    buffer: str
+    array: str
+    written: bool
+
+
+@dataclass(frozen=True)
+class Dispatch:
+    kernel: str
+    host_name: str
+    instantiation: str
+    buffers: tuple[Binding, ...]
+    parameters: dict[str, float]
+    parameter_bytes: bytes
+    groups: int
+    threads: int
+
+    @property
+    def vector(self) -> int:
+        """Elements of a vector, of a kernel that walks over an array."""
+        return int(self.host_name.split("_")[-2])
+
+    @property
+    def columns(self) -> bool:
+        return self.host_name.endswith("_Columns")
+
+    @property
+    def sweeps(self) -> bool:
+        return "piece" in self.parameters
+
+    def __getitem__(self, parameter: str) -> int:
+        """An integer among the parameters."""
+        value = self.parameters[parameter]
+        assert isinstance(value, int)
+        return value
+
+
+@dataclass(frozen=True)
+class Plan:
+    dispatches: tuple[Dispatch, ...]
+    partials_bytes: int
+    sums_bytes: int
+
+    @property
+    def kernels(self) -> list[str]:
+        return [d.kernel for d in self.dispatches]
+
+
+@dataclass(frozen=True)
+class Problem:
+    """An array (merge, outer, reduce, inner) with statistics over merge and reduce."""
+
+    operation: str
+    geometry: tuple[int, int, int, int]
+    dtype: str = "float32"
+    channels: int = 1
+    given: bool = False
+    weight: bool = False
+    bias: bool = False
+    wanted: str = ""  # of the gradients "x statistics weight bias"
+    aligned: bool = True
+    max_threads: int = 1024
+    eps: float = 1e-5
+
+    def __str__(self) -> str:
+        """What it differs in from the simplest problem."""
+        shape = "x".join(str(length) for length in self.geometry)
+        parts = [self.operation, self.dtype, shape]
+        parts += [name for name in ("given", "weight", "bias") if getattr(self, name)]
+        parts += [f"grad {name}" for name in self.wanted.split()]
+        parts += [] if self.aligned else ["unaligned"]
+        parts += [] if self.max_threads == 1024 else [f"{self.max_threads} threads"]
+        return " ".join(parts)
+
+    @property
+    def size(self) -> int:
+        merge, outer, reduce, inner = self.geometry
+        return merge * outer * reduce * inner
+
+    @property
+    def nbytes(self) -> int:
+        return self.size * ITEM_BYTES[self.dtype]
+
+    @property
+    def statistics(self) -> int:
+        return self.geometry[1] * self.geometry[3]
+
+    @property
+    def wants(self) -> dict[str, bool]:
+        return {name: name in self.wanted.split() for name in ("x", "statistics", "weight", "bias")}
+
+    def plan(self) -> Plan:
+        shape: list[int] = []
+        axes: list[int] = []
+        for level, length in enumerate(self.geometry):
+            for factor in _axes_of(length):
+                if level in (0, 2):
+                    axes.append(len(shape))
+                shape.append(factor)
+        return make_plan(
+            self.operation,
+            shape,
+            axes,
+            getattr(mx, self.dtype),
+            channels=self.channels,
+            eps=self.eps,
+            given=self.given,
+            weight=self.weight,
+            bias=self.bias,
+            wanted=list(self.wants.values()),
+            aligned=self.aligned,
+            max_threads=self.max_threads,
+        )
+
+
+def _axes_of(length: int) -> list[int]:
+    """The lengths of axes that are this long together: MLX's own are below 2^31."""
+    factors = []
+    while length >= 1 << 31:
+        assert length % (1 << 16) == 0
+        factors.append(1 << 16)
+        length >>= 16
+    return [*factors, length]
+
+
+def make_plan(*arguments: Any, **options: Any) -> Plan:
+    """`_ext.launch_plan` with the names of buffers in place of their indices."""
+    rows, partials_bytes, sums_bytes = _ext.launch_plan(*arguments, **options)
+    dispatches = []
+    for row in rows:
+        buffers = tuple(
+            Binding(BUFFER_NAMES[index], BUFFER_NAMES[array], written)
+            for index, array, written in row["buffers"]
+        )
+        dispatches.append(Dispatch(**{**row, "buffers": buffers}))
+    return Plan(tuple(dispatches), partials_bytes, sums_bytes)
+
+
+class Runner(Protocol):
+    """What can run a dispatch: the simulator's Library, or a device's."""
+
+    def dispatch(
+        self,
+        kernel: str,
+        buffers: Mapping[int, Array],
+        *,
+        grid: tuple[int, int, int],
+        group: tuple[int, int, int],
+        writable: set[int],
+        constants: Mapping[int, Any],
+        seed: int | None = None,
+        flush_denormals: bool | None = None,
+    ) -> dict[int, Traffic]: ...
+
+
+def run_plan(
+    runner: Runner,
+    plan: Plan,
+    arrays: Mapping[str, Array],
+    *,
+    seed: int | None = None,
+    flush_denormals: bool | None = None,
+) -> list[dict[str, Traffic]]:
+    """Runs the dispatches one after another on arrays by name, in place.
+
+    Temporary arrays begin as NaN. Returns the traffic of each dispatch by the buffers' names.
+    """
+    temporary = {
+        "partials": np.full(plan.partials_bytes, 0xFF, np.uint8),
+        "sums": np.full(plan.sums_bytes, 0xFF, np.uint8),
+    }
+    everything = {**arrays, **{name: a for name, a in temporary.items() if a.size}}
+    traffic = []
+    for d in plan.dispatches:
+        counted = runner.dispatch(
+            d.host_name,
+            {BUFFER_INDICES[b.buffer]: everything[b.array] for b in d.buffers},
+            grid=(d.groups, 1, 1),
+            group=(d.threads, 1, 1),
+            writable={BUFFER_INDICES[b.buffer] for b in d.buffers if b.written},
+            constants={BUFFER_INDICES["parameters"]: d.parameter_bytes},
+            seed=seed,
+            flush_denormals=flush_denormals,
+        )
+        traffic.append({BUFFER_NAMES[index]: t for index, t in counted.items()})
+    return traffic
+
+
+# ---- Arrays and the truth ------------------------------------------------------------------------
+
+
+def rounded(values: Array, dtype: str) -> Array:
+    """The values in an element type; bfloat16 as its bits."""
+    if dtype == "bfloat16":
+        wide = mx.array(values.astype(np.float32))
+        return np.array(wide.astype(mx.bfloat16).view(mx.uint16))
+    return values.astype(dtype)
+
+
+def exact(a: Array, dtype: str) -> Array:
+    """The values of an array of an element type in float64."""
+    if dtype == "bfloat16":
+        return (a.astype(np.uint32) << 16).view(np.float32).astype(np.float64)
+    return a.astype(np.float64)
+
+
+# The arrays that have the elements' type; the others are float32.
+OF_ELEMENTS = {"x", "g", "out", "weight", "bias", "grad_weight", "grad_bias"}
+
+
+def dtype_of(name: str, dtype: str) -> str:
+    return dtype if name in OF_ELEMENTS else "float32"
+
+
+class Example:
+    """A problem with arrays for it, and what its outputs should be."""
+
+    def __init__(self, problem: Problem, seed: int = 0) -> None:
+        self.problem = problem
+        rng = np.random.default_rng(seed)
+        p = problem
+        merge, outer, reduce, inner = p.geometry
+        self.inputs: Arrays = {}
+
+        def put(name: str, values: Array) -> Array:
+            a = rounded(np.asarray(values), dtype_of(name, p.dtype))
+            self.inputs[name] = a
+            return exact(a, dtype_of(name, p.dtype))
+
+        def per_statistic(v: Array) -> Array:
+            """(statistics) as a factor of x."""
+            factor: Array = v.reshape(1, outer, 1, inner)
+            return factor
+
+        def of_channel(v: Array) -> Array:
+            """(channels) as a factor of x."""
+            return per_statistic(np.resize(v, p.statistics))
+
+        def add_up(v: Array) -> Array:
+            """The sums over each statistic of an array like x."""
+            sums: Array = v.sum((0, 2)).ravel()
+            return sums
+
+        def per_channel(v: Array) -> Array:
+            """The sums over each channel of an array like x."""
+            sums: Array = add_up(v).reshape(-1, p.channels).sum(0)
+            return sums
+
+        count = merge * reduce
+        gradient = p.operation.endswith("_gradient")
+        reads_x = p.operation != "normalize_gradient" or p.wanted != "x" or not p.given
+        x = put("x", 3 + 2 * rng.normal(size=p.geometry))
+        if not reads_x:
+            del self.inputs["x"]  # grad x of g alone
+        mean = add_up(x) / count
+        var = add_up((x - per_statistic(mean)) ** 2) / count
+        if p.given:
+            mean = mean + rng.normal(size=p.statistics)
+            var = rng.uniform(0.5, 2, size=p.statistics)
+        if gradient or p.given:
+            mean = put("mean", mean)
+            var = put("var", var)
+        weight = bias = per_statistic(np.ones(p.statistics))
+        if p.weight:
+            weight = of_channel(put("weight", rng.uniform(0.5, 2, size=p.channels)))
+        if p.bias:
+            bias = of_channel(put("bias", rng.normal(size=p.channels)))
+
+        d = x - per_statistic(mean)
+        r = 1 / np.sqrt(per_statistic(var) + p.eps)
+        self.truth: Arrays = {}
+        self.terms: dict[str, float] = {}  # the largest that an output adds up, if larger than it
+        if p.operation == "moments":
+            self.truth = {"mean": mean, "var": var}
+        elif p.operation == "normalize":
+            self.truth = {"out": d * r * weight + (bias if p.bias else 0)}
+            if not p.given:
+                self.truth |= {"mean": mean, "var": var}
+        else:
+            # As large as what a sum over x would bring about
+            gmean = gvar = per_statistic(np.zeros(p.statistics))
+            if not p.given:
+                gmean = per_statistic(put("grad_mean", count * rng.normal(size=p.statistics)))
+                gvar = per_statistic(put("grad_var", count * rng.normal(size=p.statistics)))
+            from_statistics = (gmean + 2 * gvar * d) / count
+            if p.operation == "moments_gradient":
+                self.truth = {"out": from_statistics}
+            else:
+                g = put("g", 0.5 + rng.normal(size=p.geometry))
+                sums = add_up(g), add_up(g * d * r)
+                gx = r * weight * g
+                if not p.given:
+                    mean_g, mean_gn = (per_statistic(s) / count for s in sums)
+                    gx = gx - r * weight * (mean_g + d * r * mean_gn) + from_statistics
+                if p.wants["x"]:
+                    self.truth["out"] = gx
+                    self.terms["out"] = float(np.abs(r * weight * g).max())
+                if p.wants["statistics"]:
+                    self.truth["grad_mean"] = -add_up(g * r * weight)
+                    self.truth["grad_var"] = -add_up(g * weight * d * r**3) / 2
+                if p.wants["weight"]:
+                    self.truth["grad_weight"] = per_channel(g * d * r)
+                if p.wants["bias"]:
+                    self.truth["grad_bias"] = per_channel(g)
+
+    def arrays(self) -> Arrays:
+        """Copies of the inputs, and outputs that are NaN so far."""
+        outputs = {
+            name: rounded(np.full(values.size, np.nan), dtype_of(name, self.problem.dtype))
+            for name, values in self.truth.items()
+        }
+        return {name: a.copy() for name, a in self.inputs.items()} | outputs
+
+    def check(self, arrays: Arrays) -> None:
+        """The outputs are right, to rounding, and the inputs as they were.
+
+        An output may be off by one unit in the last place of its type at its largest value, and by
+        what float32 loses of its terms on the way.
+        """
+        for name, before in self.inputs.items():
+            np.testing.assert_array_equal(arrays[name], before, err_msg=name)
+        for name, truth in self.truth.items():
+            dtype = dtype_of(name, self.problem.dtype)
+            unit = {"float32": 2**-23, "float16": 2**-10, "bfloat16": 2**-7}[dtype]
+            largest = max(1.0, float(np.abs(truth).max()))
+            terms = max(largest, self.terms.get(name, 0.0))
+            np.testing.assert_allclose(
+                exact(arrays[name], dtype).ravel(),
+                truth.ravel(),
+                rtol=0,
+                atol=unit * largest + 5e-6 * terms,
+                err_msg=name,
+            )
+
+
+def run_example(runner: Runner, problem: Problem, **options: Any) -> list[dict[str, Traffic]]:
+    """Runs a problem's plan on an example, checks the results, and returns the traffic."""
+    example = Example(problem)
+    arrays = example.arrays()
+    traffic = run_plan(runner, problem.plan(), arrays, **options)
+    example.check(arrays)
+    return traffic
+
+
+# ---- Random problems -----------------------------------------------------------------------------
+
+THREAD_LIMITS = [32, 64, 192, 256, 448, 512, 832, 1024]
+
+
+@st.composite
+def problems(draw: st.DrawFn, most_elements: int = 300_000) -> Problem:
+    """Problems such as the primitives pose, of every operation, layout and path."""
+    operation = draw(
+        st.sampled_from(["moments", "moments_gradient", "normalize", "normalize_gradient"])
+    )
+    inner = draw(st.one_of(st.just(1), st.integers(2, 70), st.integers(1, 20).map(lambda n: 8 * n)))
+    room = most_elements // inner
+    merge = draw(st.one_of(st.just(1), st.integers(2, min(6, room))))
+    room //= merge
+    outer = draw(st.integers(1, min(40, room)))
+    room = min(room // outer, (1 << 31) - 1)
+    reduce = draw(st.one_of(st.integers(1, min(100, room)), st.integers(1, room)))
+    statistics = outer * inner
+    given = operation.startswith("normalize") and draw(st.booleans())
+    if merge > 1 or given:
+        channels = statistics
+    else:
+        channels = draw(
+            st.sampled_from([c for c in range(1, statistics + 1) if not statistics % c])
+        )
+    weight = operation.startswith("normalize") and draw(st.booleans())
+    wanted = []
+    if operation == "normalize_gradient":
+        possible = [
+            "x",
+            *(["statistics"] if given else []),
+            *(["weight"] if weight else []),
+            "bias",
+        ]
+        wanted = draw(st.lists(st.sampled_from(possible), min_size=1, unique=True))
+    return Problem(
+        operation,
+        (merge, outer, reduce, inner),
+        draw(st.sampled_from(DTYPES)),
+        channels=channels,
+        given=given,
+        weight=weight,
+        bias=operation == "normalize" and draw(st.booleans()),
+        wanted=" ".join(wanted),
+        aligned=draw(st.booleans()),
+        max_threads=draw(st.sampled_from(THREAD_LIMITS)),
+    )

@@ -1,0 +1,177 @@
+"""Every instantiation of every kernel runs, is right, and is one that a plan asks for."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from hypothesis import given
+from mlx_welford import _ext
+from plans import (
+    DTYPES,
+    Arrays,
+    Example,
+    Plan,
+    Problem,
+    declared_kernels,
+    problems,
+    run_example,
+    run_plan,
+    shaders,
+)
+
+ALL = dict(_ext.shader_kernels())
+
+# Geometries that a threadgroup holds, that it does not, and of several parts; and their alignment.
+# With threadgroups of 32, so that few elements are too many.
+ACCESSES: dict[str, tuple[list[tuple[int, int, int, int]], bool]] = {
+    "columns of vectors": ([(1, 2, 19, 16), (1, 1, 403, 16), (2, 2, 19, 8)], True),
+    "columns of elements": ([(1, 2, 19, 5), (1, 1, 403, 16), (2, 2, 19, 3)], False),
+    "rows of vectors": ([(1, 6, 45, 1), (1, 2, 4101, 1), (2, 3, 45, 1)], True),
+    "rows of elements": ([(1, 6, 45, 1), (1, 2, 4101, 1), (2, 3, 45, 1)], False),
+}
+
+
+def table(dtype: str, access: str) -> list[Problem]:
+    geometries, aligned = ACCESSES[access]
+    found = []
+    for geometry in geometries:
+        p = Problem("", geometry, dtype, geometry[1] * geometry[3], aligned=aligned, max_threads=32)
+        forward = replace(p, operation="normalize", weight=True, bias=True)
+        backward = replace(p, operation="normalize_gradient", weight=True, wanted="x weight bias")
+        found += [
+            replace(p, operation="moments"),
+            replace(p, operation="moments_gradient"),
+            forward,
+            backward,
+            replace(forward, given=True),
+            replace(backward, given=True, wanted="x statistics weight bias"),
+        ]
+    return found
+
+
+def names(plan: Plan) -> list[str]:
+    return [d.host_name for d in plan.dispatches]
+
+
+def test_every_instantiation_runs_and_is_right() -> None:
+    library = shaders()
+    ran: Counter[str] = Counter()
+    for dtype in DTYPES:
+        for access in ACCESSES:
+            for problem in table(dtype, access):
+                run_example(library, problem)
+                ran.update(names(problem.plan()))
+    assert ran.keys() == ALL.keys()
+
+
+@given(problems())
+def test_plans_contain_no_other_kernel(problem: Problem) -> None:
+    for d in problem.plan().dispatches:
+        assert ALL[d.host_name] == d.instantiation
+
+
+def test_every_declared_kernel_is_instantiated() -> None:
+    instantiated = set()
+    for host_name, instantiation in ALL.items():
+        template = re.search(r"decltype\((\w+)<", instantiation)
+        instantiated.add(template[1] if template else host_name)
+    assert instantiated == declared_kernels().keys()
+
+
+# ---- However the shaders are run -----------------------------------------------------------------
+
+SOME = [
+    Problem("normalize", (1, 2, 61, 24), channels=24, weight=True, bias=True),
+    Problem("normalize", (1, 6, 1100, 1), "float16", channels=3, weight=True, bias=True),
+    Problem("normalize", (1, 1, 1201, 16), channels=16, max_threads=64),
+    Problem("normalize", (3, 5, 77, 1), "bfloat16", channels=5, bias=True),
+    Problem("normalize_gradient", (1, 2, 61, 5), channels=5, weight=True, wanted="x weight bias"),
+    Problem("normalize_gradient", (1, 1, 1201, 16), "float16", 16, weight=True, wanted="x weight"),
+    Problem("normalize_gradient", (3, 5, 77, 1), channels=5, weight=True, wanted="x bias"),
+    Problem(
+        "normalize_gradient",
+        (1, 1, 1201, 8),
+        channels=8,
+        given=True,
+        weight=True,
+        wanted="x statistics weight bias",
+        max_threads=64,
+    ),
+    Problem("moments", (3, 4, 29, 9)),
+    Problem("moments", (1, 3, 5003, 1), max_threads=32),
+    Problem("moments_gradient", (1, 4, 50, 6), "bfloat16"),
+]
+
+
+@pytest.mark.parametrize("problem", SOME, ids=str)
+@pytest.mark.parametrize("contract", [True, False])
+@pytest.mark.parametrize("flush_denormals", [True, False])
+def test_right_whatever_the_seed_denormals_and_contraction(
+    problem: Problem, contract: bool, flush_denormals: bool
+) -> None:
+    """And the same to the last bit in whatever order threads run."""
+    library = shaders(contract=contract)
+    example = Example(problem)
+    results: list[Arrays] = []
+    for seed in (0, 1, 2):
+        arrays = example.arrays()
+        run_plan(library, problem.plan(), arrays, seed=seed, flush_denormals=flush_denormals)
+        example.check(arrays)
+        results.append(arrays)
+    for other in results[1:]:
+        for name, first in results[0].items():
+            assert first.tobytes() == other[name].tobytes(), name
+
+
+@pytest.mark.parametrize(
+    ("problem", "place"),
+    [
+        pytest.param(problem, place, id=f"{problem} in {place}")
+        for problem in SOME
+        for place in ("x", "g")
+        if problem.operation != "moments"
+        if place == "x" or problem.operation == "normalize_gradient"
+    ],
+)
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_out_may_be_an_input(problem: Problem, place: str, seed: int) -> None:
+    """Whether memory is shared makes no difference to any bit."""
+    example = Example(problem)
+    apart = example.arrays()
+    run_plan(shaders(), problem.plan(), apart, seed=seed)
+    together = example.arrays()
+    together["out"] = together[place]
+    run_plan(shaders(), problem.plan(), together, seed=seed)
+    np.testing.assert_array_equal(together["out"].ravel(), apart["out"].ravel())
+    for name in example.truth:
+        assert together[name].tobytes() == apart[name].tobytes(), name
+
+
+@given(problems(most_elements=30_000))
+def test_random_problems_are_right(problem: Problem) -> None:
+    run_example(shaders(), problem)
+
+
+def test_the_comparison_notices_one_wrong_element() -> None:
+    problem = SOME[0]
+    example = Example(problem)
+    arrays = example.arrays()
+    run_plan(shaders(), problem.plan(), arrays)
+    example.check(arrays)
+    arrays["out"][7] += np.float32(1e-3)
+    with pytest.raises(AssertionError, match="out"):
+        example.check(arrays)
+
+
+def test_the_comparison_notices_a_missing_pass() -> None:
+    problem = SOME[2]
+    example = Example(problem)
+    arrays = example.arrays()
+    plan = problem.plan()
+    run_plan(shaders(), replace(plan, dispatches=plan.dispatches[:-1]), arrays)
+    with pytest.raises(AssertionError, match="out"):
+        example.check(arrays)

@@ -1,0 +1,284 @@
+"""What every path reads and writes, counted byte by byte while the shaders run in the simulator.
+
+With R one reading and W one writing of an array the size of x: in a batch or a large instance,
+forward 2R + 1W and backward 4R + 1W (x and g, twice each); where a threadgroup holds all of a
+statistic's elements, forward 1R + 1W and backward 2R + 1W. Every result is compared with float64.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+from hypothesis import given
+from plans import (
+    DTYPES,
+    ITEM_BYTES,
+    OF_ELEMENTS,
+    SUMS_BYTES,
+    Dispatch,
+    Plan,
+    Problem,
+    dtype_of,
+    problems,
+    run_example,
+    shaders,
+)
+from simulator import Traffic
+
+LARGE = {"x", "g", "out"}
+
+
+def layout(
+    geometry: tuple[int, int, int, int], channels: int, *, aligned: bool = True, threads: int = 128
+) -> Problem:
+    return Problem("", geometry, channels=channels, aligned=aligned, max_threads=threads)
+
+
+# With small threadgroups, so that few elements are too many for one.
+TOO_LARGE = {
+    "batch, channels last": layout((1, 1, 521, 16), 16),
+    "batch, channels last, unaligned": layout((1, 1, 521, 16), 16, aligned=False),
+    "batch, channels last, odd": layout((1, 1, 1031, 5), 5),
+    "batch, channels last, split": layout((1, 1, 3001, 8), 8, threads=32),
+    "batch, channels last, 1024 threads": layout((1, 1, 2101, 16), 16, threads=1024),
+    "batch, channels last, many channels": layout((1, 1, 257, 331), 331),
+    "batch, channels first": layout((3, 4, 131, 1), 4),
+    "batch, channels first, whole vectors": layout((3, 4, 128, 1), 4),
+    "batch, channels first, unaligned": layout((3, 4, 131, 1), 4, aligned=False),
+    "batch, channels first, short": layout((17, 5, 3, 1), 5),
+    "batch, channels first, split": layout((2, 3, 9001, 1), 3, threads=32),
+    "batch, channels in the middle of vectors": layout((3, 2, 37, 8), 16),
+    "instances, channels last": layout((1, 3, 521, 24), 24),
+    "instances, channels last, odd": layout((1, 3, 521, 7), 7),
+    "instances, channels first": layout((1, 6, 4613, 1), 3),
+    "instances, channels first, unaligned": layout((1, 6, 4613, 1), 3, aligned=False),
+    "instances, channels first, 1024 threads": layout((1, 1, 33001, 1), 1, threads=1024),
+    "instances, channels first, split": layout((1, 2, 17003, 1), 1, threads=32),
+}
+
+HELD = {
+    "batch, channels last": layout((1, 1, 61, 16), 16),
+    "batch, channels last, odd": layout((1, 1, 61, 13), 13),
+    "instances, channels last": layout((1, 3, 61, 16), 16),
+    "instances, channels last, odd": layout((1, 3, 61, 5), 5),
+    "instances, channels last, unaligned": layout((1, 3, 61, 16), 16, aligned=False),
+    "instances, channels last, short": layout((1, 9, 2, 40), 40),
+    "instances, channels first": layout((1, 7, 197, 1), 7),
+    "instances, channels first, whole vectors": layout((1, 6, 256, 1), 3),
+    "instances, channels first, unaligned": layout((1, 6, 197, 1), 3, aligned=False),
+    "instances, channels first, short": layout((1, 300, 3, 1), 100),
+    "instances, channels first, one value": layout((1, 33, 1, 2), 2),
+}
+
+large = pytest.mark.parametrize("problem", TOO_LARGE.values(), ids=TOO_LARGE.keys())
+held = pytest.mark.parametrize("problem", HELD.values(), ids=HELD.keys())
+every_layout = pytest.mark.parametrize(
+    "problem",
+    [*TOO_LARGE.values(), *HELD.values()],
+    ids=[*(f"large {name}" for name in TOO_LARGE), *(f"held {name}" for name in HELD)],
+)
+every_dtype = pytest.mark.parametrize("dtype", DTYPES)
+
+
+def small_traffic(problem: Problem, plan: Plan, d: Dispatch) -> dict[str, Traffic]:
+    """Of all buffers but x, g and out: the most that may be read, and exactly what is written.
+
+    A thread of a sweep reads what it needs of each of its statistics once; a merge reads each part
+    once.
+    """
+    of_each = d.groups * d.threads * (d.vector if d.sweeps and d.columns else 1)
+    bounds = {}
+    for b in d.buffers:
+        if b.buffer in LARGE:
+            continue
+        if b.buffer == "partials":
+            # Moments or Sums; sums themselves, if there is but one part
+            size = plan.partials_bytes if b.array == "partials" else plan.sums_bytes
+            read = size
+        elif b.buffer == "sums":
+            size = problem.statistics * SUMS_BYTES
+            read = of_each * SUMS_BYTES if d.sweeps else size
+        else:
+            item = ITEM_BYTES[dtype_of(b.buffer, problem.dtype)]
+            of_channels = b.buffer in OF_ELEMENTS
+            size = (problem.channels if of_channels else problem.statistics) * item
+            read = of_each * item if d.sweeps else size
+            if b.array != b.buffer:
+                read = size = 0  # it stands in for an absent one
+        bounds[b.buffer] = Traffic(0, size) if b.written else Traffic(read, 0)
+    return bounds
+
+
+def passes(problem: Problem) -> tuple[list[str], dict[str, tuple[float, float]]]:
+    """Runs a problem. Its kernels, and how often x, g and out were read and written, in arrays."""
+    library = shaders(instrumented=True)
+    assert library.instrumented
+    plan = problem.plan()
+    traffic = run_example(library, problem)
+    for d, counted in zip(plan.dispatches, traffic, strict=True):
+        bounds = small_traffic(problem, plan, d)
+        for name, bound in bounds.items():
+            assert counted[name].read <= bound.read, (d.kernel, name)
+            assert counted[name].written == bound.written, (d.kernel, name)
+        assert counted.keys() - bounds.keys() <= LARGE
+    whole = {}
+    for name in LARGE:
+        read = sum(counted[name].read for counted in traffic if name in counted)
+        written = sum(counted[name].written for counted in traffic if name in counted)
+        if read or written:
+            whole[name] = read / problem.nbytes, written / problem.nbytes
+    return plan.kernels, whole
+
+
+def kinds(kernels: list[str]) -> list[str]:
+    """Kernels without those that merge."""
+    return [k for k in kernels if k not in ("merge_moments", "merge_sums", "parameter_gradients")]
+
+
+@every_dtype
+@large
+def test_forward_reads_twice(problem: Problem, dtype: str) -> None:
+    problem = replace(problem, operation="normalize", dtype=dtype, weight=True, bias=True)
+    kernels, whole = passes(problem)
+    assert kinds(kernels) in (
+        ["moments", "normalize_input"],
+        ["partial_moments", "normalize_input"],
+    )
+    assert whole == {"x": (2, 0), "out": (0, 1)}
+
+
+@every_dtype
+@large
+def test_backward_reads_four_times(problem: Problem, dtype: str) -> None:
+    problem = replace(
+        problem,
+        operation="normalize_gradient",
+        dtype=dtype,
+        weight=True,
+        wanted="x weight bias",
+    )
+    kernels, whole = passes(problem)
+    assert kinds(kernels) == ["partial_sums", "input_gradient"]
+    assert whole == {"x": (2, 0), "g": (2, 0), "out": (0, 1)}
+
+
+@every_dtype
+@held
+def test_forward_of_what_a_threadgroup_holds_reads_once(problem: Problem, dtype: str) -> None:
+    problem = replace(problem, operation="normalize", dtype=dtype, weight=True, bias=True)
+    kernels, whole = passes(problem)
+    assert kernels == ["fused_normalize"]
+    assert whole == {"x": (1, 0), "out": (0, 1)}
+
+
+@every_dtype
+@held
+def test_backward_of_what_a_threadgroup_holds_reads_twice(problem: Problem, dtype: str) -> None:
+    problem = replace(problem, operation="normalize_gradient", dtype=dtype, weight=True, wanted="x")
+    kernels, whole = passes(problem)
+    assert kernels == ["fused_gradient"]
+    assert whole == {"x": (1, 0), "g": (1, 0), "out": (0, 1)}
+
+
+@held
+def test_gradients_of_parameters_add_no_pass(problem: Problem) -> None:
+    problem = replace(problem, operation="normalize_gradient", weight=True, wanted="x weight bias")
+    kernels, whole = passes(problem)
+    assert kernels == ["fused_gradient", "parameter_gradients"]
+    assert whole == {"x": (1, 0), "g": (1, 0), "out": (0, 1)}
+
+
+@every_layout
+def test_gradients_of_parameters_alone_read_once_and_write_nothing(problem: Problem) -> None:
+    problem = replace(problem, operation="normalize_gradient", weight=True, wanted="weight bias")
+    _, whole = passes(problem)
+    assert whole == {"x": (1, 0), "g": (1, 0)}
+
+
+@every_dtype
+@every_layout
+def test_moments_read_once(problem: Problem, dtype: str) -> None:
+    _, whole = passes(replace(problem, operation="moments", dtype=dtype))
+    assert whole == {"x": (1, 0)}
+
+
+@every_layout
+def test_gradient_of_moments_reads_once(problem: Problem) -> None:
+    _, whole = passes(replace(problem, operation="moments_gradient"))
+    assert whole == {"x": (1, 0), "out": (0, 1)}
+
+
+def of_batch(problem: Problem, dtype: str, operation: str, wanted: str = "") -> Problem:
+    """With given statistics, of which each channel has one."""
+    return replace(
+        problem,
+        operation=operation,
+        dtype=dtype,
+        channels=problem.statistics,
+        given=True,
+        weight=True,
+        bias=operation == "normalize",
+        wanted=wanted,
+    )
+
+
+@every_dtype
+@every_layout
+def test_evaluation_reads_once(problem: Problem, dtype: str) -> None:
+    kernels, whole = passes(of_batch(problem, dtype, "normalize"))
+    assert kernels == ["normalize_input"]
+    assert whole == {"x": (1, 0), "out": (0, 1)}
+
+
+@every_dtype
+@every_layout
+def test_gradient_of_evaluation_reads_g_once(problem: Problem, dtype: str) -> None:
+    kernels, whole = passes(of_batch(problem, dtype, "normalize_gradient", "x"))
+    assert kernels == ["given_input_gradient"]
+    assert whole == {"g": (1, 0), "out": (0, 1)}
+
+
+@every_layout
+def test_all_gradients_of_evaluation(problem: Problem) -> None:
+    _, whole = passes(
+        of_batch(problem, "float32", "normalize_gradient", "x statistics weight bias")
+    )
+    assert whole == {"x": (1, 0), "g": (2, 0), "out": (0, 1)}
+
+
+@given(problems(most_elements=20_000))
+def test_nothing_is_read_or_written_in_part_or_twice_in_a_pass(problem: Problem) -> None:
+    library = shaders(instrumented=True)
+    plan = problem.plan()
+    traffic = run_example(library, problem)
+    for d, counted in zip(plan.dispatches, traffic, strict=True):
+        for name in LARGE & counted.keys():
+            whole = Traffic(0, problem.nbytes) if name == "out" else Traffic(problem.nbytes, 0)
+            assert counted[name] == whole, (d.kernel, name)
+        for name, bound in small_traffic(problem, plan, d).items():
+            assert counted[name].read <= bound.read, (d.kernel, name)
+            assert counted[name].written == bound.written, (d.kernel, name)
+
+
+# ---- What the plan adds to that ------------------------------------------------------------------
+
+TYPICAL = {
+    "batch, channels last": Problem("", (1, 1, 32 * 56 * 56, 64), channels=64),
+    "batch, channels first": Problem("", (32, 64, 56 * 56, 1), channels=64),
+    "instances, channels last": Problem("", (1, 8, 256 * 256, 64), channels=64),
+    "instances, channels first": Problem("", (1, 8 * 64, 256 * 256, 1), channels=64),
+    "segmentation, channels first": Problem("", (1, 2 * 32, 128**3, 1), channels=32),
+    "segmentation, channels last": Problem("", (1, 2, 128**3, 32), channels=32),
+}
+
+
+@pytest.mark.parametrize("problem", TYPICAL.values(), ids=TYPICAL.keys())
+@every_dtype
+def test_partial_results_are_small_beside_x(problem: Problem, dtype: str) -> None:
+    """Less than a twentieth of one reading. They are written once and read once."""
+    for operation in ("normalize", "normalize_gradient"):
+        plan = replace(problem, operation=operation, dtype=dtype, wanted="x").plan()
+        assert plan.partials_bytes > 0 or plan.kernels[0] in ("moments", "partial_sums")
+        assert 2 * plan.partials_bytes < replace(problem, dtype=dtype).nbytes / 20
+        assert plan.sums_bytes in (0, SUMS_BYTES * problem.statistics)
