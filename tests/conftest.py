@@ -36,12 +36,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         "--backend",
         action="append",
         choices=BACKENDS,
-        help="run on this backend alone; may be given several times (default: all that are present)",
+        help="run on this backend alone; may be given again (default: all that are present)",
     )
 
 
 def present() -> list[str]:
-    """The backends that are here. MLX_WELFORD_REQUIRE_GPU=1 makes a missing GPU an error."""
+    """The backends here. MLX_WELFORD_REQUIRE_GPU=1 makes a missing GPU an error."""
     if mx.metal.is_available():
         return ["cpu", "sim", "gpu"]
     if os.environ.get("MLX_WELFORD_REQUIRE_GPU") == "1":
