@@ -15,6 +15,7 @@
 #include "cpu/parallel.h"
 #include "gpu/simulator.h"
 #include "ops.h"
+#include "primitives.h"
 
 namespace nb = nanobind;
 using namespace nb::literals;
@@ -72,6 +73,8 @@ NB_MODULE(_ext, m) {
   m.def(
       "backend", [](mx::StreamOrDevice s) { return mw::backend_name(mx::to_stream(s)); },
       "stream"_a = nb::none(), "What kernels run on, on this stream.");
+  m.def("compose_everything", &mw::compose_everything, "always"_a,
+        "Compose everything of MLX's own operations from now on, or no longer.");
   m.def("simulate_with", &mw::gpu::simulate_with, "library"_a.none(),
         "Run the shaders compiled into this library in place of the CPU's kernels; None: no more.");
   mw::bind_launch(m);

@@ -1,6 +1,7 @@
 #include "primitives.h"
 
 #include <algorithm>
+#include <atomic>
 #include <stdexcept>
 #include <string>
 
@@ -93,9 +94,15 @@ std::pair<Arrays, std::vector<int>> Composed::vmap(const Arrays& inputs,
   return {outputs, std::vector<int>(outputs.size(), 0)};
 }
 
+namespace {
+std::atomic<bool> composing{false};
+}  // namespace
+
+void compose_everything(bool always) { composing = always; }
+
 bool Composed::has_kernels(const Arrays& inputs) {
   const array& x = inputs[0];
-  return x.size() > 0 && x.dtype() != mx::float64 && can_run(stream(), problem(x));
+  return !composing && x.size() > 0 && x.dtype() != mx::float64 && can_run(stream(), problem(x));
 }
 
 Arrays outputs_of(const std::shared_ptr<Composed>& primitive, const Arrays& inputs,
@@ -199,16 +206,18 @@ Arrays Normalize::compose(const Arrays& inputs) {
   return {outputs.y, outputs.mean, outputs.var};
 }
 
-Problem Normalize::problem(const array& x) const {
-  return {.operation = Operation::normalize,
+Problem Normalization::problem(Operation operation, const array& x) const {
+  return {.operation = operation,
           .element = element_of(x.dtype()),
-          .geometry = geometry(x, n_.axes(x)),
-          .channels = x.shape(n_.channel_axis),
-          .eps = static_cast<float>(n_.eps),
-          .given = n_.given(),
-          .has_weight = n_.has_weight,
-          .has_bias = n_.has_bias};
+          .geometry = geometry(x, axes(x)),
+          .channels = x.shape(channel_axis),
+          .eps = static_cast<float>(eps),
+          .given = given(),
+          .has_weight = has_weight,
+          .has_bias = has_bias};
 }
+
+Problem Normalize::problem(const array& x) const { return n_.problem(Operation::normalize, x); }
 
 void Normalize::evaluate(const Arrays& inputs, Arrays& outputs) {
   release_inputs_of_siblings(inputs, outputs);
@@ -330,14 +339,9 @@ Arrays NormalizeGradient::compose(const Arrays& inputs) {
 }
 
 Problem NormalizeGradient::problem(const array& x) const {
-  return {.operation = Operation::normalize_gradient,
-          .element = element_of(x.dtype()),
-          .geometry = geometry(x, n_.axes(x)),
-          .channels = x.shape(n_.channel_axis),
-          .eps = static_cast<float>(n_.eps),
-          .given = n_.given(),
-          .has_weight = n_.has_weight,
-          .wanted = wanted_};
+  Problem problem = n_.problem(Operation::normalize_gradient, x);
+  problem.wanted = wanted_;
+  return problem;
 }
 
 void NormalizeGradient::evaluate(const Arrays& inputs, Arrays& outputs) {

@@ -46,6 +46,10 @@ class Composed : public mlx::core::Primitive {
   virtual void evaluate(const Arrays& inputs, Arrays& outputs) = 0;
 };
 
+/// From now on, or no longer, compose everything: for mx.export_function, since MLX can write no
+/// primitives of others.
+void compose_everything(bool always);
+
 /// The outputs of a primitive for these inputs: nodes of their own, or composed where it has no
 /// kernels.
 Arrays outputs_of(const std::shared_ptr<Composed>& primitive, const Arrays& inputs,
@@ -102,6 +106,8 @@ struct Normalization {
   bool operator==(const Normalization&) const = default;
 
   bool given() const { return statistics == Statistics::given; }
+  /// What is asked of a backend.
+  Problem problem(Operation operation, const array& x) const;
   /// The axes that share a statistic; given statistics are one per channel.
   std::vector<int> axes(const array& x) const;
 };
