@@ -91,19 +91,14 @@ int check_input(const array& x, int axis, Statistics statistics, const Caller& c
   return channel_axis;
 }
 
-// ---- What kernels need --------------------------------------------------------------------------
-
-array make_contiguous(const array& a, mx::Stream s) {
-  const bool already = a.is_available() && a.flags().row_contiguous;
-  return already ? a : mx::contiguous(a, false, s);
-}
+// ---- Dtypes --------------------------------------------------------------------------
 
 array cast(const array& a, mx::Dtype dtype, mx::Stream s) {
   return a.dtype() == dtype ? a : mx::astype(a, dtype, s);
 }
 
 std::optional<array> cast(const std::optional<array>& a, mx::Dtype dtype, mx::Stream s) {
-  return a ? std::optional(make_contiguous(cast(*a, dtype, s), s)) : std::nullopt;
+  return a ? std::optional(cast(*a, dtype, s)) : std::nullopt;
 }
 
 /// Float32 statistics, but float64 for float64 input.
@@ -162,7 +157,7 @@ Normalized normalize(const array& x_, const std::optional<array>& weight_,
   }
   const Normalization n{statistics, eps, channel_axis, weight.has_value(), bias.has_value()};
   auto primitive = std::make_shared<Normalize>(s, n);
-  std::vector<array> inputs{make_contiguous(x, s)};
+  std::vector<array> inputs{x};
   append(inputs, mean);
   append(inputs, var);
   append(inputs, weight);
@@ -211,8 +206,7 @@ std::pair<array, array> moments(const array& x_, std::vector<int> axes, bool kee
     }
   }
   const mx::Dtype wide = statistics_dtype(x.dtype());
-  auto outputs =
-      outputs_of(std::make_shared<Moments>(s, kernel_axes), {make_contiguous(x, s)}, {wide, wide});
+  auto outputs = outputs_of(std::make_shared<Moments>(s, kernel_axes), {x}, {wide, wide});
   array mean = outputs[0];
   array var = outputs[1];
   if (keepdims) {

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <cstring>
 #include <stdexcept>
 #include <string>
 
@@ -95,7 +96,19 @@ std::pair<Arrays, std::vector<int>> Composed::vmap(const Arrays& inputs,
 }
 
 namespace {
+
 std::atomic<bool> composing{false};
+
+/// Whether an array is row-contiguous, or will be: what is not known to be goes through mx::contiguous,
+/// which costs a node in the graph where there is nothing to copy.
+bool known_contiguous(const array& a) {
+  if (a.is_available()) {
+    return a.flags().row_contiguous;
+  }
+  return a.has_primitive() && (dynamic_cast<Composed*>(&a.primitive()) != nullptr ||
+                               std::strcmp(a.primitive().name(), "Contiguous") == 0);
+}
+
 }  // namespace
 
 void compose_everything(bool always) { composing = always; }
@@ -110,7 +123,12 @@ Arrays outputs_of(const std::shared_ptr<Composed>& primitive, const Arrays& inpu
   if (!primitive->has_kernels(inputs)) {
     return primitive->compose(inputs);
   }
-  return array::make_arrays(primitive->output_shapes(inputs), dtypes, primitive, inputs);
+  Arrays contiguous;
+  for (const array& input : inputs) {
+    contiguous.push_back(
+        known_contiguous(input) ? input : mx::contiguous(input, false, primitive->stream()));
+  }
+  return array::make_arrays(primitive->output_shapes(inputs), dtypes, primitive, contiguous);
 }
 
 // ---- Moments ------------------------------------------------------------------------------------
@@ -141,9 +159,7 @@ Arrays Moments::vjp(const Arrays& primals, const Arrays& cotangents, const std::
   auto s = stream();
   const array& x = primals[0];
   return outputs_of(std::make_shared<MomentsGradient>(s, axes_),
-                    {x, outputs[0], mx::contiguous(cotangents[0], false, s),
-                     mx::contiguous(cotangents[1], false, s)},
-                    {x.dtype()});
+                    {x, outputs[0], cotangents[0], cotangents[1]}, {x.dtype()});
 }
 
 std::vector<mx::Shape> Moments::output_shapes(const Arrays& inputs) {
@@ -256,9 +272,7 @@ Arrays Normalize::vjp(const Arrays& primals, const Arrays& cotangents,
 
   Arrays inputs =
       n_.given() ? Arrays{x, primals[1], primals[2]} : Arrays{x, outputs[1], outputs[2]};
-  for (const array& cotangent : cotangents) {
-    inputs.push_back(mx::contiguous(cotangent, false, s));
-  }
+  inputs.insert(inputs.end(), cotangents.begin(), cotangents.end());
   if (n_.has_weight) {
     inputs.push_back(primals[weight]);
   }

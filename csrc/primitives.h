@@ -2,7 +2,7 @@
 //
 // Each solves a problem with kernels (evaluate), and has a definition composed of MLX's operations
 // (compose), which serves forward-mode derivatives, vmap, the derivatives of a gradient, and
-// wherever no kernels run. Inputs are row-contiguous, valid and of one dtype: ops.cpp sees to it.
+// wherever no kernels run. Inputs are valid and of one dtype: ops.cpp sees to it.
 // Statistics are float32, or float64 for float64.
 #pragma once
 
@@ -50,8 +50,8 @@ class Composed : public mlx::core::Primitive {
 /// primitives of others.
 void compose_everything(bool always);
 
-/// The outputs of a primitive for these inputs: nodes of their own, or composed where it has no
-/// kernels.
+/// The outputs of a primitive for these inputs, which need not be contiguous: nodes of their own, or
+/// composed where it has no kernels.
 Arrays outputs_of(const std::shared_ptr<Composed>& primitive, const Arrays& inputs,
                   const std::vector<mlx::core::Dtype>& dtypes);
 

@@ -1,0 +1,36 @@
+"""mx.export_function: MLX can write its own primitives alone, so everything has to be composed of them."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import mlx.core as mx
+import pytest
+from mlx_welford import _ext, batch_norm, instance_norm, moments
+from tolerance import assert_within, wide
+
+
+@pytest.fixture
+def composed() -> Iterator[None]:
+    _ext.compose_everything(True)
+    yield
+    _ext.compose_everything(False)
+
+
+def outputs(x: mx.array) -> tuple[mx.array, ...]:
+    return instance_norm(x, axis=1), *batch_norm(x), *moments(x, (0, 2))
+
+
+@pytest.mark.usefixtures("composed")
+def test_an_exported_function_gives_the_same(tmp_path: Path) -> None:
+    x = mx.random.normal((3, 5, 7))
+    path = str(tmp_path / "function.mlxfn")
+    mx.export_function(path, lambda x: list(outputs(x)), x)
+    _ext.compose_everything(False)
+    for got, expected in zip(mx.import_function(path)(x), outputs(x), strict=True):
+        assert_within(got, wide(expected), mx.float32, ulps=4)
+
+
+def test_without_the_switch_mlx_refuses(tmp_path: Path) -> None:
+    x = mx.random.normal((3, 5, 7))
+    with pytest.raises(ValueError, match="serialize primitive"):
+        mx.export_function(str(tmp_path / "function.mlxfn"), lambda x: list(outputs(x)), x)
