@@ -2,7 +2,6 @@
 
 #include <algorithm>
 #include <atomic>
-#include <cstring>
 #include <stdexcept>
 #include <string>
 
@@ -105,8 +104,7 @@ bool known_contiguous(const array& a) {
   if (a.is_available()) {
     return a.flags().row_contiguous;
   }
-  return a.has_primitive() && (dynamic_cast<Composed*>(&a.primitive()) != nullptr ||
-                               std::strcmp(a.primitive().name(), "Contiguous") == 0);
+  return a.has_primitive() && dynamic_cast<Composed*>(&a.primitive()) != nullptr;
 }
 
 }  // namespace

@@ -1,4 +1,4 @@
-"""mx.export_function: MLX can write its own primitives alone, so everything has to be composed of them."""
+"""mx.export_function: MLX can write its own primitives alone, so all is composed of them."""
 
 from collections.abc import Iterator
 from pathlib import Path

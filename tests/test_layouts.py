@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 
 import mlx.core as mx
 import mlx_welford as mw
+import numpy as np
 import pytest
 import systems
 from problems import KINDS, Affine, Case, Problem, drawn
@@ -164,3 +165,13 @@ def test_axis_counts_from_either_end(axis: int) -> None:
     weight = mx.random.normal((x.shape[axis],))
     y = systems.ours("batch", axis=axis)(x, weight)[0]
     assert_same_bits(systems.ours("batch", axis=axis - 4)(x, weight)[0], y, "y")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_column_major_memory(kind: Kind) -> None:
+    """What MLX calls contiguous may be column-major, if its maker allowed that."""
+    x = mx.random.normal((7, 9, 5))
+    columns = mx.contiguous(mx.transpose(x), allow_col_major=True)
+    rows = mx.array(np.array(x).T.copy())
+    for got, expected in zip(systems.ours(kind)(columns), systems.ours(kind)(rows), strict=True):
+        assert_same_bits(got, expected)
