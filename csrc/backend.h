@@ -14,8 +14,7 @@ bool can_run(mlx::core::Stream s, const Problem& problem);
 /// Queues a problem on the stream. All arrays have memory; outputs may share that of inputs.
 void run(mlx::core::Stream s, const Problem& problem, const BoundArrays& arrays);
 
-/// What the kernels of this process run on: "cpu", "simulator", or "metal" where a GPU stream is
-/// used.
+/// What a stream's problems run on: "cpu", "simulator", "metal", or "composed" of MLX's operations.
 const char* backend_name(mlx::core::Stream s);
 
 }  // namespace mlx_welford

@@ -56,6 +56,10 @@ Plan plan_for(mx::metal::Device& device, const Problem& problem) {
   }
 }
 
+/// Whether a shader has failed to compile. MLX does not remember it, and another attempt at each call
+/// would take longer than the operations that are used instead.
+std::atomic<bool> failed{false};
+
 /// Whether MLX_WELFORD_STRICT=1 asks for errors in place of a fallback.
 bool strict() {
   const char* value = std::getenv("MLX_WELFORD_STRICT");
@@ -74,12 +78,9 @@ mx::array temporary(mx::metal::CommandEncoder& encoder, int64_t bytes) {
 
 }  // namespace
 
-bool has_metal() { return true; }
+bool has_metal() { return !failed; }
 
 bool metal_can_run(mx::Stream s, const Problem& problem) {
-  // MLX does not remember what failed to compile; another attempt at each call would take longer
-  // than the operations that are used instead.
-  static std::atomic<bool> failed{false};
   if (failed && !strict()) {
     return false;
   }

@@ -6,7 +6,7 @@
 
 namespace mlx_welford::gpu {
 
-/// Whether this build can use Metal.
+/// Whether this build can use Metal, and its shaders have compiled so far.
 bool has_metal();
 
 /// Compiles the kernels of the plan for a problem, once each.
