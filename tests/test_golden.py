@@ -1,8 +1,8 @@
 """Results recorded from PyTorch and MXNet, in golden/.
 
 PyTorch's are float64 computations on float32 data, three training steps and one evaluation, with
-the running statistics after each step. MXNet's are float32. Files for features that the package
-does not have (unbatched input, momentum=None) are not among them.
+the running statistics after each step. MXNet's are float32. What only the compat layers can do
+(unbatched input, momentum=None) is in golden/compat.
 """
 
 import json

@@ -5,12 +5,27 @@ from mlx_welford import _versions
 _versions.check()  # before the extension is loaded: it would crash beside another libmlx
 
 from mlx_welford import _ext  # noqa: E402
-from mlx_welford.functional import batch_norm, instance_norm, moments  # noqa: E402
-from mlx_welford.layers import BatchNorm, InstanceNorm  # noqa: E402
+from mlx_welford.checkpoints import from_gluon, from_torch  # noqa: E402
+from mlx_welford.functional import batch_norm, composed, instance_norm, moments  # noqa: E402
+from mlx_welford.layers import BatchNorm, InstanceNorm, set_dtype  # noqa: E402
+from mlx_welford.replacement import accelerate, restore  # noqa: E402
 from mlx_welford.status import status  # noqa: E402
 
 _ext.num_threads()  # a mistake in MLX_WELFORD_NUM_THREADS or MLX_WELFORD_ISA is an error here,
 _ext.instruction_set()  # not in the middle of a computation
 
-__all__ = ["BatchNorm", "InstanceNorm", "batch_norm", "instance_norm", "moments", "status"]
+__all__ = [
+    "BatchNorm",
+    "InstanceNorm",
+    "accelerate",
+    "batch_norm",
+    "composed",
+    "from_gluon",
+    "from_torch",
+    "instance_norm",
+    "moments",
+    "restore",
+    "set_dtype",
+    "status",
+]
 __version__ = _versions.PACKAGE

@@ -1,13 +1,15 @@
 """The operations as functions of arrays."""
 
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import mlx.core as mx
 
 from mlx_welford import _ext
 from mlx_welford._arguments import check_eps
 
-__all__ = ["batch_norm", "instance_norm", "moments"]
+__all__ = ["batch_norm", "composed", "instance_norm", "moments"]
 
 StreamOrDevice = mx.Stream | mx.Device | None
 
@@ -179,3 +181,42 @@ def moments(
     """
     axes = [axes] if isinstance(axes, int) else list(axes)
     return _ext.moments(x, axes, keepdims=keepdims, stream=stream)
+
+
+_composing = threading.Lock()
+_composing_blocks = 0
+
+
+@contextmanager
+def composed() -> Iterator[None]:
+    """Within the block, everything here is composed of MLX's own operations.
+
+    For ``mx.export_function``, which cannot write another package's primitives, and for finding out
+    whether a kernel is to blame. What counts is where an operation is called: a function that
+    ``mx.compile`` traced before keeps its kernels. The switch is the process's, for all threads;
+    blocks may be nested.
+
+    Examples:
+        >>> import tempfile
+        >>> import mlx.core as mx
+        >>> import mlx_welford as mw
+        >>> norm = mw.BatchNorm(4).eval()
+        >>> x = mx.random.normal((5, 4))
+        >>> with tempfile.NamedTemporaryFile(suffix=".mlxfn") as file, mw.composed():
+        ...     mx.export_function(file.name, lambda x: norm(x), x)
+        ...     (y,) = mx.import_function(file.name)(x)
+        >>> mx.allclose(y, norm(x), atol=1e-5).item()
+        True
+    """
+    _change_composing(1)
+    try:
+        yield
+    finally:
+        _change_composing(-1)
+
+
+def _change_composing(by: int) -> None:
+    global _composing_blocks
+    with _composing:
+        _composing_blocks += by
+        _ext.compose_everything(_composing_blocks > 0)

@@ -10,22 +10,31 @@ from mlx.nn import Module
 from mlx_welford import _ext
 from mlx_welford._arguments import check_eps, check_features, check_momentum
 
-__all__ = ["BatchNorm", "InstanceNorm"]
+__all__ = ["BatchNorm", "InstanceNorm", "set_dtype"]
 
 _RUNNING = ["running_mean", "running_var"]
+_FROZEN = [*_RUNNING, "num_batches_tracked"]
 
 
 class _Normalization(Module):
-    """What the layers share: parameters, running statistics, and the call."""
+    """What the layers share: parameters, running statistics, and the call.
+
+    With momentum=None the running statistics are the average over all batches, whose number is a
+    parameter, too: a checkpoint without it would go on as if its averages were of no batch. It is
+    an array, so that mx.compile carries it along, and frozen like the statistics. With a momentum
+    there is no such parameter, and the weights are those of mlx.nn by name.
+    """
 
     _statistics: ClassVar[_ext.Statistics]
     _features_argument: ClassVar[str]
+    _eps_argument: ClassVar[str] = "eps"
+    _replaced: Module | None = None  # the layer that accelerate() put this one in the place of
 
     def __init__(
         self,
         num_features: int | None,
         eps: float,
-        momentum: float,
+        momentum: float | None,
         affine: bool,
         track_running_stats: bool,
         axis: int,
@@ -33,7 +42,7 @@ class _Normalization(Module):
         super().__init__()  # type: ignore[no-untyped-call]
         name = type(self).__name__
         check_features(num_features, self._features_argument, name)
-        check_eps(eps, name)
+        check_eps(eps, name, self._eps_argument)
         check_momentum(momentum, name)
         self.num_features = num_features
         self.eps = eps
@@ -45,18 +54,41 @@ class _Normalization(Module):
             self._create_parameters(num_features)
 
     def _create_parameters(self, num_features: int) -> None:
-        if self.affine:
-            self.weight = mx.ones((num_features,))
-            self.bias = mx.zeros((num_features,))
+        for name, values in self._initial_parameters(num_features).items():
+            self[name] = values
+        self._start_running_statistics(num_features)
+
+    def _initial_parameters(self, num_features: int) -> dict[str, mx.array]:
+        """Which of weight and bias the layer has, and their first values of shape (C,)."""
+        if not self.affine:
+            return {}
+        return {"weight": mx.ones((num_features,)), "bias": mx.zeros((num_features,))}
+
+    def _start_running_statistics(self, num_features: int) -> None:
         if self.track_running_stats:
             self.running_mean = mx.zeros((num_features,))
             self.running_var = mx.ones((num_features,))
-            self.freeze(keys=_RUNNING, recurse=False)
+            if self.momentum is None:
+                self.num_batches_tracked = mx.array(0, mx.int64)
+            self.freeze(keys=[name for name in _FROZEN if name in self], recurse=False)
+
+    def reset_running_stats(self) -> None:
+        """Running statistics as at the beginning: mean 0, variance 1, no batch seen.
+
+        After ``layer.momentum = None`` this starts an average over all batches from now on, as for
+        the last weights of a training run (stochastic weight averaging).
+        """
+        if self.num_features is None or not self.track_running_stats:
+            return
+        dtype = self.running_mean.dtype
+        self._start_running_statistics(self.num_features)
+        for name in _RUNNING:
+            self[name] = self[name].astype(dtype)
 
     def unfreeze(self, *args: Any, **kwargs: Any) -> Module:
         """As ``Module.unfreeze``, but running statistics stay frozen."""
         super().unfreeze(*args, **kwargs)
-        self.freeze(keys=_RUNNING, recurse=False)
+        self.freeze(keys=[name for name in _FROZEN if name in self], recurse=False)
         return self
 
     def __call__(self, x: mx.array) -> mx.array:
@@ -66,8 +98,8 @@ class _Normalization(Module):
                 x, self.axis, self._statistics, name, self._needs_several_values()
             )
             check_features(features, self._features_argument, name)
-            self.num_features = features
             self._create_parameters(features)
+            self.num_features = features
         updates = self.training and self.track_running_stats
         evaluates = not self.training and self.track_running_stats
         y, mean, var = _ext.normalize(
@@ -78,28 +110,52 @@ class _Normalization(Module):
             self._statistics,
             name,
             mean=self.running_mean if evaluates else None,
-            var=self.running_var if evaluates else None,
+            var=_finite(self.running_var) if evaluates else None,
             axis=self.axis,
-            channels=self.num_features,
+            channels=self._channels(),
             several_values=self._needs_several_values(),
         )
         if updates and x.size > 0:
             self._update_running_statistics(mean, var, count=x.size // mean.size)
         return y
 
+    def _channels(self) -> int | None:
+        """How many an input must have; None: any number."""
+        return self.num_features
+
     def _needs_several_values(self) -> bool:
         """Whether a statistic of a single value is an error: its unbiased variance is 0 / 0."""
         return self.training and self.track_running_stats
 
     def _update_running_statistics(self, mean: mx.array, var: mx.array, count: int) -> None:
-        """new = (1 - momentum) * old + momentum * batch, with the unbiased variance."""
+        """new = (1 - momentum) * old + momentum * batch, with the unbiased variance.
+
+        The average over all batches is that with 1 / (batches seen, this one included).
+        """
         unbiased = var * (count / (count - 1))
+        momentum: float | mx.array
+        if self.momentum is None:
+            if "num_batches_tracked" not in self:
+                raise ValueError(
+                    f"[{type(self).__name__}] 'momentum' was not None when running statistics "
+                    "began: call reset_running_stats() first."
+                )
+            batches = self.num_batches_tracked + 1
+            self.num_batches_tracked = batches
+            momentum = 1 / batches.astype(mean.dtype)
+        else:
+            momentum = self.momentum
         for name, batch in zip(_RUNNING, (mean, unbiased), strict=True):
             if batch.ndim == 2:  # (N, C): of instances, the average over the batch
                 batch = batch.mean(axis=0)
             old = self[name]
-            new = (1 - self.momentum) * old.astype(batch.dtype) + self.momentum * batch
+            new = (1 - momentum) * old.astype(batch.dtype) + momentum * batch
             self[name] = _store(mx.stop_gradient(new), old.dtype)
+
+    def _extra_repr_end(self) -> str:
+        """What mlx.nn does not have, if it is not at its default."""
+        text = f", axis={self.axis}" if self.axis != -1 else ""
+        return text + (", accelerated=True" if self._replaced is not None else "")
 
 
 def _store(values: mx.array, dtype: mx.Dtype) -> mx.array:
@@ -108,6 +164,13 @@ def _store(values: mx.array, dtype: mx.Dtype) -> mx.array:
         largest = mx.finfo(mx.float16).max
         values = mx.clip(values, -largest, largest)
     return values.astype(dtype)
+
+
+def _finite(variance: mx.array) -> mx.array:
+    """A running variance that a plain cast to float16 has made inf: its largest number instead."""
+    if variance.dtype == mx.float16:
+        return mx.minimum(variance, mx.finfo(mx.float16).max)
+    return variance
 
 
 class InstanceNorm(_Normalization):
@@ -127,7 +190,9 @@ class InstanceNorm(_Normalization):
         dims: The number of channels. Default: ``None``, taken from the first input.
         eps: Added to the variance. Default: ``1e-5``.
         affine: Whether to learn ``weight`` and ``bias``. Default: ``False``.
-        momentum: Weight of a new batch in the running statistics, in [0, 1]. Default: ``0.1``.
+        momentum: Weight of a new batch in the running statistics, in [0, 1], or ``None`` for their
+            average over all batches, which are counted in ``num_batches_tracked``. Default:
+            ``0.1``.
         track_running_stats: Whether to keep ``running_mean`` and ``running_var``, the averages over
             the batch of the instances' means and unbiased variances, and to normalise with them in
             evaluation (as in ``torch.nn``). Default: ``False``, the statistics of the input in
@@ -163,7 +228,7 @@ class InstanceNorm(_Normalization):
         eps: float = 1e-5,
         affine: bool = False,
         *,
-        momentum: float = 0.1,
+        momentum: float | None = 0.1,
         track_running_stats: bool = False,
         axis: int = -1,
     ) -> None:
@@ -178,7 +243,7 @@ class InstanceNorm(_Normalization):
         text = f"{self.dims}, eps={self.eps}, affine={self.affine}"
         if self.track_running_stats:
             text += f", momentum={self.momentum}, track_running_stats=True"
-        return text + (f", axis={self.axis}" if self.axis != -1 else "")
+        return text + self._extra_repr_end()
 
 
 class BatchNorm(_Normalization):
@@ -205,7 +270,9 @@ class BatchNorm(_Normalization):
     Args:
         num_features: The number of channels. Default: ``None``, taken from the first input.
         eps: Added to the variance. Default: ``1e-5``.
-        momentum: Weight of a new batch in the running statistics, in [0, 1]. Default: ``0.1``.
+        momentum: Weight of a new batch in the running statistics, in [0, 1], or ``None`` for their
+            average over all batches, which are counted in ``num_batches_tracked``. Default:
+            ``0.1``.
         affine: Whether to learn ``weight`` and ``bias``. Default: ``True``.
         track_running_stats: Whether to keep running statistics. Default: ``True``. Without them
             evaluation uses the statistics of the input, too.
@@ -239,7 +306,7 @@ class BatchNorm(_Normalization):
         self,
         num_features: int | None = None,
         eps: float = 1e-5,
-        momentum: float = 0.1,
+        momentum: float | None = 0.1,
         affine: bool = True,
         track_running_stats: bool = True,
         *,
@@ -255,4 +322,45 @@ class BatchNorm(_Normalization):
             f"{self.num_features}, eps={self.eps}, momentum={self.momentum}, "
             f"affine={self.affine}, track_running_stats={self.track_running_stats}"
         )
-        return text + (f", axis={self.axis}" if self.axis != -1 else "")
+        return text + self._extra_repr_end()
+
+
+def set_dtype(
+    model: Module, dtype: mx.Dtype, *, running_statistics: mx.Dtype | None = None
+) -> Module:
+    """As ``model.set_dtype(dtype)``, but running statistics keep their precision.
+
+    Half precision is enough for what a step computes with, not for what it adds a tenth of a small
+    difference to: in float16 running statistics stop moving early, and a variance cannot exceed
+    65504. In float32 they cost two small vectors per layer; the dtype of the results does not
+    depend on theirs.
+
+    Args:
+        model: A module, whose layers may be of any kind; the running statistics meant here are
+            those of this package's layers.
+        dtype: Of all other floating-point parameters.
+        running_statistics: Theirs. Default: ``None``, float32, or float64 with ``dtype`` float64.
+
+    Returns:
+        ``model``.
+
+    Examples:
+        >>> import mlx.core as mx
+        >>> import mlx_welford as mw
+        >>> norm = mw.set_dtype(mw.BatchNorm(4), mx.float16)
+        >>> norm.weight.dtype, norm.running_var.dtype
+        (mlx.core.float16, mlx.core.float32)
+    """
+    if running_statistics is None:
+        running_statistics = mx.float64 if dtype == mx.float64 else mx.float32
+    kept = [
+        (layer, name, layer[name])
+        for layer in model.modules()
+        if isinstance(layer, _Normalization)
+        for name in _RUNNING
+        if name in layer
+    ]
+    model.set_dtype(dtype)
+    for layer, name, values in kept:
+        layer[name] = _store(values, running_statistics)
+    return model

@@ -1,0 +1,1 @@
+"""The layers under the names, arguments and conventions of other systems."""
