@@ -17,7 +17,13 @@ CXX_SOURCES = $(shell find $(wildcard csrc metal tests) -name '*.cpp' -o -name '
 PIP := $(PY) -m pip --disable-pip-version-check --quiet
 export PRE_COMMIT_HOME := $(CURDIR)/build/pre-commit
 
-.PHONY: help build demo test bench lint format clean force
+BUILD_WHEEL := $(PIP) wheel --no-build-isolation --no-deps --no-index
+MACOS_MLX := build/macos/mlx
+DIST ?= dist
+# What wheels are made of: this checkout, or an unpacked source distribution.
+SOURCE ?= .
+
+.PHONY: help build demo test bench lint format sdist wheels wheel-macos clean force
 .DEFAULT_GOAL := help
 
 help:
@@ -27,6 +33,9 @@ help:
 	@echo 'make bench    compare speed and memory with mlx.nn BENCH_ARGS="--json results.json"'
 	@echo 'make lint     run every check on the sources'
 	@echo 'make format   rewrite the sources as the checks want them'
+	@echo 'make sdist    pack the sources into dist/'
+	@echo 'make wheels   build the wheel for this Linux into dist/'
+	@echo 'make wheel-macos  build the wheel for macOS on arm64 into dist/, on Linux'
 	@echo 'make clean    remove whatever these targets made'
 	@echo 'PYTHON=python3.12 chooses the interpreter of $(VENV); WERROR=ON makes C++ warnings errors.'
 
@@ -75,6 +84,35 @@ format: build
 	$(PY) -m ruff check --fix-only --quiet
 	$(PY) -m ruff format
 	$(VENV)/bin/clang-format -i $(CXX_SOURCES)
+
+sdist: $(VENV)/requirements.stamp
+	$(PY) -m build --sdist --no-isolation --outdir $(DIST)
+
+# In a build folder of its own, since `make build` has other options. auditwheel finds out on which
+# releases of Linux the wheel runs; libmlx is there with mlx-cpu or mlx-cuda.
+wheels: $(VENV)/requirements.stamp
+	@rm -rf build/unaudited
+	$(BUILD_WHEEL) --config-settings=build-dir=build/wheel --wheel-dir build/unaudited $(SOURCE)
+	PATH="$(abspath $(VENV)/bin):$$PATH" $(PY) -m auditwheel repair --exclude libmlx.so \
+		--wheel-dir $(DIST) build/unaudited/*.whl
+
+# The variables tell scikit-build-core what the tag and the extension's name are to say.
+wheel-macos: build $(MACOS_MLX)/stamp
+	_PYTHON_HOST_PLATFORM=macosx-14.0-arm64 \
+	SETUPTOOLS_EXT_SUFFIX=.$$($(PY) -c 'import sys; print(sys.implementation.cache_tag)')-darwin.so \
+	ZIG_GLOBAL_CACHE_DIR=$(CURDIR)/build/macos/zig ZIG_LOCAL_CACHE_DIR=$(CURDIR)/build/macos/zig \
+	$(BUILD_WHEEL) --wheel-dir $(DIST) \
+		--config-settings=cmake.define.CMAKE_TOOLCHAIN_FILE=cmake/macos/toolchain.cmake \
+		--config-settings=cmake.define.MLX_DIR=$(CURDIR)/$(MACOS_MLX)/mlx/share/cmake/MLX \
+		--config-settings=cmake.define.MLX_WELFORD_STUB=$(CURDIR)/$(PACKAGE)/_ext.pyi \
+		$(SOURCE)
+
+# MLX's library and headers for the oldest macOS that its wheels are for.
+$(MACOS_MLX)/stamp: pyproject.toml cmake/pins.py | $(VENV)/requirements.stamp
+	@rm -rf $(MACOS_MLX)
+	@$(PIP) install --target $(MACOS_MLX) --no-deps --only-binary :all: \
+		--platform macosx_14_0_arm64 mlx-metal==$$($(PY) cmake/pins.py pin mlx)
+	@touch $@
 
 clean:
 	rm -rf $(VENV) build dist $(GENERATED) .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -4,6 +4,10 @@
 # Sets MLX_WELFORD_VERSION and MLX_WELFORD_MLX_VERSION.
 
 find_package(Threads REQUIRED)
+if(CMAKE_CROSSCOMPILING AND POLICY CMP0190)
+  # The interpreter is this machine's, and its headers say the same for the other one.
+  cmake_policy(SET CMP0190 OLD)
+endif()
 find_package(Python 3.11 REQUIRED COMPONENTS Interpreter Development.Module)
 
 # Configure again when a pin changes.
@@ -81,9 +85,18 @@ endif()
 message(STATUS "MLX ${MLX_VERSION} in ${MLX_DIR}")
 message(STATUS "nanobind ${nanobind_VERSION} in ${nanobind_DIR}")
 
-# MLX's wheel for macOS names frameworks by their path in the Xcode that it was built with.
 if(APPLE)
-  set_target_properties(
-    mlx PROPERTIES INTERFACE_LINK_LIBRARIES
-                   "-framework Metal;-framework Foundation;-framework QuartzCore")
+  # MLX's wheel for macOS names frameworks by their path in the Xcode that it was built with. They
+  # are libmlx's affair: metal-cpp needs only the Objective-C runtime.
+  set_target_properties(mlx PROPERTIES INTERFACE_LINK_LIBRARIES objc)
+endif()
+if(APPLE AND CMAKE_CROSSCOMPILING)
+  # nanobind names Python's symbols to Apple's linker in a file that zig's does not read: the
+  # toolchain lets any symbol be undefined. And nanobind has local symbols left out (-x), after which
+  # the indices that zig's linker writes point outside its symbol table.
+  function(nanobind_link_options)
+  endfunction()
+  function(nanobind_strip name)
+    target_link_options(${name} PRIVATE -Wl,-dead_strip -Wl,-S)
+  endfunction()
 endif()

@@ -1,0 +1,40 @@
+# CMake's toolchain for macOS on arm64, on any machine: the compiler is clang out of PyPI's ziglang.
+#
+# MLX_DIR must name the CMake files in MLX's wheel for macOS, as `make wheel-macos` does. What zig's
+# own headers and libraries lack of Apple's SDK is beside this file: a few declarations that
+# metal-cpp needs, and the symbols of libobjc.
+
+set(CMAKE_SYSTEM_NAME Darwin)
+set(CMAKE_SYSTEM_PROCESSOR arm64)
+set(CMAKE_OSX_SYSROOT "")
+
+# CMake reads this file once more for each of its tests of the compiler.
+list(APPEND CMAKE_TRY_COMPILE_PLATFORM_VARIABLES Python_EXECUTABLE)
+execute_process(
+  COMMAND ${Python_EXECUTABLE} -c "import ziglang; print(*ziglang.__path__)"
+  OUTPUT_VARIABLE zig
+  OUTPUT_STRIP_TRAILING_WHITESPACE
+  COMMAND_ERROR_IS_FATAL ANY)
+string(APPEND zig /zig)
+set(CMAKE_CXX_COMPILER ${zig} c++)
+set(CMAKE_AR ${zig})
+set(CMAKE_USER_MAKE_RULES_OVERRIDE ${CMAKE_CURRENT_LIST_DIR}/rules.cmake)
+
+# zig's headers take its own libc++ for granted, unless told to heed what the target's has.
+string(JOIN " " CMAKE_CXX_FLAGS_INIT
+  "-target aarch64-macos.14.0 -g0 -Werror=unguarded-availability"
+  "-U_LIBCPP_HAS_VENDOR_AVAILABILITY_ANNOTATIONS -D_LIBCPP_HAS_VENDOR_AVAILABILITY_ANNOTATIONS=1"
+  "-isystem ${CMAKE_CURRENT_LIST_DIR}/include")
+
+# zig would link a libc++ of its own, whose exceptions are not of the types that libmlx throws and
+# catches. So libc++'s symbols, and Python's, stay undefined until the extension is loaded.
+string(JOIN " " CMAKE_MODULE_LINKER_FLAGS_INIT
+  "-undefined dynamic_lookup -nostdlib++"
+  "-L${CMAKE_CURRENT_LIST_DIR}")
+
+# A program would be linked with zig's libc++, which takes a minute to compile.
+set(CMAKE_TRY_COMPILE_TARGET_TYPE STATIC_LIBRARY)
+
+# What CMake would otherwise call when it installs: tools for this machine's file format.
+set(CMAKE_BUILD_WITH_INSTALL_RPATH ON)
+set(CMAKE_STRIP "")
