@@ -27,7 +27,6 @@ struct Geometry {
   int64_t inner = 1;
 
   int64_t segments() const { return merge * outer; }
-  int64_t slots() const { return merge * outer * inner; }
   int64_t statistics() const { return outer * inner; }
   /// Values per statistic.
   int64_t count() const { return merge * reduce; }

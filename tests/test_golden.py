@@ -5,10 +5,8 @@ the running statistics after each step. MXNet's are float32. What only the compa
 (unbatched input, momentum=None) is in golden/compat.
 """
 
-import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import mlx.core as mx
 import mlx_welford as mw
@@ -16,6 +14,7 @@ import numpy as np
 import pytest
 import reference
 import systems
+from records import Record, describe
 from reference import Array, Kind, Running
 from systems import System
 from tolerance import Comparison, wide
@@ -28,18 +27,8 @@ MXNET = sorted(GOLDEN.glob("mxnet_*.npz"))
 STEPS = ["0", "1", "2", "_eval"]
 
 
-class Record:
-    """One file: how the layer was made, and arrays by name."""
-
-    def __init__(self, path: Path):
-        with np.load(path) as arrays:
-            self.meta: dict[str, Any] = json.loads(str(arrays["meta"]))
-            self.arrays = {name: arrays[name] for name in arrays.files if name != "meta"}
-        self.kwargs: dict[str, Any] = self.meta["kwargs"]
-
-    def __getitem__(self, name: str) -> Array:
-        array: Array = self.arrays[name]
-        return array
+class Golden(Record):
+    """What the layers at hand make of a record."""
 
     def get(self, name: str) -> Array | None:
         return self.arrays.get(name)
@@ -63,19 +52,13 @@ def double(a: Array | None) -> Array | None:
     return None if a is None else a.astype(np.float64)
 
 
-def describe(path: Path) -> str:
-    meta = Record(path).meta
-    options = ",".join(f"{k}={v}" for k, v in meta["kwargs"].items())
-    return f"{meta['cls'].split('.')[-1]}({options})-{'x'.join(map(str, meta['shape']))}"
-
-
 def test_files_are_there() -> None:
     assert len(TORCH) == 31
     assert len(MXNET) == 36
 
 
 def check_reference(
-    record: Record, step: str, running: Running | None
+    record: Golden, step: str, running: Running | None
 ) -> tuple[Running | None, Array, reference.Gradients]:
     """The reference's running statistics, y and gradients of a step."""
     kind, eps = record.kind, record.kwargs.get("eps", 1e-5)
@@ -93,7 +76,7 @@ def check_reference(
 
 @pytest.mark.parametrize("path", TORCH, ids=describe)
 def test_reference_agrees_with_torch(path: Path) -> None:
-    record = Record(path)
+    record = Golden(path)
     c = record["x0"].shape[1]
     running = Running(np.zeros(c), np.ones(c)) if record.tracks() else None
     for step in STEPS:
@@ -108,7 +91,7 @@ def test_reference_agrees_with_torch(path: Path) -> None:
             assert_close(running.var, record["running_var" + step])
 
 
-def layer_of(record: Record) -> mw.BatchNorm | mw.InstanceNorm:
+def layer_of(record: Golden) -> mw.BatchNorm | mw.InstanceNorm:
     cls = mw.BatchNorm if record.kind == "batch" else mw.InstanceNorm
     return cls(record["x0"].shape[1], axis=1, **record.kwargs)
 
@@ -134,7 +117,7 @@ GOLDEN_NAMES = {"x": "gx", "weight": "gw", "bias": "gb"}
 
 @pytest.mark.parametrize("path", TORCH, ids=describe)
 def test_layers_agree_with_torch_in_float64(path: Path) -> None:
-    record = Record(path)
+    record = Golden(path)
     layer = layer_of(record)
     for name in ("weight", "bias"):
         assert (name in layer) == (name in record.arrays)
@@ -161,7 +144,7 @@ def test_layers_agree_with_torch_in_float64(path: Path) -> None:
 @pytest.mark.parametrize("path", TORCH, ids=describe)
 def test_layers_agree_with_torch_in_float32(path: Path) -> None:
     """Held to the error that mlx.nn would make on the same data, over all steps."""
-    record = Record(path)
+    record = Golden(path)
     eps = record.kwargs.get("eps", 1e-5)
     layer = layer_of(record)
     for name in ("weight", "bias"):
@@ -193,14 +176,14 @@ def first_output(system: System) -> Callable[..., list[mx.array]]:
 
 
 def mxnet_shapes() -> list[tuple[int, ...]]:
-    return sorted({tuple(Record(path).meta["shape"]) for path in MXNET})
+    return sorted({tuple(Golden(path).meta["shape"]) for path in MXNET})
 
 
 @pytest.mark.parametrize("shape", mxnet_shapes(), ids=str)
 def test_instance_norm_agrees_with_mxnet(shape: tuple[int, ...]) -> None:
     """MXNet's own float32 error takes the place of mlx.nn's, over all layers of a shape."""
     comparison = Comparison()
-    records = [r for r in map(Record, MXNET) if tuple(r.meta["shape"]) == shape]
+    records = [r for r in map(Golden, MXNET) if tuple(r.meta["shape"]) == shape]
     assert len(records) == 12
     for record in records:
         eps, axis = record.kwargs["epsilon"], record.kwargs["axis"]

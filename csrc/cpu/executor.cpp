@@ -48,7 +48,6 @@ class Tiling {
   }
 
   const Geometry& geometry() const { return g_; }
-  int64_t strips() const { return strips_; }
   int64_t pieces() const { return pieces_; }
   /// Strips of all segments. A column is a statistic's share of one segment: slot, in Geometry's
   /// words.
