@@ -26,7 +26,7 @@ function(welford_add_kernels target source)
   endif()
   if(CMAKE_CXX_COMPILER_ID STREQUAL GNU)
     # GCC 12 warns of its own AVX-512 intrinsics (GCC bug 105593).
-    list(APPEND v4_options -Wno-maybe-uninitialized)
+    list(APPEND v4_options -Wno-uninitialized -Wno-maybe-uninitialized)
   endif()
   welford_add_variant(${target} ${source} x86_64_v3 -march=x86-64-v3)
   welford_add_variant(${target} ${source} x86_64_v4 -march=x86-64-v4 ${v4_options})

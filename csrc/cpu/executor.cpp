@@ -13,6 +13,7 @@
 #include <algorithm>
 #include <cmath>
 #include <functional>
+#include <memory>
 #include <optional>
 #include <vector>
 
@@ -30,37 +31,51 @@ namespace {
 constexpr int64_t kTileElements = 1 << 16;  // 256 KB of float32: a fraction of a second-level cache
 constexpr int64_t kTileRows = 64;  // at least, so that partial results stay a small fraction of x
 constexpr int64_t kTaskElements = 1 << 15;  // less work than this is not worth a task of its own
+// Outputs from here on are written past the caches: they would not stay in them.
+constexpr size_t kStreamBytes = size_t{16} << 20;
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-/// x in tiles: each segment (merge, outer) in strips of columns, each strip in pieces of positions.
+/// x in tiles: segments (merge, outer) in strips of columns, strips in pieces of positions. Small
+/// segments are not divided but taken several at a time.
 class Tiling {
  public:
   explicit Tiling(const Geometry& g)
       : g_(g),
-        strips_(std::max<int64_t>(1, ceil_div(g.inner, kMaxPanelWidth))),
-        strip_width_(std::max<int64_t>(1, ceil_div(g.inner, strips_))),
+        strips_(ceil_div(g.inner, kMaxPanelWidth)),
+        strip_width_(ceil_div(g.inner, strips_)),
         piece_positions_(std::max(kTileRows, kTileElements / strip_width_)),
         pieces_(ceil_div(g.reduce, piece_positions_)) {
-    // Equal pieces: one short piece at the end would leave a thread waiting.
-    piece_positions_ = pieces_ > 0 ? ceil_div(g.reduce, pieces_) : 1;
+    // Equal parts: a short one at the end would leave a thread waiting.
+    piece_positions_ = ceil_div(g.reduce, pieces_);
     pieces_ = ceil_div(g.reduce, piece_positions_);
+    if (strips_ == 1 && pieces_ == 1) {
+      const int64_t most = std::max<int64_t>(1, kTileElements / (g.reduce * g.inner));
+      at_once_ = ceil_div(g.outer, ceil_div(g.outer, most));
+      groups_ = ceil_div(g.outer, at_once_);
+    }
   }
 
   const Geometry& geometry() const { return g_; }
   int64_t pieces() const { return pieces_; }
-  /// Strips of all segments. A column is a statistic's share of one segment: slot, in Geometry's
-  /// words.
-  int64_t units() const { return g_.segments() * strips_; }
+  int64_t strips() const { return g_.merge * groups_ * strips_; }
 
+  /// Neighbouring columns of one segment, or all columns of `count` segments in a row, which do not
+  /// share statistics.
   struct Strip {
     int64_t segment;
+    int64_t count;
     int64_t column;
     int64_t width;
+
+    int64_t columns() const { return count * width; }
   };
-  Strip strip(int64_t unit) const {
-    const int64_t column = unit % strips_ * strip_width_;
-    return {unit / strips_, column, std::clamp<int64_t>(g_.inner - column, 0, strip_width_)};
+  Strip strip(int64_t i) const {
+    const int64_t column = i % strips_ * strip_width_;
+    const int64_t group = i / strips_;
+    const int64_t outer = group % groups_ * at_once_;
+    return {group / groups_ * g_.outer + outer, std::min(at_once_, g_.outer - outer), column,
+            std::min(g_.inner - column, strip_width_)};
   }
   int64_t first_statistic(const Strip& s) const {
     return s.segment % g_.outer * g_.inner + s.column;
@@ -68,15 +83,32 @@ class Tiling {
   int64_t positions(int64_t piece) const {
     return std::min(piece_positions_, g_.reduce - piece * piece_positions_);
   }
-  Panel panel(const Strip& s, int64_t piece) const { return {positions(piece), s.width, g_.inner}; }
+  Panel panel(const Strip& s, int64_t piece) const {
+    return {positions(piece), s.width, g_.inner, s.count};
+  }
   int64_t first_element(const Strip& s, int64_t piece) const {
     return (s.segment * g_.reduce + piece * piece_positions_) * g_.inner + s.column;
   }
-  /// Partial results stand as (segment, piece, column).
+  /// Partial results stand as (segment, strip, piece, column of the strip).
   int64_t first_partial(const Strip& s, int64_t piece) const {
-    return (s.segment * pieces_ + piece) * g_.inner + s.column;
+    return ((s.segment * strips_ + s.column / strip_width_) * pieces_ + piece) * strip_width_;
   }
-  int64_t partials() const { return g_.segments() * pieces_ * g_.inner; }
+  int64_t partials(const Strip& s) const { return s.count * pieces_ * strip_width_; }
+  int64_t partials() const { return g_.segments() * strips_ * pieces_ * strip_width_; }
+  int64_t partial(int64_t merge, int64_t statistic, int64_t piece) const {
+    const int64_t column = statistic % g_.inner;
+    const Strip s{merge * g_.outer + statistic / g_.inner, 1, column, 1};
+    return first_partial(s, piece) + column % strip_width_;
+  }
+  /// The end of the statistics from `statistic` on whose partial results are neighbours too.
+  int64_t end_of_neighbours(int64_t statistic) const {
+    if (strips_ == 1 && pieces_ == 1) {
+      return g_.statistics();
+    }
+    const int64_t column = statistic % g_.inner;
+    const int64_t end = (column / strip_width_ + 1) * strip_width_;
+    return statistic - column + std::min(end, g_.inner);
+  }
 
  private:
   Geometry g_;
@@ -84,6 +116,8 @@ class Tiling {
   int64_t strip_width_;
   int64_t piece_positions_;
   int64_t pieces_;
+  int64_t at_once_ = 1;  // segments
+  int64_t groups_ = g_.outer;
 };
 
 /// parallel_for over items of `elements` elements each, several small ones in one task.
@@ -97,116 +131,167 @@ void for_each(int64_t count, int64_t elements, const std::function<void(int64_t)
 }
 
 using Strip = Tiling::Strip;
-using TileFunction = std::function<void(const Strip&, int64_t piece)>;
-/// Settles the statistics [first, last).
-using SettleFunction = std::function<void(int64_t first, int64_t last)>;
+/// Memory for n values that will all be written before they are read.
+template <typename T>
+std::unique_ptr<T[]> values(int64_t n) {
+  return std::make_unique_for_overwrite<T[]>(n);
+}
 
-void run_stages(const Tiling& tiling, const TileFunction& sweep, const SettleFunction& settle,
-                const TileFunction& apply) {
+/// What the stages hand each other: per partial result and, once they are merged, per statistic.
+/// There is one for all, or one for each strip, small enough to stay in cache.
+class Workspace {
+ public:
+  Workspace(int64_t first_partial, int64_t partials, int64_t first_statistic, int64_t statistics)
+      : first_partial_(first_partial),
+        first_statistic_(first_statistic),
+        first_(values<double>(partials)),
+        second_(values<double>(partials)),
+        scale_(values<float>(statistics)),
+        slope_(values<float>(statistics)),
+        level_(values<float>(statistics)) {}
+
+  /// The parts of a partial result, (mean, m2) or (sum_g, sum_gd). After a merge the result of a
+  /// statistic stands in the place of its first one.
+  double* first(int64_t partial) { return &first_[partial - first_partial_]; }
+  double* second(int64_t partial) { return &second_[partial - first_partial_]; }
+
+  /// The coefficients of y = slope * (x - mean) + level + scale * g.
+  float* scale(int64_t statistic) { return &scale_[statistic - first_statistic_]; }
+  float* slope(int64_t statistic) { return &slope_[statistic - first_statistic_]; }
+  float* level(int64_t statistic) { return &level_[statistic - first_statistic_]; }
+
+ private:
+  int64_t first_partial_;
+  int64_t first_statistic_;
+  std::unique_ptr<double[]> first_, second_;
+  std::unique_ptr<float[]> scale_, slope_, level_;
+};
+
+struct Stages {
+  using OfTile = std::function<void(Workspace&, const Strip&, int64_t piece)>;
+  using OfStatistics = std::function<void(Workspace&, int64_t first, int64_t last)>;
+
+  OfTile sweep;
+  OfStatistics settle;
+  OfTile apply;
+};
+
+void run_stages(const Tiling& tiling, const Stages& stages) {
   const Geometry& g = tiling.geometry();
-  const int64_t units = tiling.units();
+  const int64_t strips = tiling.strips();
   const int64_t pieces = tiling.pieces();
   const int threads = num_threads();
 
   const bool separate = g.merge == 1;  // no statistic reaches across segments
-  if (separate && (units >= 4 * threads || units % threads == 0)) {
-    for_each(units, g.size() / std::max<int64_t>(1, units), [&](int64_t unit) {
-      const Strip strip = tiling.strip(unit);
+  if (separate && (strips >= 4 * threads || strips % threads == 0)) {
+    for_each(strips, g.size() / strips, [&](int64_t i) {
+      const Strip strip = tiling.strip(i);
       const int64_t first = tiling.first_statistic(strip);
-      for (int64_t piece = 0; sweep && piece < pieces; ++piece) {
-        sweep(strip, piece);
+      Workspace workspace(tiling.first_partial(strip, 0), tiling.partials(strip), first,
+                          strip.columns());
+      for (int64_t piece = 0; stages.sweep && piece < pieces; ++piece) {
+        stages.sweep(workspace, strip, piece);
       }
-      settle(first, first + strip.width);
-      for (int64_t piece = pieces; apply && piece-- > 0;) {
-        apply(strip, piece);
+      stages.settle(workspace, first, first + strip.columns());
+      for (int64_t piece = pieces; stages.apply && piece-- > 0;) {
+        stages.apply(workspace, strip, piece);
       }
     });
     return;
   }
 
-  const int64_t tiles = units * pieces;
-  const int64_t tile_elements = g.size() / std::max<int64_t>(1, tiles);
-  if (sweep) {
-    for_each(tiles, tile_elements,
-             [&](int64_t tile) { sweep(tiling.strip(tile % units), tile / units); });
+  Workspace workspace(0, tiling.partials(), 0, g.statistics());
+  const int64_t tiles = strips * pieces;
+  const int64_t tile_elements = g.size() / tiles;
+  if (stages.sweep) {
+    for_each(tiles, tile_elements, [&](int64_t tile) {
+      stages.sweep(workspace, tiling.strip(tile % strips), tile / strips);
+    });
   }
-  const int64_t shares = std::max<int64_t>(1, std::min<int64_t>(threads, g.statistics()));
+  const int64_t shares = std::min<int64_t>(threads, g.statistics());
   for_each(shares, g.merge * pieces * ceil_div(g.statistics(), shares), [&](int64_t share) {
-    settle(g.statistics() * share / shares, g.statistics() * (share + 1) / shares);
+    stages.settle(workspace, g.statistics() * share / shares,
+                  g.statistics() * (share + 1) / shares);
   });
-  if (apply) {
+  if (stages.apply) {
     for_each(tiles, tile_elements, [&](int64_t i) {
       const int64_t tile = tiles - 1 - i;
-      apply(tiling.strip(tile % units), tile / units);
+      stages.apply(workspace, tiling.strip(tile % strips), tile / strips);
     });
   }
 }
 
-/// Two partial results of every column of every tile: (mean, m2) or (sum_g, sum_gd).
-struct Partials {
-  std::vector<double> first;
-  std::vector<double> second;
-
-  explicit Partials(const Tiling& t) : first(t.partials()), second(t.partials()) {}
-};
-
-struct Moment {
-  double mean;
-  double m2;
-};
-
-/// Chan's merge of all partial moments of a statistic: mean = sum n_i mean_i / n,
-/// m2 = sum m2_i + n_i (mean_i - mean)^2. In double, for there are many and it costs nothing.
-Moment merge_moments(const Tiling& t, const Partials& p, int64_t statistic) {
-  const Geometry& g = t.geometry();
-  const int64_t outer = statistic / g.inner;
-  const int64_t column = statistic % g.inner;
-  auto for_each_partial = [&](auto&& f) {
-    for (int64_t m = 0; m < g.merge; ++m) {
-      const Strip strip{m * g.outer + outer, column, 1};
+/// Calls merge(into, from, neighbours, count, more) for the partial results of [first, last) after
+/// their first ones, in order: `neighbours` statistics at a time have `count` values merged so far,
+/// and `more` to come.
+template <typename Merge>
+void merge_partials(const Tiling& t, int64_t first, int64_t last, const Merge& merge) {
+  while (first < last) {
+    const int64_t end = std::min(last, t.end_of_neighbours(first));
+    const int64_t into = t.partial(0, first, 0);
+    int64_t count = 0;
+    for (int64_t m = 0; m < t.geometry().merge; ++m) {
       for (int64_t piece = 0; piece < t.pieces(); ++piece) {
-        f(static_cast<double>(t.positions(piece)), t.first_partial(strip, piece));
+        if (count > 0) {
+          merge(into, t.partial(m, first, piece), end - first, static_cast<double>(count),
+                static_cast<double>(t.positions(piece)));
+        }
+        count += t.positions(piece);
       }
     }
-  };
-  Moment all{0, 0};
-  for_each_partial([&](double n, int64_t i) { all.mean += n * p.first[i]; });
-  all.mean /= static_cast<double>(g.count());
-  for_each_partial([&](double n, int64_t i) {
-    const double d = p.first[i] - all.mean;
-    all.m2 += p.second[i] + n * d * d;
-  });
-  return all;
-}
-
-void settle_moments(const Tiling& t, const Partials& p, int64_t first, int64_t last, float* mean,
-                    float* var) {
-  const auto count = static_cast<double>(t.geometry().count());
-  for (int64_t i = first; i < last; ++i) {
-    const Moment m = merge_moments(t, p, i);
-    mean[i] = static_cast<float>(m.mean);
-    var[i] = static_cast<float>(m.m2 / count);
+    first = end;
   }
 }
 
-struct GradientSums {
-  double g;
-  double gd;
-};
+/// Chan's merge of all partial moments, in double, for there are many and it costs nothing.
+void merge_moments(const Tiling& t, Workspace& w, int64_t first, int64_t last) {
+  merge_partials(t, first, last,
+                 [&](int64_t into, int64_t from, int64_t n, double count, double more) {
+                   double* mean = w.first(into);
+                   double* m2 = w.second(into);
+                   const double* more_mean = w.first(from);
+                   const double* more_m2 = w.second(from);
+                   const double share = more / (count + more);
+                   for (int64_t i = 0; i < n; ++i) {
+                     const double d = more_mean[i] - mean[i];
+                     mean[i] += d * share;
+                     m2[i] += more_m2[i] + d * d * (count * share);
+                   }
+                 });
+}
 
-GradientSums merge_sums(const Tiling& t, const Partials& p, int64_t statistic) {
-  const Geometry& g = t.geometry();
-  const int64_t column = statistic % g.inner;
-  GradientSums all{0, 0};
-  for (int64_t m = 0; m < g.merge; ++m) {
-    const Strip strip{m * g.outer + statistic / g.inner, column, 1};
-    for (int64_t piece = 0; piece < t.pieces(); ++piece) {
-      const int64_t i = t.first_partial(strip, piece);
-      all.g += p.first[i];
-      all.gd += p.second[i];
+void merge_sums(const Tiling& t, Workspace& w, int64_t first, int64_t last) {
+  merge_partials(t, first, last, [&](int64_t into, int64_t from, int64_t n, double, double) {
+    for (int64_t i = 0; i < n; ++i) {
+      w.first(into)[i] += w.first(from)[i];
+      w.second(into)[i] += w.second(from)[i];
+    }
+  });
+}
+
+/// Calls f(statistic, channel, merged) for [first, last); `merged` is the partial result into which
+/// all of the statistic's were merged.
+template <typename F>
+void for_statistics(const Tiling& t, int64_t channels, int64_t first, int64_t last, const F& f) {
+  while (first < last) {
+    const int64_t end = std::min(last, t.end_of_neighbours(first));
+    int64_t merged = t.partial(0, first, 0);
+    int64_t channel = first % channels;
+    for (; first < end; ++first) {
+      f(first, channel, merged++);
+      channel = channel + 1 == channels ? 0 : channel + 1;
     }
   }
-  return all;
+}
+
+void settle_moments(const Tiling& t, Workspace& w, int64_t first, int64_t last, float* mean,
+                    float* var) {
+  merge_moments(t, w, first, last);
+  const double inverse_count = 1 / static_cast<double>(t.geometry().count());
+  for_statistics(t, 1, first, last, [&](int64_t i, int64_t, int64_t merged) {
+    mean[i] = static_cast<float>(*w.first(merged));
+    var[i] = static_cast<float>(*w.second(merged) * inverse_count);
+  });
 }
 
 /// Pointer arithmetic in elements, for a dtype known at run time.
@@ -221,145 +306,138 @@ Elements elements(const array& a) {
   return {const_cast<char*>(a.data<char>()), static_cast<int64_t>(a.itemsize())};
 }
 
-template <typename T>
-void to_floats(const array& v, std::vector<float>& values) {
-  std::copy_n(v.data<T>(), v.size(), values.begin());
+bool past_caches(const array& out, std::initializer_list<const array*> inputs) {
+  return out.nbytes() >= kStreamBytes &&
+         std::none_of(inputs.begin(), inputs.end(), [&](const array* in) {
+           return in->data<char>() == out.data<char>();  // donated: in the caches by then
+         });
 }
 
 /// A vector over channels in float32, however it is stored, or `otherwise` where there is none.
 class Channels {
  public:
-  Channels(const std::optional<array>& v, float otherwise) : values_(v ? v->size() : 1, otherwise) {
+  Channels(const std::optional<array>& v, int64_t channels, float otherwise)
+      : values_(channels, otherwise) {
     if (!v) {
       return;
     }
     switch (v->dtype()) {
       case mx::float16:
-        to_floats<mx::float16_t>(*v, values_);
+        copy<mx::float16_t>(*v);
         break;
       case mx::bfloat16:
-        to_floats<mx::bfloat16_t>(*v, values_);
+        copy<mx::bfloat16_t>(*v);
         break;
       default:
-        to_floats<float>(*v, values_);
+        copy<float>(*v);
+        break;
     }
   }
-  float operator()(int64_t statistic) const {
-    return values_[statistic % static_cast<int64_t>(values_.size())];
-  }
+  float operator[](int64_t channel) const { return values_[channel]; }
 
  private:
+  template <typename T>
+  void copy(const array& v) {
+    std::copy_n(v.data<T>(), v.size(), values_.begin());
+  }
+
   std::vector<float> values_;
 };
 
-template <typename T>
-void from_doubles(const std::vector<double>& values, T* out) {
-  std::transform(values.begin(), values.end(), out,
-                 [](double v) { return static_cast<T>(static_cast<float>(v)); });
-}
-
 /// Sums `values`, one per statistic, over the statistics of each channel.
-void store_per_channel(const std::vector<double>& values, array& out) {
+void store_per_channel(const double* values, int64_t n, array& out) {
   std::vector<double> sums(out.size(), 0.0);
-  for (size_t i = 0; i < values.size(); ++i) {
-    sums[i % sums.size()] += values[i];
+  for (const double* end = values + n; values != end; values += sums.size()) {
+    for (size_t c = 0; c < sums.size(); ++c) {
+      sums[c] += values[c];
+    }
   }
+  auto store = [&](auto* to) {
+    using T = std::remove_pointer_t<decltype(to)>;
+    std::transform(sums.begin(), sums.end(), to,
+                   [](double v) { return static_cast<T>(static_cast<float>(v)); });
+  };
   switch (out.dtype()) {
     case mx::float16:
-      return from_doubles(sums, out.data<mx::float16_t>());
+      return store(out.data<mx::float16_t>());
     case mx::bfloat16:
-      return from_doubles(sums, out.data<mx::bfloat16_t>());
+      return store(out.data<mx::bfloat16_t>());
     default:
-      return from_doubles(sums, out.data<float>());
+      return store(out.data<float>());
   }
 }
 
 float inverse_deviation(float var, float eps) { return 1.0f / std::sqrt(var + eps); }
 
-TileFunction moments_of(const array& x, const Tiling& tiling, const Kernels& k,
-                        Partials& partials) {
-  return [&](const Strip& strip, int64_t piece) {
+Stages::OfTile sweep_moments(const array& x, const Tiling& tiling, const Kernels& k) {
+  return [&](Workspace& w, const Strip& strip, int64_t piece) {
     const int64_t i = tiling.first_partial(strip, piece);
     k.moments(elements(x) + tiling.first_element(strip, piece), tiling.panel(strip, piece),
-              &partials.first[i], &partials.second[i]);
+              w.first(i), w.second(i));
+  };
+}
+
+/// out = slope * (x - mean) + level
+Stages::OfTile apply_affine(const array& x, const float* mean, const array& out,
+                            const Tiling& tiling, const Kernels& k) {
+  return [&, mean, past = past_caches(out, {&x})](Workspace& w, const Strip& strip, int64_t piece) {
+    const int64_t e = tiling.first_element(strip, piece);
+    const int64_t i = tiling.first_statistic(strip);
+    k.affine(elements(x) + e, tiling.panel(strip, piece), mean + i, w.slope(i), w.level(i),
+             elements(out) + e, past);
   };
 }
 
 void moments(const Problem& problem, BoundArrays& a) {
   const Tiling tiling(problem.geometry);
-  const array& x = a[kX];
+  const Kernels& k = kernels(a[kX].dtype());
   auto* mean = a[kMean].data<float>();
   auto* var = a[kVar].data<float>();
-  const Kernels& k = kernels(x.dtype());
-  Partials partials(tiling);
-  run_stages(
-      tiling, moments_of(x, tiling, k, partials),
-      [&](int64_t first, int64_t last) {
-        settle_moments(tiling, partials, first, last, mean, var);
-      },
-      nullptr);
+  run_stages(tiling,
+             {.sweep = sweep_moments(a[kX], tiling, k),
+              .settle = [&](Workspace& w, int64_t first,
+                            int64_t last) { settle_moments(tiling, w, first, last, mean, var); },
+              .apply = nullptr});
 }
 
 void moments_gradient(const Problem& problem, BoundArrays& a) {
   const Geometry& geometry = problem.geometry;
   const Tiling tiling(geometry);
   const Kernels& k = kernels(a[kX].dtype());
-  const auto* mean = a[kMean].data<float>();
   const auto* grad_mean = a[kGradMean].data<float>();
   const auto* grad_var = a[kGradVar].data<float>();
   const auto count = static_cast<float>(geometry.count());
-  std::vector<float> slope(geometry.statistics());
-  std::vector<float> level(geometry.statistics());
-  run_stages(
-      tiling, nullptr,
-      [&](int64_t first, int64_t last) {
-        for (int64_t i = first; i < last; ++i) {
-          slope[i] = 2 * grad_var[i] / count;
-          level[i] = grad_mean[i] / count;
-        }
-      },
-      [&](const Strip& strip, int64_t piece) {
-        const int64_t e = tiling.first_element(strip, piece);
-        const int64_t i = tiling.first_statistic(strip);
-        k.affine(elements(a[kX]) + e, tiling.panel(strip, piece), mean + i, &slope[i], &level[i],
-                 elements(a[kOut]) + e);
-      });
+  auto settle = [&](Workspace& w, int64_t first, int64_t last) {
+    for (int64_t i = first; i < last; ++i) {
+      *w.slope(i) = 2 * grad_var[i] / count;
+      *w.level(i) = grad_mean[i] / count;
+    }
+  };
+  run_stages(tiling, {.sweep = nullptr,
+                      .settle = settle,
+                      .apply = apply_affine(a[kX], a[kMean].data<float>(), a[kOut], tiling, k)});
 }
 
 void normalize(const Problem& problem, BoundArrays& a) {
-  const Geometry& geometry = problem.geometry;
-  const Tiling tiling(geometry);
+  const Tiling tiling(problem.geometry);
   const array& x = a[kX];
   auto* mean = a[kMean].data<float>();
   auto* var = a[kVar].data<float>();
   const Kernels& k = kernels(x.dtype());
-  const Channels weight(a.optional(kWeight), 1);
-  const Channels bias(a.optional(kBias), 0);
-  std::optional<Partials> partials;
-  TileFunction sweep;
-  if (!problem.given) {
-    partials.emplace(tiling);
-    sweep = moments_of(x, tiling, k, *partials);
-  }
-  std::vector<float> slope(geometry.statistics());
-  std::vector<float> level(geometry.statistics());
-  run_stages(
-      tiling, sweep,
-      [&](int64_t first, int64_t last) {
-        if (!problem.given) {
-          settle_moments(tiling, *partials, first, last, mean, var);
-        }
-        for (int64_t i = first; i < last; ++i) {
-          slope[i] = weight(i) * inverse_deviation(var[i], problem.eps);
-          level[i] = bias(i);
-        }
-      },
-      [&](const Strip& strip, int64_t piece) {
-        const int64_t e = tiling.first_element(strip, piece);
-        const int64_t i = tiling.first_statistic(strip);
-        k.affine(elements(x) + e, tiling.panel(strip, piece), mean + i, &slope[i], &level[i],
-                 elements(a[kOut]) + e);
-      });
+  const Channels weight(a.optional(kWeight), problem.channels, 1);
+  const Channels bias(a.optional(kBias), problem.channels, 0);
+  auto settle = [&](Workspace& w, int64_t first, int64_t last) {
+    if (!problem.given) {
+      settle_moments(tiling, w, first, last, mean, var);
+    }
+    for_statistics(tiling, problem.channels, first, last, [&](int64_t i, int64_t channel, int64_t) {
+      *w.slope(i) = weight[channel] * inverse_deviation(var[i], problem.eps);
+      *w.level(i) = bias[channel];
+    });
+  };
+  run_stages(tiling, {.sweep = problem.given ? nullptr : sweep_moments(x, tiling, k),
+                      .settle = settle,
+                      .apply = apply_affine(x, mean, a[kOut], tiling, k)});
 }
 
 void normalize_gradient(const Problem& problem, BoundArrays& a) {
@@ -372,71 +450,77 @@ void normalize_gradient(const Problem& problem, BoundArrays& a) {
   const auto* mean = a[kMean].data<float>();
   const auto* var = a[kVar].data<float>();
   const Kernels& k = kernels(x.dtype());
-  const Channels weight(a.optional(kWeight), 1);
+  const Channels weight(a.optional(kWeight), problem.channels, 1);
   const auto count = static_cast<float>(geometry.count());
+  const int64_t n = geometry.statistics();
+  // Per statistic, for the gradients of vectors: sum g, and sum g * (x - mean) * r.
+  auto sum_g = wanted.bias ? values<double>(n) : nullptr;
+  auto sum_gx = wanted.weight ? values<double>(n) : nullptr;
+
   // With given statistics grad x is scale * g alone; the sums serve the other gradients.
+  Stages stages;
   const bool sums_wanted = !given || wanted.statistics || wanted.weight || wanted.bias;
-  std::optional<Partials> partials;
-  TileFunction sweep;
   if (sums_wanted) {
-    partials.emplace(tiling);
-    sweep = [&](const Strip& strip, int64_t piece) {
+    stages.sweep = [&](Workspace& w, const Strip& strip, int64_t piece) {
       const int64_t e = tiling.first_element(strip, piece);
       const int64_t i = tiling.first_partial(strip, piece);
       k.reduce(elements(x) + e, elements(g) + e, tiling.panel(strip, piece),
-               mean + tiling.first_statistic(strip), &partials->first[i], &partials->second[i]);
+               mean + tiling.first_statistic(strip), w.first(i), w.second(i));
     };
   }
-  const int64_t n = geometry.statistics();
-  std::vector<float> scale(n), slope(n), level(n);
-  std::vector<double> sum_g(n), sum_gx(n);
-
-  SettleFunction settle = [&](int64_t first, int64_t last) {
-    for (int64_t i = first; i < last; ++i) {
-      const float r = inverse_deviation(var[i], problem.eps);
-      scale[i] = weight(i) * r;
-      if (sums_wanted) {
-        const GradientSums sums = merge_sums(tiling, *partials, i);
-        sum_g[i] = sums.g;
-        sum_gx[i] = sums.gd * r;
-      }
-      if (!given) {
-        const auto mean_share = static_cast<float>(sum_g[i] * scale[i]);
-        const auto var_share = static_cast<float>(sum_gx[i] * scale[i] * r);
-        level[i] = (a[kGradMean].data<float>()[i] - mean_share) / count;
-        slope[i] = (2 * a[kGradVar].data<float>()[i] - var_share) / count;
-      }
+  stages.settle = [&](Workspace& w, int64_t first, int64_t last) {
+    if (sums_wanted) {
+      merge_sums(tiling, w, first, last);
     }
+    for_statistics(
+        tiling, problem.channels, first, last, [&](int64_t i, int64_t channel, int64_t merged) {
+          const float r = inverse_deviation(var[i], problem.eps);
+          const float scale = weight[channel] * r;
+          const double g_sum = sums_wanted ? *w.first(merged) : 0;
+          const double gx_sum = sums_wanted ? *w.second(merged) * r : 0;
+          *w.scale(i) = scale;
+          if (given) {
+            *w.slope(i) = *w.level(i) = 0;
+          } else {
+            *w.level(i) =
+                (a[kGradMean].data<float>()[i] - static_cast<float>(g_sum * scale)) / count;
+            *w.slope(i) =
+                (2 * a[kGradVar].data<float>()[i] - static_cast<float>(gx_sum * scale * r)) / count;
+          }
+          if (wanted.bias) {
+            sum_g[i] = g_sum;
+          }
+          if (wanted.weight) {
+            sum_gx[i] = gx_sum;
+          }
+          if (wanted.statistics) {
+            a[kGradMean].data<float>()[i] = static_cast<float>(-scale * g_sum);
+            a[kGradVar].data<float>()[i] = static_cast<float>(-0.5 * scale * r * gx_sum);
+          }
+        });
   };
-  TileFunction apply;
   if (wanted.x) {
-    apply = [&](const Strip& strip, int64_t piece) {
+    stages.apply = [&, past = past_caches(a[kOut], {&x, &g})](Workspace& w, const Strip& strip,
+                                                              int64_t piece) {
       const int64_t e = tiling.first_element(strip, piece);
       const int64_t i = tiling.first_statistic(strip);
       const Panel panel = tiling.panel(strip, piece);
       char* grad_x = elements(a[kOut]) + e;
       if (given) {  // slope and level are zero: as the mean and the offset of g
-        k.affine(elements(g) + e, panel, &slope[i], &scale[i], &level[i], grad_x);
+        k.affine(elements(g) + e, panel, w.slope(i), w.scale(i), w.level(i), grad_x, past);
       } else {
-        k.affine_add(elements(x) + e, elements(g) + e, panel, mean + i, &slope[i], &level[i],
-                     &scale[i], grad_x);
+        k.affine_add(elements(x) + e, elements(g) + e, panel, mean + i, w.slope(i), w.level(i),
+                     w.scale(i), grad_x, past);
       }
     };
   }
-  run_stages(tiling, sweep, settle, apply);
+  run_stages(tiling, stages);
 
   if (wanted.weight) {
-    store_per_channel(sum_gx, a[kGradWeight]);
+    store_per_channel(sum_gx.get(), n, a[kGradWeight]);
   }
   if (wanted.bias) {
-    store_per_channel(sum_g, a[kGradBias]);
-  }
-  if (wanted.statistics) {
-    for (int64_t i = 0; i < n; ++i) {
-      const float r = inverse_deviation(var[i], problem.eps);
-      a[kGradMean].data<float>()[i] = static_cast<float>(-scale[i] * sum_g[i]);
-      a[kGradVar].data<float>()[i] = static_cast<float>(-0.5 * scale[i] * r * sum_gx[i]);
-    }
+    store_per_channel(sum_g.get(), n, a[kGradBias]);
   }
 }
 

@@ -10,11 +10,14 @@ namespace mlx_welford::cpu {
 
 /// A part of an array: `positions` rows of `width` neighbouring columns, `stride` elements apart.
 /// Columns have statistics of their own; with width == stride == 1 it is one run of memory with one
-/// statistic.
+/// statistic. `count` of them follow each other in memory, if there are several.
 struct Panel {
   int64_t positions;
   int64_t width;
   int64_t stride;
+  int64_t count = 1;
+
+  int64_t columns() const { return count * width; }
 };
 
 /// Panels are at most this wide, so that a kernel's accumulators stay in the first-level cache.
@@ -32,12 +35,13 @@ struct Kernels {
                  double* sum_gd);
 
   /// y = slope * (x - mean) + level, last rows first: they are the ones still in cache. y may be x.
+  /// With `past_caches` y is written to memory without being read into the caches first.
   void (*affine)(const void* x, Panel, const float* mean, const float* slope, const float* level,
-                 void* y);
+                 void* y, bool past_caches);
 
-  /// y = scale * g + slope * (x - mean) + level, last rows first. y may be x or g.
+  /// y = scale * g + slope * (x - mean) + level, likewise. y may be x or g.
   void (*affine_add)(const void* x, const void* g, Panel, const float* mean, const float* slope,
-                     const float* level, const float* scale, void* y);
+                     const float* level, const float* scale, void* y, bool past_caches);
 };
 
 /// The kernels for float32, float16 or bfloat16 in the best instruction set that this processor

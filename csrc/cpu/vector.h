@@ -1,0 +1,291 @@
+// Vectors of floats in the registers of one instruction set, and the ways between them and memory
+// that holds float32, float16 or bfloat16. Included by kernels.cpp alone, once for each instruction
+// set, hence the unnamed namespace and no function from elsewhere.
+//
+// Loops over columns are written once for V = Vector and V = float, the columns that are left over.
+#pragma once
+
+#include <cstdint>
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+namespace mlx_welford::cpu {
+namespace {
+
+#if defined(__AVX512F__)
+constexpr int kLanes = 16;
+#elif defined(__AVX2__)
+constexpr int kLanes = 8;
+#else
+constexpr int kLanes = 4;
+#endif
+
+using Vector = float __attribute__((vector_size(kLanes * 4)));
+using Words = uint32_t __attribute__((vector_size(kLanes * 4)));
+using HalfWords = uint16_t __attribute__((vector_size(kLanes * 2)));
+
+struct Half {
+  uint16_t bits;
+};
+struct Bfloat {
+  uint16_t bits;
+};
+
+// ---- Conversions, of one value or a vector ------------------------------------------------------
+
+template <typename V>
+struct BitsOf;
+template <>
+struct BitsOf<float> {
+  using Type = uint32_t;
+};
+template <>
+struct BitsOf<Vector> {
+  using Type = Words;
+};
+
+template <typename V>
+using Bits = typename BitsOf<V>::Type;
+
+template <typename V>
+V from_bfloat(Bits<V> b) {
+  return __builtin_bit_cast(V, b << 16);
+}
+
+template <typename V>
+Bits<V> to_bfloat(V f) {
+  const auto u = __builtin_bit_cast(Bits<V>, f);
+  const Bits<V> rounded = (u + 0x7fff + ((u >> 16) & 1)) >> 16;  // to nearest, ties to even
+  const Bits<V> quiet_nan = (u >> 16) | 0x40;
+  return f == f ? rounded : quiet_nan;
+}
+
+template <typename V>
+V from_half(Bits<V> h) {
+  const Bits<V> sign = (h & 0x8000u) << 16;
+  const Bits<V> magnitude = h & 0x7fffu;
+  // Shifted into place the exponent is 112 too small, for subnormals too.
+  const V scaled = __builtin_bit_cast(V, magnitude << 13) * 0x1p112f;
+  const auto finite = __builtin_bit_cast(Bits<V>, scaled);
+  const Bits<V> special = (magnitude << 13) | 0x7f800000u;  // inf and nan
+  return __builtin_bit_cast(V, sign | (magnitude >= 0x7c00u ? special : finite));
+}
+
+template <typename V>
+Bits<V> to_half(V f) {
+  const auto u = __builtin_bit_cast(Bits<V>, f);
+  const Bits<V> sign = (u >> 16) & 0x8000u;
+  const Bits<V> magnitude = u & 0x7fffffffu;
+  // To nearest, ties to even, in each case. For subnormals the addition does the rounding.
+  const Bits<V> normal = (magnitude - 0x38000000u + 0xfffu + ((magnitude >> 13) & 1)) >> 13;
+  const Bits<V> subnormal =
+      __builtin_bit_cast(Bits<V>, __builtin_bit_cast(V, magnitude) + 0.5f) - 0x3f000000u;
+  const Bits<V> infinity = Bits<V>{} + 0x7c00u;
+  const Bits<V> special = magnitude > 0x7f800000u ? infinity + 0x200u : infinity;
+  const Bits<V> finite = magnitude < 0x38800000u ? subnormal : normal;
+  return sign | (magnitude >= 0x47800000u ? special : finite);
+}
+
+// ---- Loads and stores ---------------------------------------------------------------------------
+
+template <typename To, typename From>
+To bits_at(const From* p) {
+  To value;
+  __builtin_memcpy(&value, p, sizeof value);
+  return value;
+}
+
+template <typename V>
+V load(const float* p) {
+  return bits_at<V>(p);
+}
+
+template <typename V>
+V load(const Bfloat* p) {
+  if constexpr (sizeof(V) == sizeof(float)) {
+    return from_bfloat<float>(p->bits);
+  } else {
+    return from_bfloat<V>(__builtin_convertvector(bits_at<HalfWords>(p), Words));
+  }
+}
+
+template <typename V>
+V load(const Half* p) {
+  if constexpr (sizeof(V) == sizeof(float)) {
+    return from_half<float>(p->bits);
+  } else {
+#if defined(__AVX512F__)
+    return _mm512_cvtph_ps(bits_at<__m256i>(p));
+#elif defined(__F16C__)
+    return _mm256_cvtph_ps(bits_at<__m128i>(p));
+#else
+    return from_half<V>(__builtin_convertvector(bits_at<HalfWords>(p), Words));
+#endif
+  }
+}
+
+/// What a vector is in memory.
+inline Vector packed(Vector v, const float*) { return v; }
+inline HalfWords packed(Vector v, const Bfloat*) {
+  return __builtin_convertvector(to_bfloat<Vector>(v), HalfWords);
+}
+inline HalfWords packed(Vector v, const Half*) {
+#if defined(__AVX512F__)
+  return __builtin_bit_cast(HalfWords, _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT));
+#elif defined(__F16C__)
+  return __builtin_bit_cast(HalfWords, _mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT));
+#else
+  return __builtin_convertvector(to_half<Vector>(v), HalfWords);
+#endif
+}
+inline float packed(float v, const float*) { return v; }
+inline Bfloat packed(float v, const Bfloat*) {
+  return {static_cast<uint16_t>(to_bfloat<float>(v))};
+}
+inline Half packed(float v, const Half*) { return {static_cast<uint16_t>(to_half<float>(v))}; }
+
+template <typename V, typename T>
+void store(T* p, V v) {
+  const auto values = packed(v, p);
+  __builtin_memcpy(p, &values, sizeof values);
+}
+
+/// Stores past the caches: for memory that will not be read soon, and that need not be read first
+/// then. p is a multiple of the size of `values`; needs a fence before others read it.
+template <typename Values>
+void stream_values(void* p, Values values) {
+#if defined(__AVX512F__)
+  if constexpr (sizeof values == 64) {
+    return _mm512_stream_si512(static_cast<__m512i*>(p), __builtin_bit_cast(__m512i, values));
+  }
+#endif
+#if defined(__AVX2__)
+  if constexpr (sizeof values == 32) {
+    return _mm256_stream_si256(static_cast<__m256i*>(p), __builtin_bit_cast(__m256i, values));
+  }
+#endif
+#if defined(__x86_64__)
+  if constexpr (sizeof values == 16) {
+    return _mm_stream_si128(static_cast<__m128i*>(p), __builtin_bit_cast(__m128i, values));
+  }
+  if constexpr (sizeof values == 8) {
+    return _mm_stream_si64(static_cast<long long*>(p), __builtin_bit_cast(long long, values));
+  }
+#endif
+  __builtin_memcpy(p, &values, sizeof values);
+}
+
+template <typename T>
+void stream(T* p, Vector v) {
+  stream_values(p, packed(v, p));
+}
+
+/// kLanes elements as they are.
+template <typename T>
+void stream_copy(T* to, const T* from) {
+  stream_values(to, bits_at<decltype(packed(Vector{}, from))>(from));
+}
+
+inline void fence_streams() {
+#if defined(__x86_64__)
+  _mm_sfence();
+#endif
+}
+
+/// Elements before p is at a multiple of what `stream` stores.
+template <typename T>
+int64_t elements_to_alignment(const T* p) {
+  constexpr auto kBytes = static_cast<uintptr_t>(kLanes * sizeof(T));
+  return static_cast<int64_t>(-reinterpret_cast<uintptr_t>(p) % kBytes / sizeof(T));
+}
+
+/// The first n < kLanes elements, and zeros.
+template <typename T>
+Vector load_first(const T* p, int64_t n) {
+#if defined(__AVX512BW__) && defined(__AVX512VL__)
+  const auto mask = static_cast<__mmask16>((1u << n) - 1);
+  if constexpr (sizeof(T) == 4) {
+    return _mm512_maskz_loadu_ps(mask, p);
+  } else {
+    const __m256i values = _mm256_maskz_loadu_epi16(mask, p);
+    return load<Vector>(reinterpret_cast<const T*>(&values));
+  }
+#else
+  T values[kLanes] = {};
+  for (int64_t i = 0; i < n; ++i) {
+    values[i] = p[i];
+  }
+  return load<Vector>(values);
+#endif
+}
+
+/// The first n < kLanes elements.
+template <typename T>
+void store_first(T* p, int64_t n, Vector v) {
+  const auto values = packed(v, p);
+#if defined(__AVX512BW__) && defined(__AVX512VL__)
+  const auto mask = static_cast<__mmask16>((1u << n) - 1);
+  if constexpr (sizeof(T) == 4) {
+    _mm512_mask_storeu_ps(p, mask, values);
+  } else {
+    _mm256_mask_storeu_epi16(p, mask, __builtin_bit_cast(__m256i, values));
+  }
+#else
+  T elements[kLanes];
+  __builtin_memcpy(elements, &values, sizeof values);
+  for (int64_t i = 0; i < n; ++i) {
+    p[i] = elements[i];
+  }
+#endif
+}
+
+// ---- Arithmetic ---------------------------------------------------------------------------------
+
+inline Vector broadcast(float f) { return Vector{} + f; }
+
+/// v in the first n lanes, zero in the others.
+inline Vector first_lanes(Vector v, int64_t n) {
+#if defined(__AVX512F__)
+  return _mm512_maskz_mov_ps(static_cast<__mmask16>((1u << n) - 1), v);
+#else
+  for (int64_t i = n; i < kLanes; ++i) {
+    v[i] = 0;
+  }
+  return v;
+#endif
+}
+
+inline float sum_of_lanes(Vector v) {
+#if defined(__AVX512F__)
+  return _mm512_reduce_add_ps(v);
+#else
+  float sum = 0;
+  for (int i = 0; i < kLanes; i += 4) {
+    sum += (v[i] + v[i + 2]) + (v[i + 1] + v[i + 3]);
+  }
+  return sum;
+#endif
+}
+
+/// Tells a generic lambda whether it has a vector or a single column.
+template <typename V>
+struct Lane {
+  using Type = V;
+};
+
+/// Calls f(Lane, j) for the vectors, then for the single columns left over, of [begin, end).
+template <typename F>
+inline __attribute__((always_inline)) void for_columns(int64_t begin, int64_t end, F f) {
+  int64_t j = begin;
+  for (; j + kLanes <= end; j += kLanes) {
+    f(Lane<Vector>{}, j);
+  }
+  for (; j < end; ++j) {
+    f(Lane<float>{}, j);
+  }
+}
+
+}  // namespace
+}  // namespace mlx_welford::cpu
