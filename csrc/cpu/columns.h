@@ -107,7 +107,11 @@ void centred_sums(const T* x, int64_t rows, int64_t stride, int64_t width, const
                   float* sum, float* square) {
   sum_rows(rows, width, sum, square, [&](auto lane, int64_t r, int64_t j, auto& s, auto& q) {
     using V = typename decltype(lane)::Type;
-    const V d = load<V>(x + r * stride + j) - load<V>(origin + j);
+    const T* xi = x + r * stride + j;
+    if (stride != width) {
+      __builtin_prefetch(xi + stride);  // no processor foresees the jump to the next row of a strip
+    }
+    const V d = load<V>(xi) - load<V>(origin + j);
     s += d;
     q += d * d;
   });

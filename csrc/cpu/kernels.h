@@ -21,7 +21,7 @@ struct Panel {
 };
 
 /// Panels are at most this wide, so that a kernel's accumulators stay in the first-level cache.
-inline constexpr int64_t kMaxPanelWidth = 1024;
+inline constexpr int64_t kMaxPanelWidth = 2048;
 
 /// Pointers are to the panel's first element or, for vectors over columns, to its first column.
 /// What is going to be merged with other panels' results is double: a mean rounded to float32 would

@@ -46,7 +46,8 @@ struct LineSums {
 
 /// sum (x - origin) and sum (x - origin)^2 over [begin, end).
 template <typename T>
-LineSums line_sums(const T* x, int64_t begin, int64_t end, float origin) {
+inline __attribute__((always_inline)) LineSums line_sums(const T* x, int64_t begin, int64_t end,
+                                                         float origin) {
   const Vector o = broadcast(origin);
   Vector sum[4] = {};
   Vector square[4] = {};
@@ -61,7 +62,8 @@ LineSums line_sums(const T* x, int64_t begin, int64_t end, float origin) {
 
 /// As column_moments, with chunks in place of blocks.
 template <typename T>
-void line_moments(const T* x, int64_t n, double* mean, double* m2) {
+inline __attribute__((always_inline)) void line_moments(const T* x, int64_t n, double* mean,
+                                                        double* m2) {
   const float start = load<float>(x);
   const int64_t first = n < kFirstChunk ? n : kFirstChunk;
   float centre = start + line_sums(x, 0, first, start).first / static_cast<float>(first);
@@ -90,7 +92,8 @@ void line_moments(const T* x, int64_t n, double* mean, double* m2) {
 }
 
 template <typename T>
-void line_reduce(const T* x, const T* g, int64_t n, float mean, double* sum_g, double* sum_gd) {
+inline __attribute__((always_inline)) void line_reduce(const T* x, const T* g, int64_t n,
+                                                       float mean, double* sum_g, double* sum_gd) {
   const Vector m = broadcast(mean);
   double total_g = 0;
   double total_gd = 0;
