@@ -17,13 +17,22 @@ CXX_SOURCES = $(shell find $(wildcard csrc metal tests) -name '*.cpp' -o -name '
 PIP := $(PY) -m pip --disable-pip-version-check --quiet
 export PRE_COMMIT_HOME := $(CURDIR)/build/pre-commit
 
-BUILD_WHEEL := $(PIP) wheel --no-build-isolation --no-deps --no-index
+# Any interpreter builds with the tools in $(VENV), of which none is compiled for one CPython.
+PYTHONS ?= $(shell $(PY) cmake/interpreters.py)
+SITE_PACKAGES = $(abspath $(wildcard $(VENV)/lib/python3*/site-packages))
+BUILD_WHEEL = PYTHONPATH=$(SITE_PACKAGES) $$python -m pip --disable-pip-version-check --quiet wheel \
+	--no-build-isolation --no-deps --no-index \
+	--config-settings=cmake.define.MLX_WELFORD_WERROR=$(WERROR) \
+	--config-settings=cmake.define.MLX_WELFORD_STUB=$(CURDIR)/$(PACKAGE)/_ext.pyi
+# Finds out on which releases of Linux wheels run; libmlx is there with mlx-cpu or mlx-cuda.
+AUDITWHEEL = PATH="$(abspath $(VENV)/bin):$$PATH" $(PY) -m auditwheel repair --exclude libmlx.so --wheel-dir $(DIST)
 MACOS_MLX := build/macos/mlx
+AARCH64_MLX := build/aarch64/mlx
 DIST ?= dist
 # What wheels are made of: this checkout, or an unpacked source distribution.
 SOURCE ?= .
 
-.PHONY: help build demo test bench lint format sdist wheels wheel-macos clean force
+.PHONY: help build demo test bench lint format sdist wheels wheel-macos wheel-aarch64 try-mlx clean force
 .DEFAULT_GOAL := help
 
 help:
@@ -34,8 +43,9 @@ help:
 	@echo 'make lint     run every check on the sources'
 	@echo 'make format   rewrite the sources as the checks want them'
 	@echo 'make sdist    pack the sources into dist/'
-	@echo 'make wheels   build the wheel for this Linux into dist/'
-	@echo 'make wheel-macos  build the wheel for macOS on arm64 into dist/, on Linux'
+	@echo 'make wheels   build wheels for this Linux into dist/ PYTHONS="python3.12 python3.13"'
+	@echo 'make wheel-macos    wheels for macOS on arm64, on Linux; wheel-aarch64: for Linux on arm64'
+	@echo 'make try-mlx  run the tests with another MLX        MLX=0.32.2 NANOBIND=2.15.0'
 	@echo 'make clean    remove whatever these targets made'
 	@echo 'PYTHON=python3.12 chooses the interpreter of $(VENV); WERROR=ON makes C++ warnings errors.'
 
@@ -88,31 +98,62 @@ format: build
 sdist: $(VENV)/requirements.stamp
 	$(PY) -m build --sdist --no-isolation --outdir $(DIST)
 
-# In a build folder of its own, since `make build` has other options. auditwheel finds out on which
-# releases of Linux the wheel runs; libmlx is there with mlx-cpu or mlx-cuda.
-wheels: $(VENV)/requirements.stamp
+# In build folders of their own, since `make build` has other options.
+wheels: build
 	@rm -rf build/unaudited
-	$(BUILD_WHEEL) --config-settings=build-dir=build/wheel --wheel-dir build/unaudited $(SOURCE)
-	PATH="$(abspath $(VENV)/bin):$$PATH" $(PY) -m auditwheel repair --exclude libmlx.so \
-		--wheel-dir $(DIST) build/unaudited/*.whl
+	for python in $(PYTHONS); do \
+		$(BUILD_WHEEL) --config-settings=build-dir=build/wheel-{wheel_tag} \
+			--wheel-dir build/unaudited $(SOURCE) || exit; \
+	done
+	$(AUDITWHEEL) build/unaudited/*.whl
 
-# The variables tell scikit-build-core what the tag and the extension's name are to say.
+# Wheels for another system: (platform, end of the extension's name, CMake's toolchain, folder of MLX,
+# folder of the wheels). The variables tell scikit-build-core what the tag and that name are to say.
+define build_wheels_for
+	for python in $(PYTHONS); do \
+		tag=$$($$python -c 'import sys; print(sys.implementation.cache_tag)'); \
+		_PYTHON_HOST_PLATFORM=$(1) SETUPTOOLS_EXT_SUFFIX=.$$tag-$(2) \
+		ZIG_GLOBAL_CACHE_DIR=$(CURDIR)/build/macos/zig ZIG_LOCAL_CACHE_DIR=$(CURDIR)/build/macos/zig \
+		$(BUILD_WHEEL) --wheel-dir $(5) \
+			--config-settings=cmake.define.CMAKE_TOOLCHAIN_FILE=$(3) \
+			--config-settings=cmake.define.MLX_DIR=$(CURDIR)/$(4)/mlx/share/cmake/MLX \
+			$(SOURCE) || exit; \
+	done
+endef
+
 wheel-macos: build $(MACOS_MLX)/stamp
-	_PYTHON_HOST_PLATFORM=macosx-14.0-arm64 \
-	SETUPTOOLS_EXT_SUFFIX=.$$($(PY) -c 'import sys; print(sys.implementation.cache_tag)')-darwin.so \
-	ZIG_GLOBAL_CACHE_DIR=$(CURDIR)/build/macos/zig ZIG_LOCAL_CACHE_DIR=$(CURDIR)/build/macos/zig \
-	$(BUILD_WHEEL) --wheel-dir $(DIST) \
-		--config-settings=cmake.define.CMAKE_TOOLCHAIN_FILE=cmake/macos/toolchain.cmake \
-		--config-settings=cmake.define.MLX_DIR=$(CURDIR)/$(MACOS_MLX)/mlx/share/cmake/MLX \
-		--config-settings=cmake.define.MLX_WELFORD_STUB=$(CURDIR)/$(PACKAGE)/_ext.pyi \
-		$(SOURCE)
+	$(call build_wheels_for,macosx-14.0-arm64,darwin.so,cmake/macos/toolchain.cmake,$(MACOS_MLX),$(DIST))
 
-# MLX's library and headers for the oldest macOS that its wheels are for.
-$(MACOS_MLX)/stamp: pyproject.toml cmake/pins.py | $(VENV)/requirements.stamp
-	@rm -rf $(MACOS_MLX)
-	@$(PIP) install --target $(MACOS_MLX) --no-deps --only-binary :all: \
-		--platform macosx_14_0_arm64 mlx-metal==$$($(PY) cmake/pins.py pin mlx)
+# With Debian's cross compiler: g++-aarch64-linux-gnu.
+wheel-aarch64: build $(AARCH64_MLX)/stamp
+	@rm -rf build/unaudited-aarch64
+	$(call build_wheels_for,linux-aarch64,aarch64-linux-gnu.so,cmake/aarch64.cmake,$(AARCH64_MLX),build/unaudited-aarch64)
+	$(AUDITWHEEL) build/unaudited-aarch64/*.whl
+
+# MLX's library and headers: for the oldest macOS that its wheels are for, and for Linux on arm64.
+$(MACOS_MLX)/stamp: LIBRARY = mlx-metal
+$(MACOS_MLX)/stamp: PLATFORM = macosx_14_0_arm64
+$(AARCH64_MLX)/stamp: LIBRARY = mlx-cpu
+$(AARCH64_MLX)/stamp: PLATFORM = manylinux_2_35_aarch64
+$(MACOS_MLX)/stamp $(AARCH64_MLX)/stamp: pyproject.toml cmake/pins.py | $(VENV)/requirements.stamp
+	@rm -rf $(@D)
+	@$(PIP) install --target $(@D) --no-deps --only-binary :all: \
+		--platform $(PLATFORM) $(LIBRARY)==$$($(PY) cmake/pins.py pin mlx)
 	@touch $@
+
+# The tests with another MLX and its nanobind, in a copy of the sources that pins them.
+TRIED := build/try-mlx
+TRY_ARGS ?= --backend cpu -m "not slow"
+try-mlx: $(VENV)/requirements.stamp
+	@test -n '$(MLX)' -a -n '$(NANOBIND)' || \
+		{ echo 'Say which: make try-mlx MLX=0.32.2 NANOBIND=2.15.0' >&2; exit 2; }
+	@mkdir -p $(TRIED)
+	@find $(TRIED) -mindepth 1 -maxdepth 1 -not -name $(VENV) -exec rm -rf {} +
+	@$(MAKE) --no-print-directory sdist DIST=$(TRIED)/sdist
+	@tar -xzmf $(TRIED)/sdist/*.tar.gz -C $(TRIED) --strip-components=1
+	@sed -i.orig -e 's/^  "\(mlx\|mlx-cpu\)==[0-9.]*/  "\1==$(MLX)/' \
+		-e 's/^  "nanobind==[0-9.]*/  "nanobind==$(NANOBIND)/' $(TRIED)/pyproject.toml
+	$(MAKE) -C $(TRIED) test PYTEST_ARGS='$(TRY_ARGS)'
 
 clean:
 	rm -rf $(VENV) build dist $(GENERATED) .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -1,7 +1,7 @@
-"""The extension for macOS on arm64, built on Linux, and what its symbols refer to.
+"""What files for macOS on arm64 need of the system, of MLX and of CPython, found out on Linux.
 
-The compiler is clang out of PyPI's ``ziglang``; MLX's headers and libraries are those of its macOS
-wheels. Apple's SDK is not needed: ``cmake/macos`` holds the few declarations that metal-cpp names.
+The compiler is clang out of PyPI's ``ziglang``, for a few planted lines here and for the extension
+in ``make wheel-macos``; MLX's headers and libraries are those of its macOS wheels.
 
 zig would link a libc++ of its own statically. An exception thrown by libmlx would then be of
 another type than the one caught, so that library is left out, and the system's, which libmlx
@@ -10,26 +10,21 @@ availability annotations see to.
 """
 
 import ctypes
-import hashlib
+import json
 import os
 import subprocess
 import sys
-import sysconfig
-import tempfile
 from collections.abc import Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
 import lief
-import nanobind
-from mlx_welford._build import MLX, PACKAGE
+from mlx_welford._build import MLX
 from simulator.oracle.metallib import fetch_wheel
 
 ROOT = Path(__file__).resolve().parents[1]
 CACHE = ROOT / "build" / "macos"
-SUPPORT = ROOT / "cmake" / "macos"
 
 OLDEST = (14, 0, 0)  # macOS of MLX's wheels
 PLATFORM = "macosx_14_0_arm64"
@@ -37,25 +32,15 @@ PLATFORM = "macosx_14_0_arm64"
 NEWER_PLATFORMS = ("macosx_15_0_arm64", "macosx_26_0_arm64")
 TARGET = "aarch64-macos.14.0"
 
-# zig's headers take its own libc++ for granted, unless told to heed the target's.
+# As in cmake/macos/toolchain.cmake.
 ANNOTATED = (
     "-U_LIBCPP_HAS_VENDOR_AVAILABILITY_ANNOTATIONS",
     "-D_LIBCPP_HAS_VENDOR_AVAILABILITY_ANNOTATIONS=1",
 )
-COMPILE = (
-    *("-std=c++20", "-O2", "-g0", "-DNDEBUG"),
-    *("-fvisibility=hidden", "-fvisibility-inlines-hidden"),
-    # As MLX's own CMake files define them on macOS.
-    *("-D_METAL_", "-DACCELERATE_NEW_LAPACK"),
-    *("-DNB_DOMAIN=mlx", "-DMLX_WELFORD_METAL"),
-    *(f'-DMLX_WELFORD_VERSION="{PACKAGE}"', f'-DMLX_WELFORD_MLX_VERSION="{MLX}"'),
-)
-OWN = ("-Wall", "-Wextra", "-Wunguarded-availability", "-Werror")
-FOREIGN = ("-w", "-fno-strict-aliasing")
-# zig knows the symbols of libSystem, and libmlx and libobjc are linked. What is left, Python's and
-# libc++'s, dyld looks for in whatever is loaded.
-LINK = ("-shared", "-undefined", "dynamic_lookup", "-nostdlib++", "-Wl,-dead_strip")
+COMPILE = ("-std=c++20", "-O2", "-g0", "-fvisibility=hidden", "-Werror=unguarded-availability")
+LINK = ("-shared", "-undefined", "dynamic_lookup", "-nostdlib++")
 RPATH = "@loader_path/../mlx/lib"
+RUNNING = f"{sys.version_info.major}.{sys.version_info.minor}"
 
 # What neither MLX nor CPython refers to, but every macOS that can run MLX has.
 SYSTEM = {
@@ -97,8 +82,8 @@ def run(command: Sequence[str | Path]) -> None:
 
 
 @cache
-def wheel(package: str, platform: str = PLATFORM) -> Path:
-    """The unpacked macOS wheel of ``package`` in MLX's pinned release, for this CPython.
+def wheel(package: str, platform: str = PLATFORM, python: str = RUNNING) -> Path:
+    """The unpacked macOS wheel of ``package`` in MLX's pinned release, for a CPython.
 
     Raises RuntimeError, with pip's own words, when it cannot be had.
     """
@@ -107,7 +92,7 @@ def wheel(package: str, platform: str = PLATFORM) -> Path:
         CACHE,
         package=package,
         platform=platform,
-        python=f"{sys.version_info.major}.{sys.version_info.minor}",
+        python=python,
         wanted=lambda name: not name.endswith(".metallib"),  # large
     )
 
@@ -120,9 +105,9 @@ def libmlx(platform: str = PLATFORM) -> Path:
     return wheel("mlx-metal", platform) / "mlx" / "lib" / "libmlx.dylib"
 
 
-def mlx_core() -> Path:
+def mlx_core(python: str = RUNNING) -> Path:
     """MLX's own Python bindings, linked by Apple's tools against the system's libraries."""
-    (core,) = (wheel("mlx") / "mlx").glob("core*.so")
+    (core,) = (wheel("mlx", python=python) / "mlx").glob("core*.so")
     return core
 
 
@@ -138,88 +123,13 @@ def shaders() -> Path:
     return output
 
 
-@cache
-def _headers() -> bytes:
-    """A hash of all that sources include of this project."""
-    headers = [path for name in ("csrc", "metal") for path in (ROOT / name).rglob("*.h")]
-    headers += [shaders(), *SUPPORT.rglob("*.h")]
-    return hashlib.sha256(b"\0".join(path.read_bytes() for path in sorted(headers))).digest()
-
-
-def _includes() -> list[str | Path]:
-    foreign = [
-        SUPPORT / "include",
-        headers() / "metal_cpp",
-        headers(),
-        Path(nanobind.include_dir()),
-        Path(nanobind.source_dir()).parent / "ext" / "robin_map" / "include",
-        # Linux's, which say the same where both systems have 64-bit long and pointers.
-        Path(sysconfig.get_path("include")),
-        Path(sysconfig.get_path("platinclude")),
-    ]
-    own = [ROOT / "csrc", shaders().parent]
-    return [
-        *(part for folder in own for part in ("-I", folder)),
-        *(part for folder in foreign for part in ("-isystem", folder)),
-    ]
-
-
-def _zig() -> list[str]:
-    return [sys.executable, "-m", "ziglang", "c++", "-target", TARGET]
-
-
-def compile_source(source: Path, options: Iterable[str] = (*ANNOTATED, *OWN)) -> Path:
-    """The object made of a source, from the cache if nothing that it is made of has changed.
-
-    Raises BuildError with the compiler's messages.
-    """
-    command = [*_zig(), *COMPILE, *options, *_includes(), "-c", source]
-    releases = [_compiler(), nanobind.__version__, sys.version]
-    key = hashlib.sha256(_headers() + source.read_bytes())
-    key.update("\0".join(map(str, [*command, *releases])).encode())
-    result = CACHE / "objects" / f"{source.stem}-{key.hexdigest()[:24]}.o"
-    if not result.exists():
-        result.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=CACHE) as folder:
-            unfinished = Path(folder) / "object.o"
-            run([*command, "-o", unfinished])
-            unfinished.replace(result)
+def library(source: Path, result: Path, options: Iterable[str] = ANNOTATED) -> Path:
+    """The library made of a source. Raises BuildError with the compiler's messages."""
+    zig = [sys.executable, "-m", "ziglang", "c++", "-target", TARGET]
+    compiled = result.with_suffix(".o")
+    run([*zig, *COMPILE, *options, "-c", source, "-o", compiled])
+    run([*zig, *LINK, compiled, libmlx(), "-o", result])
     return result
-
-
-@cache
-def _compiler() -> str:
-    return subprocess.check_output([sys.executable, "-m", "ziglang", "version"], text=True)
-
-
-def link(objects: Iterable[Path], result: Path) -> Path:
-    """Links objects as the extension is. Raises BuildError with the linker's messages."""
-    result.parent.mkdir(parents=True, exist_ok=True)
-    names = [f"-Wl,-install_name,@rpath/{result.name}", f"-Wl,-rpath,{RPATH}"]
-    libraries = [libmlx(), SUPPORT / "libobjc.tbd"]
-    run([*_zig(), *LINK, *names, *objects, *libraries, "-o", result])
-    return result
-
-
-def sources() -> list[Path]:
-    return sorted((ROOT / "csrc").rglob("*.cpp"))
-
-
-@cache
-def extension() -> Path:
-    """The extension of this tree: every source of csrc/, and nanobind."""
-
-    def compiled(source: Path) -> Path:
-        if source.is_relative_to(ROOT):
-            return compile_source(source, (*ANNOTATED, *OWN, "-DMLX_WELFORD_ISA=baseline"))
-        return compile_source(source, (*ANNOTATED, *FOREIGN))
-
-    everything = [Path(nanobind.source_dir()) / "nb_combined.cpp", *sources()]
-    shaders(), wheel("mlx-metal")  # before the threads ask for them
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        objects = list(pool.map(compiled, everything))
-    suffix = f"cpython-{sys.version_info.major}{sys.version_info.minor}-darwin.so"
-    return link(objects, CACHE / f"_ext.{suffix}")
 
 
 # ---- Reading -------------------------------------------------------------------------------------
@@ -272,9 +182,22 @@ def read(path: Path) -> Image:
     )
 
 
-def _is_pythons(symbol: str) -> bool:
-    """Whether this CPython, of the same release, has the symbol."""
-    return symbol.startswith(("_Py", "__Py")) and hasattr(ctypes.pythonapi, symbol[1:])
+def _of_python(symbols: Iterable[str], interpreter: str) -> set[str]:
+    """Those of the symbols that this CPython has: names without the leading underscore."""
+    program = (
+        "import ctypes, json, sys\n"
+        "names = json.load(sys.stdin)\n"
+        "json.dump([n for n in names if hasattr(ctypes.pythonapi, n)], sys.stdout)"
+    )
+    names = [name for name in symbols if name.startswith(("Py", "_Py"))]
+    done = subprocess.run(
+        [interpreter, "-c", program],
+        input=json.dumps(names),
+        stdout=subprocess.PIPE,
+        text=True,
+        check=True,
+    )
+    return set(json.loads(done.stdout))
 
 
 def _is_of_c(symbol: str, library: str | None) -> bool:
@@ -283,17 +206,22 @@ def _is_of_c(symbol: str, library: str | None) -> bool:
 
 
 @cache
-def _of_mlx() -> set[str]:
+def _of_mlx(python: str) -> set[str]:
     """What libmlx defines, and what it and MLX's bindings import: it is there wherever MLX is."""
-    mlx, core = read(libmlx()), read(mlx_core())
+    mlx, core = read(libmlx()), read(mlx_core(python))
     return mlx.exports | set(mlx.imports) | set(core.imports)
 
 
-def unaccounted(path: Path) -> set[str]:
-    """Undefined symbols that nothing is known to define once MLX is loaded."""
-    known = _of_mlx() | SYSTEM
+def unaccounted(path: Path, interpreter: str = sys.executable, python: str = RUNNING) -> set[str]:
+    """Undefined symbols that nothing is known to define once MLX is loaded.
+
+    ``interpreter`` is a CPython of the release, ``python``, that the file is for.
+    """
+    imports = read(path).imports
+    known = _of_mlx(python) | SYSTEM
+    known |= {f"_{name}" for name in _of_python((symbol[1:] for symbol in imports), interpreter)}
     return {
         symbol
-        for symbol, library in read(path).imports.items()
-        if symbol not in known and not _is_pythons(symbol) and not _is_of_c(symbol, library)
+        for symbol, library in imports.items()
+        if symbol not in known and not _is_of_c(symbol, library)
     }
