@@ -179,6 +179,7 @@ def test_is_for_arm64_and_the_oldest_macos(extension: Path) -> None:
 
 def test_finds_mlx_beside_itself(extension: Path) -> None:
     image = read(extension)
+    assert image.name == extension.name
     assert image.rpaths == [RPATH]
     assert image.libraries == {
         "@rpath/libmlx.dylib",
