@@ -2,9 +2,14 @@
 
 #include <nanobind/nanobind.h>
 #include <nanobind/stl/array.h>
+#include <nanobind/stl/map.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/tuple.h>
 #include <nanobind/stl/vector.h>
+
+#include <bit>
+#include <map>
+#include <string>
 
 #include "bindings.h"
 #include "gpu/launch.h"
@@ -88,6 +93,47 @@ Operation operation_of(const std::string& name) {
   throw std::invalid_argument("[launch_plan] no operation '" + name + "'.");
 }
 
+/// Apple's tuning with some constants replaced.
+gpu::Tuning tuning_from(const std::map<std::string, int64_t>& replaced) {
+  gpu::Tuning tuning;
+  const std::map<std::string, int64_t*> constants{
+      {"sweep_threads", &tuning.sweep_threads},
+      {"fused_forward_threads", &tuning.fused_forward_threads},
+      {"fused_backward_threads", &tuning.fused_backward_threads},
+      {"enough_groups", &tuning.enough_groups},
+      {"least_vectors", &tuning.least_vectors},
+      {"apply_vectors", &tuning.apply_vectors},
+      {"least_run", &tuning.least_run}};
+  for (const auto& [name, value] : replaced) {
+    const auto constant = constants.find(name);
+    if (constant == constants.end()) {
+      throw std::invalid_argument(
+          "[launch_plan] 'tuning' must name constants of csrc/gpu/tuning.h but got '" + name +
+          "'.");
+    }
+    *constant->second = value;
+  }
+  const auto must = [](bool holds, const std::string& requirement, int64_t got) {
+    if (!holds) {
+      throw std::invalid_argument("[launch_plan] 'tuning' must have " + requirement + " but got " +
+                                  std::to_string(got) + ".");
+    }
+  };
+  const auto power_between = [](int64_t value, int64_t low, int64_t high) {
+    return value >= low && value <= high && std::has_single_bit(static_cast<uint64_t>(value));
+  };
+  // A threadgroup of 32 columns takes an entry for each of its threads.
+  must(power_between(tuning.sweep_threads, kSimd, kEntries),
+       "sweep_threads that are a power of two from 32 to 256", tuning.sweep_threads);
+  must(power_between(tuning.least_run, 16, 512),
+       "a least_run that is a power of two from 16 to 512", tuning.least_run);
+  for (const char* name : {"fused_forward_threads", "fused_backward_threads", "enough_groups",
+                           "least_vectors", "apply_vectors"}) {
+    must(*constants.at(name) > 0, std::string("positive ") + name, *constants.at(name));
+  }
+  return tuning;
+}
+
 using Dispatches = nb::typed<nb::list, nb::typed<nb::dict, nb::str, nb::any>>;
 using DispatchesAndBytes = std::tuple<Dispatches, int64_t, int64_t>;
 
@@ -98,7 +144,8 @@ void bind_launch(nb::module_& m) {
       "launch_plan",
       [](const std::string& operation, const std::vector<int>& shape, const std::vector<int>& axes,
          mx::Dtype dtype, int64_t channels, double eps, bool given, bool weight, bool bias,
-         std::array<bool, 4> wanted, bool aligned, uint32_t max_threads) -> DispatchesAndBytes {
+         std::array<bool, 4> wanted, bool aligned, uint32_t max_threads,
+         const std::map<std::string, int64_t>& tuning) -> DispatchesAndBytes {
         const auto geometry = find_geometry(mx::Shape(shape.begin(), shape.end()), axes);
         if (!geometry || geometry->size() == 0) {
           throw std::invalid_argument("[launch_plan] no kernels for this shape and these axes.");
@@ -116,7 +163,8 @@ void bind_launch(nb::module_& m) {
                               .has_bias = bias,
                               .wanted = {wanted[0], wanted[1], wanted[2], wanted[3]},
                               .aligned = aligned};
-        const gpu::Plan plan = gpu::plan(problem, {.threads = max_threads});
+        const gpu::Plan plan =
+            gpu::plan(problem, {.threads = max_threads, .tuning = tuning_from(tuning)});
         Dispatches dispatches;
         for (const gpu::Dispatch& dispatch : plan.dispatches) {
           dispatches.append(to_dict(dispatch));
@@ -126,10 +174,11 @@ void bind_launch(nb::module_& m) {
       "operation"_a, "shape"_a, "axes"_a, "dtype"_a, nb::kw_only(), "channels"_a = 1,
       "eps"_a = 1e-5, "given"_a = false, "weight"_a = false, "bias"_a = false,
       "wanted"_a = std::array<bool, 4>{false, false, false, false}, "aligned"_a = true,
-      "max_threads"_a = 1024,
+      "max_threads"_a = 1024, "tuning"_a = std::map<std::string, int64_t>{},
       "The dispatches for a problem over non-negative `axes`, and the bytes of the temporary "
       "arrays "
-      "partials and sums. `wanted`: gradients of x, the given statistics, weight, bias.");
+      "partials and sums. `wanted`: gradients of x, the given statistics, weight, bias. "
+      "`tuning`: constants of csrc/gpu/tuning.h by name, where they are not to be Apple's.");
 
   m.attr("shader_source") = gpu::kShaderSource;
   m.attr("shader_hash") = gpu::kShaderHash;

@@ -7,8 +7,6 @@
 #include <stdexcept>
 #include <utility>
 
-#include "gpu/tuning.h"
-
 namespace mlx_welford::gpu {
 
 namespace {
@@ -57,9 +55,9 @@ struct Access {
 };
 
 /// Threads side by side over columns: the power of two that leaves the fewest idle, the largest of
-/// those, but no fewer than read kLeastRun bytes together.
-int64_t columns_across(const Access& a, Element element, int64_t most) {
-  const int64_t run = kLeastRun / (a.vector * type_of(element).bytes);
+/// those, but no fewer than read least_run bytes together.
+int64_t columns_across(const Access& a, Element element, const Tuning& tuning, int64_t most) {
+  const int64_t run = tuning.least_run / (a.vector * type_of(element).bytes);
   const int64_t least = std::min({run, power_of_two_from(a.vectors), most});
   int64_t best = least;
   for (int64_t across = least; across <= std::min(most, power_of_two_from(a.vectors));
@@ -119,12 +117,12 @@ Shape arrange(const Access& a, Sweep s, int64_t across, int64_t along, int64_t p
 /// and in no more pieces than make `enough_groups`.
 Shape sweep(const Problem& p, const Access& a, const Limits& limits, int64_t least_vectors,
             int64_t enough_groups) {
-  const int64_t threads = std::min<int64_t>(kSweepThreads, limits.threads);
+  const int64_t threads = std::min<int64_t>(limits.tuning.sweep_threads, limits.threads);
   int64_t across = 0;
   int64_t along = 0;
   int64_t positions = 0;  // vectors along the reduction
   if (a.columns) {
-    across = columns_across(a, p.element, kSimd);
+    across = columns_across(a, p.element, limits.tuning, kSimd);
     positions = p.geometry.reduce;
     along = std::clamp(power_of_two_from(positions), kSimd / across, threads / across);
   } else {
@@ -139,12 +137,12 @@ Shape sweep(const Problem& p, const Access& a, const Limits& limits, int64_t lea
 }
 
 Shape first_pass(const Problem& p, const Access& a, const Limits& limits) {
-  return sweep(p, a, limits, kLeastVectors, kEnoughGroups);
+  return sweep(p, a, limits, limits.tuning.least_vectors, limits.tuning.enough_groups);
 }
 
 Shape second_pass(const Problem& p, const Access& a, const Limits& limits) {
   constexpr int64_t as_many_as_there_are = int64_t{1} << 31;
-  return sweep(p, a, limits, kApplyVectors, as_many_as_there_are);
+  return sweep(p, a, limits, limits.tuning.apply_vectors, as_many_as_there_are);
 }
 
 /// The sweep of a fused kernel, if each group of threads can keep all of its statistics' elements.
@@ -161,13 +159,15 @@ std::optional<Shape> fused(const Problem& p, const Access& a, const Limits& limi
     if (whole_simdgroups > most_threads) {
       return std::nullopt;
     }
-    const int64_t across = std::min(
-        std::max<int64_t>(1, std::min<int64_t>(kSweepThreads, most_threads) / whole_simdgroups),
-        g.segments());
+    const int64_t across =
+        std::min(std::max<int64_t>(1, std::min<int64_t>(limits.tuning.sweep_threads, most_threads) /
+                                          whole_simdgroups),
+                 g.segments());
     return arrange(a, describe(p), across, whole_simdgroups, 1);
   }
-  const int64_t least = columns_across(a, p.element, kLeastRun / 16);
-  for (int64_t across = columns_across(a, p.element, kSimd); across >= least; across /= 2) {
+  const int64_t least = columns_across(a, p.element, limits.tuning, limits.tuning.least_run / 16);
+  for (int64_t across = columns_across(a, p.element, limits.tuning, kSimd); across >= least;
+       across /= 2) {
     const int64_t threads = round_up(across * along, kSimd);
     if (threads <= most_threads && threads / kSimd * across <= kEntries) {
       return arrange(a, describe(p), across, threads / across, 1);
@@ -180,7 +180,7 @@ std::optional<Shape> fused(const Problem& p, const Access& a, const Limits& limi
 Dispatch merging(std::string kernel, std::string arguments, std::vector<Binding> buffers,
                  const Problem& p, int64_t columns, int64_t parts, const Limits& limits) {
   const int64_t across = std::min<int64_t>(kSimd, power_of_two_from(columns));
-  const int64_t most = std::min<int64_t>(kSweepThreads, limits.threads) / across;
+  const int64_t most = std::min<int64_t>(limits.tuning.sweep_threads, limits.threads) / across;
   const int64_t along = std::clamp(power_of_two_from(parts), kSimd / across, most);
   const Merge merge{.columns = columns,
                     .parts = parts,
@@ -221,7 +221,7 @@ class Planner {
 
   Plan normalize() {
     if (!p_.given) {
-      if (auto shape = fused(p_, access_, limits_, kFusedForwardThreads)) {
+      if (auto shape = fused(p_, access_, limits_, limits_.tuning.fused_forward_threads)) {
         add("fused_normalize", *shape,
             {in(kX), out(kMean), out(kVar), weight(), bias(), out(kOut)});
         return std::move(plan_);
@@ -238,7 +238,7 @@ class Planner {
     const int64_t statistics = p_.geometry.statistics();
     if (!p_.given || wanted.statistics || wanted.weight || wanted.bias) {
       plan_.sums_bytes = statistics * kSumsBytes;
-      auto shape = fused(p_, access_, limits_, kFusedBackwardThreads);
+      auto shape = fused(p_, access_, limits_, limits_.tuning.fused_backward_threads);
       if (shape && wanted.x && !p_.given) {
         add("fused_gradient", *shape,
             {in(kX), in(kG), in(kMean), in(kVar), weight(), in(kGradMean), in(kGradVar), out(kSums),

@@ -8,13 +8,16 @@
 #include <variant>
 #include <vector>
 
+#include "gpu/tuning.h"
 #include "problem.h"
 
 namespace mlx_welford::gpu {
 
-/// What limits a threadgroup. A pipeline may allow fewer threads than the device does.
+/// What limits a threadgroup, and what is best for the device. A pipeline may allow fewer threads than
+/// the device does.
 struct Limits {
   uint32_t threads = 1024;
+  Tuning tuning = {};
 };
 
 /// An array in the place of a kernel's buffer. They differ where an optional array is absent.
