@@ -3,6 +3,10 @@
 
 #include "bindings.h"
 
+/// In front of a loop over an array of a thread's own: not unrolled, the loop would index the array,
+/// which could not stay in registers then.
+#define WELFORD_UNROLL _Pragma("clang loop unroll(full)")
+
 /// Count, mean and sum of squared deviations of a set of values. The identity has count 0.
 ///
 /// The mean is mean + tail; the tail is what one float cannot hold of it. Without it the rounding
@@ -106,6 +110,7 @@ inline Place place_along(uint thread_index, uint along) {
 /// get the same results. Every thread of the threadgroup must come here.
 template <typename M, int n>
 inline void merge_along(thread M* values, Place p, threadgroup M* entries) {
+  WELFORD_UNROLL
   for (int i = 0; i < n; ++i) {
     M m = values[i];
     for (uint offset = p.lane_step; offset < kSimd; offset *= 2) {

@@ -4,8 +4,6 @@
 #include "access.h"
 #include "affine.h"
 
-#define WELFORD_UNROLL _Pragma("clang loop unroll(full)")
-
 /// Moments of the values that went through one lane of a thread's vectors; how many they are, the
 /// thread knows. The mean is origin + offset, and the origin is the first value.
 struct Chain {
