@@ -187,7 +187,8 @@ class Problem:
     def wants(self) -> dict[str, bool]:
         return {name: name in self.wanted.split() for name in ("x", "statistics", "weight", "bias")}
 
-    def plan(self) -> Plan:
+    def plan(self, tuning: Mapping[str, int] | None = None) -> Plan:
+        """With constants of csrc/gpu/tuning.h by name, where they are not to be Apple's."""
         shape: list[int] = []
         axes: list[int] = []
         for level, length in enumerate(self.geometry):
@@ -208,6 +209,7 @@ class Problem:
             wanted=list(self.wants.values()),
             aligned=self.aligned,
             max_threads=self.max_threads,
+            tuning=dict(tuning or {}),
         )
 
 

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from hypothesis import given
 from mlx_welford import _ext
+from plan_cases import SOME, whole_table
 from plans import (
-    DTYPES,
     Arrays,
     Example,
     Plan,
@@ -25,33 +25,6 @@ from plans import (
 
 ALL = dict(_ext.shader_kernels())
 
-# Geometries that a threadgroup holds, that it does not, and of several parts; and their alignment.
-# With threadgroups of 32, so that few elements are too many.
-ACCESSES: dict[str, tuple[list[tuple[int, int, int, int]], bool]] = {
-    "columns of vectors": ([(1, 2, 19, 16), (1, 1, 403, 16), (2, 2, 19, 8)], True),
-    "columns of elements": ([(1, 2, 19, 5), (1, 1, 403, 16), (2, 2, 19, 3)], False),
-    "rows of vectors": ([(1, 6, 45, 1), (1, 2, 4101, 1), (2, 3, 45, 1)], True),
-    "rows of elements": ([(1, 6, 45, 1), (1, 2, 4101, 1), (2, 3, 45, 1)], False),
-}
-
-
-def table(dtype: str, access: str) -> list[Problem]:
-    geometries, aligned = ACCESSES[access]
-    found = []
-    for geometry in geometries:
-        p = Problem("", geometry, dtype, geometry[1] * geometry[3], aligned=aligned, max_threads=32)
-        forward = replace(p, operation="normalize", weight=True, bias=True)
-        backward = replace(p, operation="normalize_gradient", weight=True, wanted="x weight bias")
-        found += [
-            replace(p, operation="moments"),
-            replace(p, operation="moments_gradient"),
-            forward,
-            backward,
-            replace(forward, given=True),
-            replace(backward, given=True, wanted="x statistics weight bias"),
-        ]
-    return found
-
 
 def names(plan: Plan) -> list[str]:
     return [d.host_name for d in plan.dispatches]
@@ -60,11 +33,9 @@ def names(plan: Plan) -> list[str]:
 def test_every_instantiation_runs_and_is_right() -> None:
     library = shaders()
     ran: Counter[str] = Counter()
-    for dtype in DTYPES:
-        for access in ACCESSES:
-            for problem in table(dtype, access):
-                run_example(library, problem)
-                ran.update(names(problem.plan()))
+    for problem in whole_table():
+        run_example(library, problem)
+        ran.update(names(problem.plan()))
     assert ran.keys() == ALL.keys()
 
 
@@ -83,28 +54,6 @@ def test_every_declared_kernel_is_instantiated() -> None:
 
 
 # ---- However the shaders are run -----------------------------------------------------------------
-
-SOME = [
-    Problem("normalize", (1, 2, 61, 24), channels=24, weight=True, bias=True),
-    Problem("normalize", (1, 6, 1100, 1), "float16", channels=3, weight=True, bias=True),
-    Problem("normalize", (1, 1, 1201, 16), channels=16, max_threads=64),
-    Problem("normalize", (3, 5, 77, 1), "bfloat16", channels=5, bias=True),
-    Problem("normalize_gradient", (1, 2, 61, 5), channels=5, weight=True, wanted="x weight bias"),
-    Problem("normalize_gradient", (1, 1, 1201, 16), "float16", 16, weight=True, wanted="x weight"),
-    Problem("normalize_gradient", (3, 5, 77, 1), channels=5, weight=True, wanted="x bias"),
-    Problem(
-        "normalize_gradient",
-        (1, 1, 1201, 8),
-        channels=8,
-        given=True,
-        weight=True,
-        wanted="x statistics weight bias",
-        max_threads=64,
-    ),
-    Problem("moments", (3, 4, 29, 9)),
-    Problem("moments", (1, 3, 5003, 1), max_threads=32),
-    Problem("moments_gradient", (1, 4, 50, 6), "bfloat16"),
-]
 
 
 @pytest.mark.parametrize("problem", SOME, ids=str)

@@ -1,0 +1,140 @@
+"""Compiles Metal source for an NVIDIA GPU with NVRTC, and reads what each kernel takes of it.
+
+NVRTC comes from PyPI (nvidia-cuda-nvrtc), is called through NVIDIA's cuda-bindings, and needs
+neither a GPU nor a CUDA toolkit.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from .source import Parameter, translate
+
+DIRECTORY = Path(__file__).resolve().parent
+INCLUDE = (DIRECTORY / "include", DIRECTORY.parent / "simulator" / "include")
+
+# Of a multiprocessor: registers, allotted in blocks to each of its warps, and warps in fours.
+REGISTERS = 65536
+REGISTER_BLOCK = 256
+WARP_BLOCK = 4
+WARP = 32
+MOST_THREADS = 1024
+
+OPTIONS = [
+    "--std=c++20",
+    "--device-as-default-execution-space",
+    "--fmad=true",  # as Apple's compiler contracts
+    "--prec-div=true",  # as in Metal's safe mathematics
+    "--prec-sqrt=true",
+    "--disable-warnings",  # Metal's attributes
+    "--ptxas-options=-v",
+    "-D__METAL__=1",
+    "-D__METAL_VERSION__=310",
+]
+
+PROPERTIES = re.compile(
+    r"Compiling entry function '(?P<kernel>\w+)'"
+    r".*?(?P<stack>\d+) bytes stack frame, (?P<stores>\d+) bytes spill stores, "
+    r"(?P<loads>\d+) bytes spill loads"
+    r".*?Used (?P<registers>\d+) registers(?P<more>[^\n]*)",
+    re.S,
+)
+
+
+class CompileError(RuntimeError):
+    """The source does not compile."""
+
+
+@dataclass(frozen=True)
+class Resources:
+    """What a kernel takes: of each thread's registers and memory, and shared by a threadgroup."""
+
+    registers: int
+    stack_bytes: int  # arrays that do not fit registers
+    spill_bytes: int  # written and read
+    shared_bytes: int
+
+    @property
+    def most_threads(self) -> int:
+        """Threads of the largest group whose registers a multiprocessor has."""
+        of_warp = -(-self.registers * WARP // REGISTER_BLOCK) * REGISTER_BLOCK
+        warps = REGISTERS // of_warp // WARP_BLOCK * WARP_BLOCK
+        return min(warps * WARP, MOST_THREADS)
+
+
+@dataclass(frozen=True)
+class Program:
+    """Compiled kernels, ready to be loaded."""
+
+    cubin: bytes
+    resources: dict[str, Resources]
+    kernels: dict[str, tuple[Parameter, ...]]
+
+
+def compile_program(
+    source: str,
+    instantiations: Iterable[str],
+    *,
+    architecture: str = "sm_90",
+    flush_denormals: bool = True,
+    registers: int | None = None,
+) -> Program:
+    """Compiles Metal source text, with ``instantiations`` appended as a host does at run time.
+
+    ``registers`` is what each thread of each kernel may use; as many as the compiler likes if None.
+    Raises CompileError with the compiler's messages.
+    """
+    translation = translate(source, list(instantiations), registers=registers)
+    options = [
+        *OPTIONS,
+        f"--gpu-architecture={architecture}",
+        f"--ftz={'true' if flush_denormals else 'false'}",
+        *(f"--include-path={directory}" for directory in INCLUDE),
+    ]
+    cubin, log = _compile(translation.text, options)
+    return Program(cubin, read_resources(log), translation.kernels)
+
+
+def read_resources(log: str) -> dict[str, Resources]:
+    """What ptxas says of each kernel."""
+    found = {}
+    for match in PROPERTIES.finditer(log):
+        shared = re.search(r"(\d+) bytes smem", match["more"])
+        found[match["kernel"]] = Resources(
+            int(match["registers"]),
+            int(match["stack"]),
+            int(match["stores"]) + int(match["loads"]),
+            int(shared[1]) if shared else 0,
+        )
+    return found
+
+
+def _compile(text: str, options: Sequence[str]) -> tuple[bytes, str]:
+    """The cubin of CUDA C++ and the compiler's messages."""
+    from cuda.bindings import nvrtc
+
+    def checked(answer: tuple[Any, ...]) -> Any:
+        """What a call returns after its status."""
+        if answer[0] != nvrtc.nvrtcResult.NVRTC_SUCCESS:
+            raise CompileError(f"{answer[0].name}\n{log()}")
+        return answer[1] if len(answer) > 1 else None
+
+    def log() -> str:
+        size = nvrtc.nvrtcGetProgramLogSize(program)[1]
+        messages = bytes(size)
+        nvrtc.nvrtcGetProgramLog(program, messages)
+        return messages.rstrip(b"\0").decode()
+
+    program = nvrtc.nvrtcCreateProgram(text.encode(), b"kernels.cu", 0, [], [])[1]
+    try:
+        encoded = [option.encode() for option in options]
+        checked(nvrtc.nvrtcCompileProgram(program, len(encoded), encoded))
+        cubin = bytes(checked(nvrtc.nvrtcGetCUBINSize(program)))
+        checked(nvrtc.nvrtcGetCUBIN(program, cubin))
+        return cubin, log()
+    finally:
+        nvrtc.nvrtcDestroyProgram(program)

@@ -1,0 +1,293 @@
+"""Runs launch plans on an NVIDIA GPU.
+
+Through the CUDA driver's own interface, as NVIDIA's cuda-bindings has it: the package that brings
+NVRTC to Python too, so that compiling, loading and launching need nothing else. CuPy would bring
+arrays and a memory pool with it, of which the first is numpy's business here, and the second hides
+from compute-sanitizer where an array ends.
+
+`Twin.dispatch` is for `plans.run_plan`: it copies arrays to the GPU and back at each dispatch.
+`Twin.prepare` is for measurements and the sanitizer: memory stays on the GPU from the first
+dispatch to the last, temporary memory is not initialised.
+"""
+
+from __future__ import annotations
+
+import statistics
+import weakref
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+from plans import BUFFER_INDICES, Array, Plan, Problem
+from simulator import Traffic
+
+from .compiler import WARP, Program
+
+MOST_GROUPS = 2**31 - 1
+
+Step = Callable[[], object]
+
+
+class DeviceError(RuntimeError):
+    """The driver refused, or a dispatch is not one that the twin can run."""
+
+
+class Memory:
+    """Memory on the GPU, freed with this object. ``address`` may lie within an allocation."""
+
+    def __init__(self, device: Device, nbytes: int, offset: int = 0) -> None:
+        allocated = device.call("cuMemAlloc", max(nbytes + offset, 1))
+        self.address = int(allocated) + offset
+        self.nbytes = nbytes
+        self._device = device
+        self.free = weakref.finalize(self, device.call, "cuMemFree", allocated)
+
+    def write(self, values: Array) -> Memory:
+        """Copies values here, and returns this."""
+        assert values.nbytes == self.nbytes
+        if values.nbytes:
+            flat = np.ascontiguousarray(values)
+            self._device.call("cuMemcpyHtoD", self.address, flat.ctypes.data, flat.nbytes)
+        return self
+
+    def read(self, values: Array) -> None:
+        """Copies what is here into ``values``."""
+        assert values.nbytes == self.nbytes
+        assert values.flags.c_contiguous
+        if values.nbytes:
+            self._device.call("cuMemcpyDtoH", values.ctypes.data, self.address, values.nbytes)
+
+
+class Device:
+    """The first NVIDIA GPU. Raises DeviceError, with the reason, if there is none.
+
+    Everything goes to the default stream, which torch uses as well.
+    """
+
+    def __init__(self, driver: Any = None) -> None:
+        if driver is None:
+            try:
+                from cuda.bindings import driver
+            except ImportError as error:
+                raise DeviceError("cuda-bindings is not installed") from error
+        self._driver = driver
+        try:
+            self.call("cuInit", 0)
+        except DeviceError:
+            raise
+        except RuntimeError as error:  # no libcuda
+            raise DeviceError(f"no NVIDIA driver: {error}") from error
+        if self.call("cuDeviceGetCount") == 0:
+            raise DeviceError("the NVIDIA driver has no GPU")
+        self._device = self.call("cuDeviceGet", 0)
+        # The primary context is the one of the CUDA runtime, so of torch.
+        self.call("cuCtxSetCurrent", self.call("cuDevicePrimaryCtxRetain", self._device))
+
+    def call(self, name: str, *arguments: Any) -> Any:
+        """Calls a function of the driver and returns what it returns after its status."""
+        status, *results = getattr(self._driver, name)(*arguments)
+        if status != self._driver.CUresult.CUDA_SUCCESS:
+            raise DeviceError(f"{name}: {status}")
+        return results[0] if results else None
+
+    @property
+    def name(self) -> str:
+        name: bytes = self.call("cuDeviceGetName", 256, self._device)
+        return name.split(b"\0")[0].decode()
+
+    def attribute(self, name: str) -> int:
+        """An attribute by its name without CU_DEVICE_ATTRIBUTE_."""
+        attributes = self._driver.CUdevice_attribute
+        kind = getattr(attributes, f"CU_DEVICE_ATTRIBUTE_{name}")
+        value: int = self.call("cuDeviceGetAttribute", kind, self._device)
+        return value
+
+    @property
+    def architecture(self) -> str:
+        """What to compile for: "sm_90"."""
+        major = self.attribute("COMPUTE_CAPABILITY_MAJOR")
+        return f"sm_{major}{self.attribute('COMPUTE_CAPABILITY_MINOR')}"
+
+    def synchronize(self) -> None:
+        self.call("cuCtxSynchronize")
+
+    def copy(self, source: Memory, destination: Memory) -> None:
+        self.call("cuMemcpyDtoDAsync", destination.address, source.address, source.nbytes, 0)
+
+    def times(self, step: Step, repetitions: int, flush: Memory | None = None) -> list[float]:
+        """Milliseconds of each repetition, between events around it, after one that is not timed.
+
+        ``flush`` is overwritten before each: so large that nothing else stays in cache, and
+        that the host has queued the whole step by the time that the GPU begins it.
+        """
+        step()
+        pairs = []
+        for _ in range(repetitions):
+            if flush is not None:
+                self.call("cuMemsetD8Async", flush.address, 0, flush.nbytes, 0)
+            events = [self.call("cuEventCreate", 0) for _ in range(2)]
+            self.call("cuEventRecord", events[0], 0)
+            step()
+            self.call("cuEventRecord", events[1], 0)
+            pairs.append(events)
+        self.synchronize()
+        milliseconds = [float(self.call("cuEventElapsedTime", *events)) for events in pairs]
+        for events in pairs:
+            for event in events:
+                self.call("cuEventDestroy", event)
+        return milliseconds
+
+    def median_time(self, step: Step, repetitions: int, flush: Memory | None = None) -> float:
+        return statistics.median(self.times(step, repetitions, flush))
+
+
+@dataclass(frozen=True)
+class Launch:
+    """A kernel with its arguments, ready to go: `run` as often as needed."""
+
+    device: Device
+    function: Any
+    groups: tuple[int, int, int]
+    threads: tuple[int, int, int]
+    arguments: Array  # addresses of the values
+    values: tuple[Array, ...]
+    memory: tuple[Memory, ...]  # alive as long as this
+
+    def run(self) -> None:
+        self.device.call(
+            "cuLaunchKernel",
+            self.function,
+            *self.groups,
+            *self.threads,
+            0,  # bytes of shared memory besides those that the kernel declares
+            0,  # the default stream
+            self.arguments.ctypes.data,
+            0,
+        )
+
+
+class Twin:
+    """A compiled program on a device. A `plans.Runner`."""
+
+    def __init__(self, device: Device, program: Program) -> None:
+        self.device = device
+        self.program = program
+        image = np.frombuffer(program.cubin, np.uint8)
+        self._module = device.call("cuModuleLoadData", image.ctypes.data)
+        self._functions = {
+            name: device.call("cuModuleGetFunction", self._module, name.encode())
+            for name in program.kernels
+        }
+
+    def launch(
+        self,
+        kernel: str,
+        buffers: Mapping[int, Memory],
+        constants: Mapping[int, bytes],
+        groups: tuple[int, int, int],
+        threads: tuple[int, int, int],
+    ) -> Launch:
+        """A kernel with its buffers and constants by their indices. Does not run it yet."""
+        size = int(np.prod(threads))
+        most = self.program.resources[kernel].most_threads
+        if size % WARP != 0 or not 0 < size <= most:
+            raise DeviceError(
+                f"{kernel} must have a multiple of {WARP} threads up to {most} but got {size}"
+            )
+        if groups[0] > MOST_GROUPS:
+            raise DeviceError(f"{kernel} must have at most {MOST_GROUPS} groups but got {groups}")
+        values: list[Array] = []
+        for parameter in self.program.kernels[kernel]:
+            if parameter.by_value:
+                values.append(np.frombuffer(constants[parameter.index], np.uint8))
+            else:
+                values.append(np.array([buffers[parameter.index].address], np.uint64))
+        return Launch(
+            self.device,
+            self._functions[kernel],
+            groups,
+            threads,
+            np.array([value.ctypes.data for value in values], np.uint64),
+            tuple(values),
+            tuple(buffers.values()),
+        )
+
+    def dispatch(
+        self,
+        kernel: str,
+        buffers: Mapping[int, Array],
+        *,
+        grid: tuple[int, int, int],
+        group: tuple[int, int, int],
+        writable: set[int],
+        constants: Mapping[int, Any],
+        seed: int | None = None,
+        flush_denormals: bool | None = None,
+    ) -> dict[int, Traffic]:
+        """Runs a kernel on arrays, changed in place where ``writable``.
+
+        Arrays that begin at the same address are one memory. Each begins as far from a multiple of
+        16 bytes as on the host. The order of threads is the GPU's, and whether denormals are
+        flushed was decided when the program was compiled; traffic is not counted.
+        """
+        with ExitStack() as stack:
+            resident: dict[int, Memory] = {}
+            for array in buffers.values():
+                if array.ctypes.data not in resident:
+                    memory = Memory(self.device, array.nbytes, array.ctypes.data % 16)
+                    stack.callback(memory.free)
+                    resident[array.ctypes.data] = memory.write(array)
+            bound = {index: resident[a.ctypes.data] for index, a in buffers.items()}
+            self.launch(kernel, bound, constants, grid, group).run()
+            self.device.synchronize()
+            for index in writable & buffers.keys():
+                bound[index].read(buffers[index])
+        return {}
+
+    def prepare(self, plan: Plan, arrays: Mapping[str, Memory]) -> list[Launch]:
+        """The launches of a plan, on memory by the buffers' names; temporary memory is added."""
+        everything = dict(arrays)
+        for name, nbytes in (("partials", plan.partials_bytes), ("sums", plan.sums_bytes)):
+            if nbytes:
+                everything[name] = Memory(self.device, nbytes)
+        return [
+            self.launch(
+                d.host_name,
+                {BUFFER_INDICES[b.buffer]: everything[b.array] for b in d.buffers},
+                {BUFFER_INDICES["parameters"]: d.parameter_bytes},
+                (d.groups, 1, 1),
+                (d.threads, 1, 1),
+            )
+            for d in plan.dispatches
+        ]
+
+    def plan(self, problem: Problem, tuning: Mapping[str, int] | None = None) -> Plan:
+        """The plan for the threads that its kernels' registers allow."""
+        return plan_within(self.program, problem, tuning)
+
+
+def plan_within(
+    program: Program, problem: Problem, tuning: Mapping[str, int] | None = None
+) -> Plan:
+    """The problem's plan for the threads that its kernels' registers allow, as csrc/gpu/metal.cpp
+    makes one for what Apple's pipelines allow."""
+    while True:
+        plan = problem.plan(tuning)
+        allowed = min(
+            [
+                program.resources[d.host_name].most_threads
+                for d in plan.dispatches
+                if d.threads > program.resources[d.host_name].most_threads
+            ],
+            default=problem.max_threads,
+        )
+        if allowed == problem.max_threads:
+            return plan
+        problem = replace(problem, max_threads=allowed)
+
+
+def run(launches: Sequence[Launch]) -> None:
+    for launch in launches:
+        launch.run()

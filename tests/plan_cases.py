@@ -1,0 +1,79 @@
+"""Problems whose plans hold every kernel, in every way that a plan has: for whatever runs plans."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from plans import DTYPES, Problem
+
+# Geometries that a threadgroup holds, that it does not, and of several parts; and their alignment.
+ACCESSES: dict[str, tuple[list[tuple[int, int, int, int]], bool]] = {
+    "columns of vectors": ([(1, 2, 19, 16), (1, 1, 403, 16), (2, 2, 19, 8)], True),
+    "columns of elements": ([(1, 2, 19, 5), (1, 1, 403, 16), (2, 2, 19, 3)], False),
+    "rows of vectors": ([(1, 6, 45, 1), (1, 2, 4101, 1), (2, 3, 45, 1)], True),
+    "rows of elements": ([(1, 6, 45, 1), (1, 2, 4101, 1), (2, 3, 45, 1)], False),
+}
+
+
+def table(dtype: str, access: str, *, longer: int = 1, max_threads: int = 32) -> list[Problem]:
+    """Threadgroups of 32, so that few elements are too many; or reductions so much longer."""
+    geometries, aligned = ACCESSES[access]
+    found = []
+    for merge, outer, reduce, inner in geometries:
+        p = Problem(
+            "",
+            (merge, outer, longer * reduce, inner),
+            dtype,
+            outer * inner,
+            aligned=aligned,
+            max_threads=max_threads,
+        )
+        forward = replace(p, operation="normalize", weight=True, bias=True)
+        backward = replace(p, operation="normalize_gradient", weight=True, wanted="x weight bias")
+        found += [
+            replace(p, operation="moments"),
+            replace(p, operation="moments_gradient"),
+            forward,
+            backward,
+            replace(forward, given=True),
+            replace(backward, given=True, wanted="x statistics weight bias"),
+        ]
+    return found
+
+
+def whole_table(*, longer: int = 1, max_threads: int = 32) -> list[Problem]:
+    """Every kernel at least once."""
+    return [
+        p
+        for dtype in DTYPES
+        for access in ACCESSES
+        for p in table(dtype, access, longer=longer, max_threads=max_threads)
+    ]
+
+
+def full_groups() -> list[Problem]:
+    """The same with as many threads as there can be, for whom threadgroup memory matters."""
+    return whole_table(longer=37, max_threads=1024)
+
+
+SOME = [
+    Problem("normalize", (1, 2, 61, 24), channels=24, weight=True, bias=True),
+    Problem("normalize", (1, 6, 1100, 1), "float16", channels=3, weight=True, bias=True),
+    Problem("normalize", (1, 1, 1201, 16), channels=16, max_threads=64),
+    Problem("normalize", (3, 5, 77, 1), "bfloat16", channels=5, bias=True),
+    Problem("normalize_gradient", (1, 2, 61, 5), channels=5, weight=True, wanted="x weight bias"),
+    Problem("normalize_gradient", (1, 1, 1201, 16), "float16", 16, weight=True, wanted="x weight"),
+    Problem("normalize_gradient", (3, 5, 77, 1), channels=5, weight=True, wanted="x bias"),
+    Problem(
+        "normalize_gradient",
+        (1, 1, 1201, 8),
+        channels=8,
+        given=True,
+        weight=True,
+        wanted="x statistics weight bias",
+        max_threads=64,
+    ),
+    Problem("moments", (3, 4, 29, 9)),
+    Problem("moments", (1, 3, 5003, 1), max_threads=32),
+    Problem("moments_gradient", (1, 4, 50, 6), "bfloat16"),
+]

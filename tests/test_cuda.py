@@ -1,0 +1,586 @@
+"""The shaders, unmodified, for an NVIDIA GPU: a proxy for Apple's.
+
+Without a GPU: they compile, what they take of registers and memory is bounded, and all of the
+runner but the GPU is tried on a driver on the host, where the simulator runs the kernels. With one,
+every kernel is compared with float64 on it.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+import sys
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+from cuda_twin.cases import solve, solve_on_device
+from cuda_twin.compiler import (
+    CompileError,
+    Program,
+    Resources,
+    compile_program,
+    read_resources,
+)
+from cuda_twin.device import Device, DeviceError, Memory, Twin, plan_within
+from cuda_twin.host_driver import HostDriver
+from cuda_twin.shaders import shader_program
+from cuda_twin.source import enumerators, translate
+from hypothesis import given
+from mlx_welford import _ext
+from plan_cases import SOME, full_groups, whole_table
+from plans import (
+    DTYPES,
+    LIMITS,
+    MOMENTS_BYTES,
+    SUMS_BYTES,
+    Array,
+    Example,
+    Problem,
+    problems,
+    run_example,
+    run_plan,
+    shaders,
+)
+from simulator import compile_library
+from simulator.source import SourceError
+
+ALL = dict(_ext.shader_kernels())
+STANDIN = "tests/cuda_twin/standin.metal"
+
+needs_nvrtc = pytest.mark.skipif(
+    sys.platform != "linux" or importlib.util.find_spec("cuda") is None,
+    reason="NVIDIA's compiler (nvidia-cuda-nvrtc, cuda-bindings) is not installed; it has no macOS",
+)
+
+# Apple's multiprocessor, of which no number is published, is said to have 208 KB of registers: 52
+# for each of 1024 threads.
+APPLE_REGISTERS = 208 * 1024 // 4
+
+
+@pytest.fixture(scope="module")
+def program() -> Program:
+    return shader_program()
+
+
+# ---- What the compiler says ----------------------------------------------------------------------
+
+
+@needs_nvrtc
+def test_every_instantiation_compiles(program: Program) -> None:
+    assert program.resources.keys() == ALL.keys()
+    assert program.kernels.keys() == ALL.keys()
+
+
+@needs_nvrtc
+def test_nothing_is_kept_in_memory_that_belongs_in_registers(program: Program) -> None:
+    """No spills; and no array of a thread's own that the code indexes."""
+    in_memory = {name: r for name, r in program.resources.items() if r.spill_bytes or r.stack_bytes}
+    assert not in_memory
+
+
+@needs_nvrtc
+def test_threadgroup_memory(program: Program) -> None:
+    """Entries for what the simdgroups merge, and none where nothing is merged."""
+    moments, sums = (LIMITS["kEntries"] * n for n in (MOMENTS_BYTES, SUMS_BYTES))
+    expected = {
+        "moments": moments,
+        "partial_moments": moments,
+        "merge_moments": moments,
+        "fused_normalize": moments,
+        "partial_sums": sums,
+        "merge_sums": sums,
+        "parameter_gradients": sums,
+        "fused_gradient": sums,
+    }
+    for name, resources in program.resources.items():
+        assert resources.shared_bytes == expected.get(function_of(name), 0), name
+
+
+def function_of(host_name: str) -> str:
+    """The kernel's name in metal/."""
+    return re.split(r"_(?:float|half|bfloat)(?:_|$)", host_name)[0]
+
+
+def largest_groups() -> dict[str, int]:
+    """The most threads that a group of each kernel is planned to have."""
+    largest: dict[str, int] = {}
+    for dtype in DTYPES:
+        for vector in (1, {"float32": 4}.get(dtype, 8)):
+            for threads in (512, 1024):
+                kept = LIMITS["kKept"] * threads
+                for geometry in ((1, 2, kept // 4, 4 * vector), (1, 2, kept * vector, 1)):
+                    p = Problem("", geometry, dtype, geometry[3], aligned=vector > 1)
+                    # Twice: what fits a group, and what does not
+                    for problem in (p, replace(p, geometry=(2, *geometry[1:]))):
+                        for d in plans_of(problem):
+                            largest[d.host_name] = max(largest.get(d.host_name, 0), d.threads)
+    return largest
+
+
+def plans_of(p: Problem) -> Iterator[Any]:
+    forward = replace(p, operation="normalize", weight=True)
+    backward = replace(p, operation="normalize_gradient", weight=True, wanted="x weight")
+    for problem in (
+        replace(p, operation="moments"),
+        replace(p, operation="moments_gradient"),
+        forward,
+        backward,
+        replace(forward, given=True),
+        replace(backward, given=True, wanted="x statistics weight"),
+        replace(p, operation="moments", geometry=(1, *p.geometry[1:])),
+    ):
+        yield from problem.plan().dispatches
+
+
+# fused_normalize with vectors asks for more than the 52 registers that groups of 1024 threads
+# leave: it keeps 16 of raw elements, and 4 float32 of 8 columns are 32 of moments; half and bfloat
+# take as many again as float32. A pipeline that allows fewer threads then gets a plan of smaller
+# groups (csrc/gpu/metal.cpp), so this costs the largest fused sizes, not correctness. A number is
+# what NVRTC uses when it is free to; Apple's compiler decides for itself.
+BEYOND = {
+    "fused_normalize_float_4_Columns": 64,
+    "fused_normalize_float_4_Rows": 56,
+    "fused_normalize_half_8_Columns": 80,
+    "fused_normalize_half_8_Rows": 80,
+    "fused_normalize_bfloat_8_Columns": 80,
+    "fused_normalize_bfloat_8_Rows": 80,
+}
+
+
+@needs_nvrtc
+def test_registers_are_within_what_the_planned_groups_leave_on_apple(program: Program) -> None:
+    largest = largest_groups()
+    assert largest.keys() == ALL.keys()
+    assert max(largest.values()) == 1024
+    beyond = {
+        name: r.registers
+        for name, r in program.resources.items()
+        if r.registers * largest[name] > APPLE_REGISTERS
+    }
+    assert beyond.keys() == BEYOND.keys()
+    assert all(registers <= BEYOND[name] for name, registers in beyond.items())
+
+
+@needs_nvrtc
+def test_plans_are_for_as_many_threads_as_registers_allow(program: Program) -> None:
+    """As csrc/gpu/metal.cpp asks its pipelines."""
+    problem = Problem("normalize", (1, 2, 1024 * 4 * 8, 1), "float16")
+    (fused,) = problem.plan().dispatches
+    assert fused.threads == 1024
+    assert program.resources[fused.host_name].most_threads == 768
+    smaller = plan_within(program, problem)
+    assert smaller.kernels != ["fused_normalize"]
+    assert all(d.threads <= 768 for d in smaller.dispatches)
+    (fitting,) = plan_within(program, replace(problem, geometry=(1, 2, 768 * 4 * 8, 1))).dispatches
+    assert (fitting.kernel, fitting.threads) == ("fused_normalize", 768)
+
+
+@pytest.mark.parametrize(
+    ("registers", "threads"),
+    [(16, 1024), (64, 1024), (65, 896), (72, 896), (80, 768), (96, 640), (128, 512), (255, 256)],
+)
+def test_threads_that_registers_allow(registers: int, threads: int) -> None:
+    """The numbers of NVIDIA's occupancy tables for compute capability 9.0."""
+    assert Resources(registers, 0, 0, 0).most_threads == threads
+
+
+def test_messages_of_the_compiler() -> None:
+    log = """ptxas info    : 0 bytes gmem
+ptxas info    : Compiling entry function 'f' for 'sm_90'
+ptxas info    : Function properties for f
+    400 bytes stack frame, 12 bytes spill stores, 16 bytes spill loads
+ptxas info    : Used 34 registers, used 1 barriers, 400 bytes cumulative stack size, 4096 bytes smem
+ptxas info    : Compiling entry function 'g' for 'sm_90'
+ptxas info    : Function properties for g
+    0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads
+ptxas info    : Used 8 registers, used 0 barriers
+"""
+    assert read_resources(log) == {"f": Resources(34, 400, 28, 4096), "g": Resources(8, 0, 0, 0)}
+
+
+SPILLS = """
+#include <metal_stdlib>
+using namespace metal;
+[[kernel]] void f(const device float* x [[buffer(0)]], device float* y [[buffer(1)]],
+                  uint i [[thread_position_in_grid]]) {
+  threadgroup float shared[64];
+  float v[100];
+  for (int k = 0; k < 100; ++k) v[k] = x[100 * i + k];
+  for (int k = 0; k < 100; ++k) y[100 * i + k] = v[int(v[k])];
+  shared[i] = v[3];
+  threadgroup_barrier(mem_flags::mem_threadgroup);
+  y[i] = shared[63 - i];
+}
+"""
+
+
+@needs_nvrtc
+def test_memory_of_a_thread_is_noticed() -> None:
+    found = compile_program(SPILLS, []).resources["f"]
+    assert (found.stack_bytes, found.shared_bytes) == (400, 256)
+    found = compile_program(SPILLS.replace("v[int(v[k])]", "v[k]"), [], registers=24).resources["f"]
+    assert found.registers <= 24
+
+
+@needs_nvrtc
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        ("bfloat b = 1.0f;", "no suitable constructor"),
+        ("bfloat b = bfloat(1.0f); b = b * 2.0f;", "no operator|no suitable"),
+        ("simd_sum(1l);", "this type"),
+        ("undeclared();", "undeclared"),
+    ],
+)
+def test_what_does_not_compile(body: str, message: str) -> None:
+    source = f"""#include <metal_stdlib>
+using namespace metal;
+[[kernel]] void f(device float* y [[buffer(0)]]) {{ {body} }}
+"""
+    with pytest.raises(CompileError, match=message):
+        compile_program(source, [])
+
+
+# ---- The source ----------------------------------------------------------------------------------
+
+
+def test_only_declarations_change() -> None:
+    source = """enum Index { kA = 3, kB, kC = 7 };
+constant float table[2] = {1.0f, 2.0f};
+template <typename T>
+[[kernel]] void f(constant uint& n [[buffer(kB)]], const device T* x [[buffer(kA)]],
+                  device T* y [[buffer(kC)]], uint i [[thread_position_in_grid]]) {
+  threadgroup T values[4], more;  // of all threads
+  threadgroup T* here = values;
+}
+"""
+    found = translate(
+        source, ['template [[host_name("f_float")]] [[kernel]] decltype(f<float>) f<float>;']
+    )
+    assert "__constant__ float table[2]" in found.text
+    assert "__shared__ T values[4], more;" in found.text
+    assert "threadgroup T* here" in found.text
+    assert "host_name" not in found.text
+    assert [(p.name, p.index, p.by_value, p.read_only) for p in found.kernels["f_float"]] == [
+        ("n", 4, True, True),
+        ("x", 3, False, True),
+        ("y", 7, False, False),
+    ]
+    assert "f<float>(n, x, y, cuda_twin::position_in_grid());" in found.text
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ("constant bool b [[function_constant(0)]];", "function constants"),
+        ("kernel void f(threadgroup float* s [[threadgroup(0)]]) {}", "only buffers"),
+        ("kernel void f(device float& x [[buffer(0)]]) {}", "reference to device memory"),
+    ],
+)
+def test_what_the_twin_does_not_have(source: str, message: str) -> None:
+    with pytest.raises(SourceError, match=message):
+        translate(source, [])
+
+
+def test_enumerators() -> None:
+    assert enumerators("enum A { x = 2, y, z = 9, }; enum : uint { u }; enum { s = T::n };") == {
+        "x": 2,
+        "y": 3,
+        "z": 9,
+        "u": 0,
+    }
+    shared = enumerators(re.sub(r"//[^\n]*", "", _ext.shader_source))
+    assert shared["kX"] == 1
+    assert shared["kEntries"] == LIMITS["kEntries"]
+
+
+# ---- Running, on the host or on a GPU ------------------------------------------------------------
+
+
+def struct_bytes() -> dict[str, int]:
+    return {d.host_name: len(d.parameter_bytes) for p in whole_table() for d in p.plan().dispatches}
+
+
+@pytest.fixture(scope="module")
+def host(program: Program) -> HostDriver:
+    return HostDriver(program, shaders(), struct_bytes())
+
+
+@pytest.fixture(scope="module")
+def on_host(program: Program, host: HostDriver) -> Twin:
+    return Twin(Device(host), program)
+
+
+@pytest.fixture(scope="module")
+def gpu() -> Device:
+    try:
+        return Device()
+    except DeviceError as error:
+        pytest.skip(f"no NVIDIA GPU: {error}")
+
+
+@pytest.fixture(scope="module")
+def on_gpu(gpu: Device) -> Twin:
+    return Twin(gpu, shader_program(gpu.architecture))
+
+
+@needs_nvrtc
+def test_every_kernel_gets_its_arguments(on_host: Twin, host: HostDriver) -> None:
+    host.calls.clear()
+    for problem in whole_table():
+        solve_on_device(on_host, problem)
+    assert {call[1] for call in host.calls if call[0] == "cuLaunchKernel"} == ALL.keys()
+    assert not host.memory, "memory that was not freed"
+
+
+@needs_nvrtc
+@pytest.mark.parametrize("problem", SOME, ids=str)
+def test_plans_run_one_dispatch_at_a_time(on_host: Twin, problem: Problem) -> None:
+    solve(on_host, problem)
+
+
+@needs_nvrtc
+def test_grid_and_group(on_host: Twin, host: HostDriver) -> None:
+    problem = SOME[2]
+    host.calls.clear()
+    run_example(on_host, problem)
+    launched = [call[1:] for call in host.calls if call[0] == "cuLaunchKernel"]
+    assert launched == [
+        (d.host_name, (d.groups, 1, 1), d.threads) for d in problem.plan().dispatches
+    ]
+
+
+@needs_nvrtc
+@pytest.mark.parametrize("aligned", [True, False])
+def test_arrays_begin_where_they_do_on_the_host(
+    on_host: Twin, host: HostDriver, aligned: bool
+) -> None:
+    problem = replace(SOME[3], aligned=aligned)
+    for solved in (solve, solve_on_device):
+        host.offsets.clear()
+        solved(on_host, problem)
+        off = {name for name, offset in host.offsets if offset != 0}
+        assert off == (set() if aligned else {"x", "y"})
+
+
+@needs_nvrtc
+def test_out_may_be_an_input(on_host: Twin) -> None:
+    problem = SOME[0]
+    example = Example(problem)
+    apart, together = example.arrays(), example.arrays()
+    together["out"] = together["x"]
+    for arrays in (apart, together):
+        run_plan(on_host, problem.plan(), arrays)
+    np.testing.assert_array_equal(together["out"].ravel(), apart["out"].ravel())
+
+
+@needs_nvrtc
+@pytest.mark.parametrize("threads", [0, 33, 1024])
+def test_groups_that_the_twin_does_not_run(on_host: Twin, threads: int) -> None:
+    problem = Problem("normalize", (1, 2, 1024 * 4 * 8, 1), "float16")
+    (d,) = problem.plan().dispatches
+    with pytest.raises(DeviceError, match="multiple of 32 threads up to 768"):
+        on_host.launch(d.host_name, {}, {}, (d.groups, 1, 1), (threads, 1, 1))
+
+
+@needs_nvrtc
+def test_times_are_between_events_after_a_flush(on_host: Twin, host: HostDriver) -> None:
+    device = on_host.device
+    flush = Memory(device, 64)
+    host.calls.clear()
+    steps: list[int] = []
+    times = device.times(lambda: steps.append(len(host.calls)), 3, flush)
+    assert len(times) == 3
+    assert len(steps) == 4, "one to warm up, three that are timed"
+    names = [call[0] for call in host.calls]
+    assert names[:3] == ["cuMemsetD8Async", "cuEventRecord", "cuEventRecord"]
+    assert names.count("cuEventDestroy") == 6
+
+
+@pytest.mark.parametrize("reason", ["no GPU", "an error"])
+def test_without_a_gpu_the_reason_is_given(reason: str) -> None:
+    class Broken(HostDriver):
+        def cuDeviceGetCount(self) -> tuple[int, int]:  # noqa: N802
+            return (0, 0) if reason == "no GPU" else (100, 0)
+
+    with pytest.raises(DeviceError, match=r"has no GPU|cuDeviceGetCount: 100"):
+        Device(Broken(Program(b"", {}, {}), None, {}))  # type: ignore[arg-type]
+
+
+def test_tuning_changes_the_plan() -> None:
+    problem = Problem("moments", (1, 1, 100_000, 64))
+    (split, _) = problem.plan().dispatches
+    (less, _) = problem.plan({"enough_groups": 8}).dispatches
+    assert less.groups == 8 < split.groups
+    assert problem.plan({"sweep_threads": 128}).dispatches[0].threads == 128
+
+
+@pytest.mark.parametrize(
+    ("tuning", "message"),
+    [
+        ({"groups": 1}, "must name constants .* but got 'groups'"),
+        ({"sweep_threads": 512}, "power of two from 32 to 256 but got 512"),
+        ({"sweep_threads": 96}, "power of two from 32 to 256 but got 96"),
+        ({"least_run": 8}, "power of two from 16 to 512 but got 8"),
+        ({"least_vectors": 0}, "positive least_vectors but got 0"),
+    ],
+)
+def test_tuning_that_no_plan_can_have(tuning: Mapping[str, int], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        SOME[0].plan(tuning)
+
+
+@given(problems(most_elements=3_000))
+def test_tuned_plans_are_right(problem: Problem) -> None:
+    tuning = {"sweep_threads": 64, "enough_groups": 8, "least_vectors": 2, "apply_vectors": 1}
+    tuning |= {"least_run": 128, "fused_forward_threads": 96, "fused_backward_threads": 64}
+    example = Example(problem)
+    arrays = example.arrays()
+    run_plan(shaders(), problem.plan(tuning), arrays)
+    example.check(arrays)
+
+
+# ---- On a GPU ------------------------------------------------------------------------------------
+
+
+@needs_nvrtc
+def test_every_kernel_is_right_on_a_gpu(on_gpu: Twin) -> None:
+    for problem in whole_table() + full_groups():
+        solve(on_gpu, problem)
+        solve_on_device(on_gpu, problem)
+
+
+@needs_nvrtc
+@pytest.mark.parametrize("problem", SOME, ids=str)
+def test_the_same_bits_again_on_a_gpu(on_gpu: Twin, problem: Problem) -> None:
+    """No result depends on the order in which threads come."""
+    example = Example(problem)
+    results = []
+    for _ in range(10):
+        arrays = example.arrays()
+        run_plan(on_gpu, on_gpu.plan(problem), arrays)
+        example.check(arrays)
+        results.append({name: arrays[name].tobytes() for name in example.truth})
+    assert all(result == results[0] for result in results)
+
+
+@needs_nvrtc
+def test_denormals_make_no_difference_on_a_gpu(gpu: Device) -> None:
+    twin = Twin(gpu, shader_program(gpu.architecture, flush_denormals=False))
+    for problem in SOME:
+        solve(twin, problem)
+
+
+# ---- The stand-in --------------------------------------------------------------------------------
+
+
+def standin_source(root: Any) -> str:
+    return (root / STANDIN).read_text()
+
+
+@pytest.fixture(scope="module", params=["on the host", "on a GPU"])
+def standin(request: pytest.FixtureRequest) -> Twin:
+    """The kernels of standin.metal: in the simulator by way of the host's driver, or on a GPU."""
+    source = standin_source(request.config.rootpath)
+    if request.param == "on a GPU":
+        gpu = request.getfixturevalue("gpu")
+        return Twin(gpu, compile_program(source, [], architecture=gpu.architecture))
+    program = compile_program(source, [])
+    sizes = {"narrow": 4, "reverse": 8}
+    return Twin(Device(HostDriver(program, compile_library(source), sizes)), program)
+
+
+def dispatch(twin: Twin, kernel: str, threads: int, groups: int, out: Array, **more: Any) -> Array:
+    buffers = more.pop("buffers")
+    indices = [p.index for p in twin.program.kernels[kernel] if not p.by_value]
+    named = dict(zip(indices, [*buffers, out], strict=True))
+    twin.dispatch(
+        kernel,
+        named,
+        grid=(groups, 1, 1),
+        group=(threads, 1, 1),
+        writable={indices[-1]},
+        constants=more.pop("constants", {}),
+    )
+    return out
+
+
+@needs_nvrtc
+def test_narrow_types(standin: Twin) -> None:
+    rng = np.random.default_rng(0)
+    x = np.concatenate(
+        [
+            rng.normal(size=96),
+            2.0 ** rng.uniform(-14, 15, 64),
+            [0.0, -0.0, 65504, 65520, 1 + 2**-11, 1 + 3 * 2**-11, 1 + 2**-8, 1 + 3 * 2**-8],
+        ]
+    ).astype(np.float32)
+    out = np.zeros((6, x.size), np.float32)
+    size = np.uint32(x.size).tobytes()
+    dispatch(standin, "narrow", 64, 3, out, buffers=[x], constants={2: size})
+
+    def bfloat(v: Array) -> Array:
+        bits = v.astype(np.float32).view(np.uint32).astype(np.uint64)
+        rounded = (bits + 0x7FFF + (bits >> np.uint64(16) & np.uint64(1))) >> np.uint64(16)
+        return (rounded.astype(np.uint32) << np.uint32(16)).view(np.float32)
+
+    with np.errstate(over="ignore"):
+        h = x.astype(np.float16)
+        b = bfloat(x)
+        np.testing.assert_array_equal(out[0], h.astype(np.float32))
+        np.testing.assert_array_equal(out[1], b)
+        np.testing.assert_array_equal(out[4], -h.astype(np.float32))
+        np.testing.assert_array_equal(out[5], h.astype(np.float32) + x)
+        np.testing.assert_array_equal(out[2], (h * h).astype(np.float32))
+    np.testing.assert_array_equal(out[3], bfloat(b * b))
+
+
+@needs_nvrtc
+def test_lanes(standin: Twin) -> None:
+    x = np.arange(32, dtype=np.float32) - 3
+    out = np.zeros((14, 32), np.float32)
+    dispatch(standin, "lanes", 32, 1, out, buffers=[x])
+    lane = np.arange(32)
+    expected = [
+        np.full(32, x.sum()),
+        np.full(32, x.max()),
+        np.full(32, x.min()),
+        np.full(32, x[5]),
+        np.full(32, x[0]),
+        x[::-1],
+        x[lane ^ 3],
+        x[np.where(lane + 7 < 32, lane + 7, lane)],
+        x[np.where(lane >= 7, lane - 7, lane)],
+        x[(lane + 7) % 32],
+        x[(lane - 7) % 32],
+        x[lane ^ 3],
+        np.ones(32),
+        np.zeros(32),
+    ]
+    np.testing.assert_array_equal(out, np.array(expected, np.float32))
+
+
+@needs_nvrtc
+def test_threadgroup_memory_and_structs_by_value(standin: Twin) -> None:
+    x = np.arange(3 * 256, dtype=np.float32)
+    out = np.zeros_like(x)
+    constants = {0: np.array([2, 0.5], np.float32).tobytes()}
+    dispatch(standin, "reverse", 256, 3, out, buffers=[x], constants=constants)
+    expected = 2 * x.reshape(3, 256)[:, ::-1] + 0.5 + 3
+    np.testing.assert_array_equal(out, expected.ravel())
+
+
+@needs_nvrtc
+def test_vectors(standin: Twin) -> None:
+    rng = np.random.default_rng(1)
+    x = rng.normal(size=(64, 4)).astype(np.float32)
+    out = np.zeros_like(x)
+    dispatch(standin, "vectors", 64, 1, out, buffers=[x])
+    y = np.where(x < 0, -x, x * x + 1)
+    pair = 2 * x[:, [0, 3, 0, 3]]
+    expected = np.maximum(y, pair) + x.astype(np.float16).astype(np.float32) - np.sqrt(np.abs(x))
+    expected = expected + (x * x).sum(1, keepdims=True) / np.sqrt(1 + np.abs(x[:, 1:2]))
+    np.testing.assert_allclose(out, expected, rtol=1e-5, atol=1e-5)
