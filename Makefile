@@ -32,7 +32,7 @@ DIST ?= dist
 # What wheels are made of: this checkout, or an unpacked source distribution.
 SOURCE ?= .
 
-.PHONY: help build demo test bench lint format sdist wheels wheel-macos wheel-aarch64 try-mlx clean force
+.PHONY: help build demo test bench lint format sdist wheels wheel-macos wheel-aarch64 try-mlx cuda clean force
 .DEFAULT_GOAL := help
 
 help:
@@ -46,6 +46,7 @@ help:
 	@echo 'make wheels   build wheels for this Linux into dist/ PYTHONS="python3.12 python3.13"'
 	@echo 'make wheel-macos    wheels for macOS on arm64, on Linux; wheel-aarch64: for Linux on arm64'
 	@echo 'make try-mlx  run the tests with another MLX        MLX=0.32.2 NANOBIND=2.15.0'
+	@echo 'make cuda     check and time the shaders on an NVIDIA GPU   CUDA_PY=python3'
 	@echo 'make clean    remove whatever these targets made'
 	@echo 'PYTHON=python3.12 chooses the interpreter of $(VENV); WERROR=ON makes C++ warnings errors.'
 
@@ -154,6 +155,18 @@ try-mlx: $(VENV)/requirements.stamp
 	@sed -i.orig -e 's/^  "\(mlx\|mlx-cpu\)==[0-9.]*/  "\1==$(MLX)/' \
 		-e 's/^  "nanobind==[0-9.]*/  "nanobind==$(NANOBIND)/' $(TRIED)/pyproject.toml
 	$(MAKE) -C $(TRIED) test PYTEST_ARGS='$(TRY_ARGS)'
+# CUDA_PY is an interpreter that has all that tests/cuda_twin/README.md asks for; without one that of
+# .venv, into which torch is installed if it can be.
+CUDA_PYTHON = PYTHONPATH=tests $(or $(CUDA_PY),$(PY))
+CUDA_RESULTS := build/cuda
+cuda: $(if $(CUDA_PY),,build)
+	@$(CUDA_PYTHON) -c 'import torch' 2> /dev/null || $(CUDA_PYTHON) -m pip install --quiet torch \
+		|| echo 'torch is not there and cannot be installed: the shaders are timed beside a copy alone.'
+	@mkdir -p $(CUDA_RESULTS)
+	$(CUDA_PYTHON) -m cuda_twin check
+	$(CUDA_PYTHON) -m cuda_twin sanitize --quick --if-present
+	$(CUDA_PYTHON) bench/cuda_bandwidth.py --json $(CUDA_RESULTS)/bandwidth.json \
+		--markdown $(CUDA_RESULTS)/bandwidth.md --plot $(CUDA_RESULTS)/bandwidth.png $(BENCH_ARGS)
 
 clean:
 	rm -rf $(VENV) build dist $(GENERATED) .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -12,10 +12,15 @@ import re
 import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
+import cuda_bandwidth
+import cuda_twin.__main__
 import numpy as np
 import pytest
+from cuda_bandwidth import KINDS, MODES, Case, Row
+from cuda_twin.__main__ import check_all, resources_table
 from cuda_twin.cases import solve, solve_on_device
 from cuda_twin.compiler import (
     CompileError,
@@ -46,6 +51,7 @@ from plans import (
 )
 from simulator import compile_library
 from simulator.source import SourceError
+from walks import SECOND_PASS
 
 ALL = dict(_ext.shader_kernels())
 STANDIN = "tests/cuda_twin/standin.metal"
@@ -97,6 +103,25 @@ def test_threadgroup_memory(program: Program) -> None:
     }
     for name, resources in program.resources.items():
         assert resources.shared_bytes == expected.get(function_of(name), 0), name
+
+
+@needs_nvrtc
+def test_vectors_move_as_vectors(program: Program) -> None:
+    """In the second pass every store is one of 16 bytes, but for the edge of a row."""
+    seen = set()
+    for match in re.finditer(r"\.entry (\w+)\((.*?)(?=\.entry|\Z)", program.ptx, re.S):
+        name, body = match.groups()
+        whole, single = (
+            len(re.findall(rf"st\.global\.(?:wb\.)?{k}", body)) for k in ("v4", "[ubf]")
+        )
+        if function_of(name) in SECOND_PASS:
+            seen.add(name)
+            vectors = not re.search("_1_(Columns|Rows)$", name)
+            assert (whole > 0) == vectors, name
+            assert ("ld.global.v4" in body) == vectors, name
+            if vectors:
+                assert single == name.endswith("_Rows"), name
+    assert seen == {name for name in ALL if function_of(name) in SECOND_PASS}
 
 
 def function_of(host_name: str) -> str:
@@ -400,6 +425,42 @@ def test_times_are_between_events_after_a_flush(on_host: Twin, host: HostDriver)
     assert names.count("cuEventDestroy") == 6
 
 
+@needs_nvrtc
+def test_wrong_results_are_counted(program: Program, on_host: Twin) -> None:
+    class Lazy(HostDriver):
+        def cuLaunchKernel(self, kernel: str, *more: Any) -> tuple[int]:  # noqa: N802
+            return (0,) if kernel.startswith("moments") else super().cuLaunchKernel(kernel, *more)
+
+    lines: list[str] = []
+    assert check_all(on_host, SOME, lines.append) == 0
+    assert lines == ["11 of 11 problems are right on the host"]
+    lazy = Twin(Device(Lazy(program, shaders(), struct_bytes())), program)
+    wanting = [p for p in SOME if {"moments", "moments_gradient"} & set(p.plan().kernels)]
+    assert check_all(lazy, SOME, lines.append) == len(wanting) > 0
+    assert f"{len(SOME) - len(wanting)} of 11 problems" in lines[-1]
+
+
+@needs_nvrtc
+def test_table_of_resources(program: Program) -> None:
+    lines = resources_table(program).splitlines()
+    assert len(lines) == 2 + len(ALL)
+    r = program.resources["merge_sums"]
+    assert f"| `merge_sums` | {r.registers} | 0 | 0 | 2048 | 1024 |" in lines
+
+
+@needs_nvrtc
+@pytest.mark.parametrize("command", ["check", "sanitize"])
+def test_commands_say_that_there_is_no_gpu(
+    command: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(self: Device) -> None:
+        raise DeviceError("no NVIDIA driver: none")
+
+    monkeypatch.setattr(Device, "__init__", fail)
+    assert cuda_twin.__main__.main([command]) == 2
+    assert "Not run: no NVIDIA driver: none." in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("reason", ["no GPU", "an error"])
 def test_without_a_gpu_the_reason_is_given(reason: str) -> None:
     class Broken(HostDriver):
@@ -407,7 +468,7 @@ def test_without_a_gpu_the_reason_is_given(reason: str) -> None:
             return (0, 0) if reason == "no GPU" else (100, 0)
 
     with pytest.raises(DeviceError, match=r"has no GPU|cuDeviceGetCount: 100"):
-        Device(Broken(Program(b"", {}, {}), None, {}))  # type: ignore[arg-type]
+        Device(Broken(Program(b"", "", {}, {}), None, {}))  # type: ignore[arg-type]
 
 
 def test_tuning_changes_the_plan() -> None:
@@ -454,17 +515,17 @@ def test_every_kernel_is_right_on_a_gpu(on_gpu: Twin) -> None:
 
 
 @needs_nvrtc
-@pytest.mark.parametrize("problem", SOME, ids=str)
-def test_the_same_bits_again_on_a_gpu(on_gpu: Twin, problem: Problem) -> None:
+def test_the_same_bits_again_on_a_gpu(on_gpu: Twin) -> None:
     """No result depends on the order in which threads come."""
-    example = Example(problem)
-    results = []
-    for _ in range(10):
-        arrays = example.arrays()
-        run_plan(on_gpu, on_gpu.plan(problem), arrays)
-        example.check(arrays)
-        results.append({name: arrays[name].tobytes() for name in example.truth})
-    assert all(result == results[0] for result in results)
+    for problem in SOME:
+        example = Example(problem)
+        results = []
+        for _ in range(10):
+            arrays = example.arrays()
+            run_plan(on_gpu, on_gpu.plan(problem), arrays)
+            example.check(arrays)
+            results.append({name: arrays[name].tobytes() for name in example.truth})
+        assert all(result == results[0] for result in results), problem
 
 
 @needs_nvrtc
@@ -474,17 +535,94 @@ def test_denormals_make_no_difference_on_a_gpu(gpu: Device) -> None:
         solve(twin, problem)
 
 
+# ---- Bandwidth -----------------------------------------------------------------------------------
+
+
+def test_bytes_that_bandwidth_is_made_of() -> None:
+    """Readings and writings of arrays the size of x, as the simulator counts them."""
+    for case in small_cases():
+        traffic = run_example(shaders(instrumented=True), case.problem)
+        moved = sum(
+            t.read + t.written
+            for of_dispatch in traffic
+            for name, t in of_dispatch.items()
+            if name in ("x", "g", "out")
+        )
+        assert moved == cuda_bandwidth.passes(case.problem.plan()) * case.nbytes, case
+
+
+def small_cases() -> list[Case]:
+    """Of each plan that is measured, at a size for the simulator."""
+    found = [
+        replace(case, images=3, side=side, channels=8)
+        for case in cuda_bandwidth.cases([1], DTYPES, MODES, KINDS)
+        for side in (8, 72)
+    ]
+    assert {len(case.problem.plan().dispatches) for case in found} == {1, 2, 3, 4}
+    return found
+
+
+@needs_nvrtc
+def test_measurement(on_host: Twin, host: HostDriver) -> None:
+    """With the host's driver: the time between two of its events is the number of the second."""
+    flush = Memory(on_host.device, 64)
+    for case in small_cases():
+        rows = cuda_bandwidth.measure(
+            on_host, case, torch=None, repetitions=3, flush=flush, tuning={}
+        )
+        assert [row.contestant for row in rows] == ["copy", "shaders"]
+        copy, ours = rows
+        moved = cuda_bandwidth.passes(case.problem.plan()) / 2
+        assert ours.share == pytest.approx(moved * copy.milliseconds / ours.milliseconds)
+        assert ours.kernels.split() == case.problem.plan().kernels
+    assert len(host.memory) == 1, "memory that was not freed"
+
+
+def a_row(contestant: str, milliseconds: float, share: float, **of_case: Any) -> Row:
+    case = Case("instance", "forward", "channels last", "float32", 256, **of_case)
+    return Row(case, contestant, case.nbytes, milliseconds, share)
+
+
+def test_targets_that_are_missed() -> None:
+    reached = [a_row("shaders", 1.0, 0.86), a_row("torch", 1.4, 0.6)]
+    assert cuda_bandwidth.missed(reached) == []
+    slow = [a_row("shaders", 1.0, 0.84), a_row("torch", 1.2, 0.7)]
+    assert [line.split(": ")[1] for line in cuda_bandwidth.missed(slow)] == [
+        "84% of the copy, not 85%",
+        "1.20 times as fast as torch, not 1.3",
+    ]
+    small = [a_row("shaders", 1.3, 0.1, side=4), a_row("torch", 1.0, 0.1, side=4)]
+    assert len(cuda_bandwidth.missed(small)) == 1
+
+
+def test_results_are_written(tmp_path: Path) -> None:
+    rows = [a_row("copy", 0.5, 1.0), a_row("shaders", 1.0, 0.86), a_row("torch", 1.4, 0.6)]
+    table = cuda_bandwidth.markdown(rows)
+    assert (
+        "| instance forward, channels last, float32 | 256 | 0.500 (100%) | 1.000 (86%) |" in table
+    )
+    cuda_bandwidth.plot(rows, "a GPU", tmp_path / "plot.png")
+    assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_nothing_is_measured_without_a_gpu(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(self: Device) -> None:
+        raise DeviceError("cuda-bindings is not installed")
+
+    monkeypatch.setattr(Device, "__init__", fail)
+    assert cuda_bandwidth.main(["--quick"]) == 1
+    assert "Nothing to measure: cuda-bindings is not installed." in capsys.readouterr().err
+
+
 # ---- The stand-in --------------------------------------------------------------------------------
-
-
-def standin_source(root: Any) -> str:
-    return (root / STANDIN).read_text()
 
 
 @pytest.fixture(scope="module", params=["on the host", "on a GPU"])
 def standin(request: pytest.FixtureRequest) -> Twin:
     """The kernels of standin.metal: in the simulator by way of the host's driver, or on a GPU."""
-    source = standin_source(request.config.rootpath)
+    source = (request.config.rootpath / STANDIN).read_text()
     if request.param == "on a GPU":
         gpu = request.getfixturevalue("gpu")
         return Twin(gpu, compile_program(source, [], architecture=gpu.architecture))

@@ -71,6 +71,7 @@ class Program:
     """Compiled kernels, ready to be loaded."""
 
     cubin: bytes
+    ptx: str  # what the cubin was assembled from
     resources: dict[str, Resources]
     kernels: dict[str, tuple[Parameter, ...]]
 
@@ -95,8 +96,11 @@ def compile_program(
         f"--ftz={'true' if flush_denormals else 'false'}",
         *(f"--include-path={directory}" for directory in INCLUDE),
     ]
-    cubin, log = _compile(translation.text, options)
-    return Program(cubin, read_resources(log), translation.kernels)
+    cubin, ptx, log = _compile(translation.text, options)
+    resources = read_resources(log)
+    if resources.keys() != translation.kernels.keys():
+        raise CompileError(f"the compiler does not say what each kernel takes:\n{log}")
+    return Program(cubin, ptx, resources, translation.kernels)
 
 
 def read_resources(log: str) -> dict[str, Resources]:
@@ -113,8 +117,8 @@ def read_resources(log: str) -> dict[str, Resources]:
     return found
 
 
-def _compile(text: str, options: Sequence[str]) -> tuple[bytes, str]:
-    """The cubin of CUDA C++ and the compiler's messages."""
+def _compile(text: str, options: Sequence[str]) -> tuple[bytes, str, str]:
+    """The cubin of CUDA C++, its PTX, and the compiler's messages."""
     from cuda.bindings import nvrtc
 
     def checked(answer: tuple[Any, ...]) -> Any:
@@ -135,6 +139,8 @@ def _compile(text: str, options: Sequence[str]) -> tuple[bytes, str]:
         checked(nvrtc.nvrtcCompileProgram(program, len(encoded), encoded))
         cubin = bytes(checked(nvrtc.nvrtcGetCUBINSize(program)))
         checked(nvrtc.nvrtcGetCUBIN(program, cubin))
-        return cubin, log()
+        ptx = bytes(checked(nvrtc.nvrtcGetPTXSize(program)))
+        checked(nvrtc.nvrtcGetPTX(program, ptx))
+        return cubin, ptx.rstrip(b"\0").decode(), log()
     finally:
         nvrtc.nvrtcDestroyProgram(program)

@@ -12,6 +12,7 @@ dispatch to the last, temporary memory is not initialised.
 
 from __future__ import annotations
 
+import importlib
 import statistics
 import weakref
 from collections.abc import Callable, Mapping, Sequence
@@ -34,6 +35,13 @@ class DeviceError(RuntimeError):
     """The driver refused, or a dispatch is not one that the twin can run."""
 
 
+def _driver() -> Any:
+    try:
+        return importlib.import_module("cuda.bindings.driver")
+    except ImportError as error:
+        raise DeviceError("cuda-bindings is not installed") from error
+
+
 class Memory:
     """Memory on the GPU, freed with this object. ``address`` may lie within an allocation."""
 
@@ -44,12 +52,12 @@ class Memory:
         self._device = device
         self.free = weakref.finalize(self, device.call, "cuMemFree", allocated)
 
-    def write(self, values: Array) -> Memory:
-        """Copies values here, and returns this."""
-        assert values.nbytes == self.nbytes
+    def write(self, values: Array, start: int = 0) -> Memory:
+        """Copies values here, from the byte `start` on, and returns this."""
+        assert start + values.nbytes <= self.nbytes
         if values.nbytes:
             flat = np.ascontiguousarray(values)
-            self._device.call("cuMemcpyHtoD", self.address, flat.ctypes.data, flat.nbytes)
+            self._device.call("cuMemcpyHtoD", self.address + start, flat.ctypes.data, flat.nbytes)
         return self
 
     def read(self, values: Array) -> None:
@@ -67,12 +75,7 @@ class Device:
     """
 
     def __init__(self, driver: Any = None) -> None:
-        if driver is None:
-            try:
-                from cuda.bindings import driver
-            except ImportError as error:
-                raise DeviceError("cuda-bindings is not installed") from error
-        self._driver = driver
+        self._driver = driver or _driver()
         try:
             self.call("cuInit", 0)
         except DeviceError:

@@ -159,7 +159,7 @@ class HostDriver:
                 continue
             address = ctypes.c_uint64.from_address(place).value
             raw = (ctypes.c_uint8 * self.bytes_from(address)).from_address(address)
-            buffers[parameter.index] = np.frombuffer(raw, np.uint8)
+            buffers[parameter.index] = np.ctypeslib.as_array(raw)
             self.offsets.add((parameter.name, address % 16))
             if not parameter.read_only:
                 writable.add(parameter.index)

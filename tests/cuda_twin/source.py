@@ -2,7 +2,8 @@
 
 The kernels' code stays as it is written. Changed are only words that CUDA lacks: ``threadgroup``
 in front of a variable becomes ``__shared__``, ``constant`` in front of one ``__constant__``, the
-pragma that unrolls a loop gets NVRTC's name, and ``template [[host_name("...")]] [[kernel]] ...;``
+pragma that unrolls a loop gets NVRTC's name, ``(device uint4*)`` names a type that is written 16
+bytes at once, and ``template [[host_name("...")]] [[kernel]] ...;``
 is taken out. For each kernel a ``__global__`` function of its host name is added that calls it:
 the buffers are its parameters, in the order in which the kernel declares them, references by value.
 """
@@ -125,6 +126,7 @@ def translate(
     ``registers``: what a thread may use at most, if not as many as the compiler wants.
     """
     plain = re.sub(r"//[^\n]*", "", source).replace(UNROLL, '_Pragma("unroll")')
+    plain = plain.replace("((device uint4*)", "((cuda_twin::Device16*)")
     reader = CudaReader("\n".join([plain, *instantiations]))
     kernels = reader.kernels()
     names = enumerators(plain)

@@ -2,7 +2,8 @@
 // vectors and mathematics.
 //
 // The includer defines the types half, bfloat, uint, ushort and those of <stdint.h>; STANDIN_CONSTANT,
-// the address space of a constexpr variable; STANDIN_BUILTIN(sqrtf), a function of C's library; and
+// the address space of a constexpr variable; STANDIN_VECTOR_COPY(N), what a vector of N elements copies
+// itself with, if not what it would have anyway; STANDIN_BUILTIN(sqrtf), a function of C's library; and
 // STANDIN_IS_CONVERTIBLE, the compiler's trait.
 
 #pragma once
@@ -146,20 +147,6 @@ STANDIN_FLOAT_LIMITS(bfloat, uint16_t, 0x0080, 0x7f7f, 0x3c00, 0x7f80, 0x7fc0)
 template <typename T, int N>
 struct vec;
 
-// Clang does not check the alignment of what it copies by itself.
-#ifdef SIMULATOR_INSTRUMENTED
-#define STANDIN_VECTOR_COPY(N)                     \
-  vec(const vec& v) {                              \
-    for (int i = 0; i < N; ++i) (&x)[i] = v[i];    \
-  }                                                \
-  vec& operator=(const vec& v) {                   \
-    for (int i = 0; i < N; ++i) (*this)[i] = v[i]; \
-    return *this;                                  \
-  }
-#else
-#define STANDIN_VECTOR_COPY(N)
-#endif
-
 #define STANDIN_VECTOR_MEMBERS(N)                               \
   STANDIN_VECTOR_COPY(N)                                        \
   vec() = default;                                              \
@@ -197,7 +184,6 @@ struct alignas(4 * sizeof(T)) vec<T, 4> {
   constexpr vec(vec<T, 3> v, T w) : x(v.x), y(v.y), z(v.z), w(w) {}
 };
 #undef STANDIN_VECTOR_MEMBERS
-#undef STANDIN_VECTOR_COPY
 
 // A function of one, two or three vectors, element by element.
 #define STANDIN_EACH(R, expression)                                   \

@@ -1,0 +1,14 @@
+"""Constants of the launch plan for NVIDIA's GPUs, where they differ from Apple's.
+
+By a part of the GPU's name, then as csrc/gpu/tuning.h calls them. Only what was measured on that
+GPU stands here (bench/cuda_bandwidth.py --tuning tries values out): so far nothing has been.
+"""
+
+from __future__ import annotations
+
+MEASURED: dict[str, dict[str, int]] = {}
+
+
+def tuning_of(gpu: str) -> dict[str, int]:
+    """The measured constants of a GPU, none if it is unknown."""
+    return next((tuning for name, tuning in MEASURED.items() if name in gpu), {})
