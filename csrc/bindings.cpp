@@ -71,6 +71,32 @@ NB_MODULE(_ext, m) {
       "x"_a, "axes"_a, "keepdims"_a = false, "stream"_a = nb::none());
 
   m.def(
+      "input_gradient",
+      [](const mx::array& x, const mx::array& g, const mx::array& mean, const mx::array& var,
+         const std::optional<mx::array>& weight, double eps, const mx::array& grad_mean,
+         const mx::array& grad_var, const std::string& caller, int axis) {
+        return mw::input_gradient(x, g, mean, var, weight, eps, grad_mean, grad_var, axis,
+                                  {caller});
+      },
+      "x"_a, "g"_a, "mean"_a, "var"_a, "weight"_a.none(), "eps"_a, "grad_mean"_a, "grad_var"_a,
+      "caller"_a, "axis"_a = -1);
+
+  m.def(
+      "rank_moments",
+      [](const mx::array& x, const std::string& caller, int axis, std::optional<int> channels) {
+        return mw::rank_moments(x, axis, {caller, channels});
+      },
+      "x"_a, "caller"_a, "axis"_a = -1, "channels"_a.none() = nb::none());
+
+  m.def(
+      "merge_ranks",
+      [](const mx::array& messages, int ranks, int rank, const std::string& caller) {
+        auto out = mw::merge_ranks(messages, ranks, rank, {caller});
+        return std::make_tuple(out.mean, out.var, out.count);
+      },
+      "messages"_a, "ranks"_a, "rank"_a, "caller"_a);
+
+  m.def(
       "backend", [](mx::StreamOrDevice s) { return mw::backend_name(mx::to_stream(s)); },
       "stream"_a = nb::none(), "What kernels run on, on this stream.");
   m.def("compose_everything", &mw::compose_everything, "always"_a,

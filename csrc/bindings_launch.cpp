@@ -38,8 +38,10 @@ nb::dict to_dict(const Sweep& s) {
   d["along"] = s.along;
   d["has_weight"] = s.has_weight;
   d["has_bias"] = s.has_bias;
+  d["has_sums"] = s.has_sums;
   d["count"] = s.count;
   d["eps"] = s.eps;
+  d["padding"] = s.padding;
   return d;
 }
 
@@ -84,11 +86,17 @@ Operation operation_of(const std::string& name) {
   if (name == "moments_gradient") {
     return Operation::moments_gradient;
   }
+  if (name == "partial_moments") {
+    return Operation::partial_moments;
+  }
   if (name == "normalize") {
     return Operation::normalize;
   }
   if (name == "normalize_gradient") {
     return Operation::normalize_gradient;
+  }
+  if (name == "input_gradient") {
+    return Operation::input_gradient;
   }
   throw std::invalid_argument("[launch_plan] no operation '" + name + "'.");
 }

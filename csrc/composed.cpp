@@ -57,6 +57,20 @@ std::pair<array, array> moments(const array& x, const std::vector<int>& axes, St
   return {mx::squeeze(mean, axes, s), var};
 }
 
+array partial_moments(const array& x, const std::vector<int>& axes, Stream s) {
+  array wide = widen(x, s);
+  array rounded = mx::mean(wide, axes, /* keepdims = */ true, s);
+  array from_rounded = mx::subtract(wide, rounded, s);
+  array tail = mx::mean(from_rounded, axes, true, s);
+  array m2 = mx::sum(mx::square(mx::subtract(from_rounded, tail, s), s), axes, true, s);
+  array count = mx::full(m2.shape(), constant(values_per_statistic(x, axes), m2), s);
+  array moments = mx::stack({count, rounded, tail, m2}, -1, s);
+  if (x.size() == 0) {  // the identity, in place of 0 / 0
+    moments = mx::zeros_like(moments, s);
+  }
+  return mx::squeeze(moments, axes, s);
+}
+
 array moments_gradient(const array& x, const array& mean, const array& grad_mean,
                        const array& grad_var, const std::vector<int>& axes, Stream s) {
   array centred = mx::subtract(widen(x, s), mx::expand_dims(mean, axes, s), s);
@@ -131,6 +145,35 @@ GivenGradients normalize_given_gradient(const array& x, const array& mean, const
   return {mx::astype(grad_x, x.dtype(), s), mx::astype(grad_mean, mean.dtype(), s),
           mx::astype(grad_var, var.dtype(), s), mx::astype(sum_gx, x.dtype(), s),
           mx::astype(sum_g, x.dtype(), s)};
+}
+
+std::pair<array, array> merge(const array& counts, const array& moments, Stream s) {
+  auto part = [&](int i) { return mx::take(moments, i, -1, s); };  // (ranks, C)
+  array total = mx::sum(counts, s);
+  array n = mx::expand_dims(counts, 1, s);
+  array share = mx::divide(n, total, s);
+  auto average = [&](const array& a) { return mx::sum(mx::multiply(share, a, s), 0, false, s); };
+
+  // About a rounded mean, so that the next step finds what the rounding has lost.
+  array rounded = average(part(1));
+  array offsets = mx::add(mx::subtract(part(1), rounded, s), part(2), s);
+  array offset = average(offsets);
+  array d = mx::subtract(offsets, offset, s);
+  array m2 = mx::sum(mx::add(part(3), mx::multiply(n, mx::square(d, s), s), s), 0, false, s);
+  return {mx::add(rounded, offset, s), mx::divide(m2, total, s)};
+}
+
+array input_gradient(const array& x, const array& mean, const array& var, const array& g,
+                     const array& grad_mean, const array& grad_var,
+                     const std::optional<array>& weight, double eps, int channel_axis, Stream s) {
+  array inverse = inverse_deviation(widen(var, s), eps, s);
+  array scale = weight ? mx::multiply(inverse, widen(*weight, s), s) : inverse;
+  array slope = mx::add(grad_var, grad_var, s);
+  array centred = mx::subtract(widen(x, s), along_channels(mean, x, channel_axis, s), s);
+  array through_mean = along_channels(grad_mean, x, channel_axis, s);
+  array through_var = mx::multiply(along_channels(slope, x, channel_axis, s), centred, s);
+  array direct = mx::multiply(widen(g, s), along_channels(scale, x, channel_axis, s), s);
+  return mx::astype(mx::add(direct, mx::add(through_mean, through_var, s), s), x.dtype(), s);
 }
 
 }  // namespace mlx_welford::composed

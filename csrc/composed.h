@@ -41,6 +41,9 @@ struct GivenGradients {
 /// mean = sum(x) / m,  var = sum((x - mean)^2) / m,  m = number of values reduced.
 std::pair<array, array> moments(const array& x, const std::vector<int>& axes, Stream s);
 
+/// (..., 4): m, mean rounded, mean less that, sum((x - mean)^2).
+array partial_moments(const array& x, const std::vector<int>& axes, Stream s);
+
 /// gx = (grad_mean + 2 * grad_var * (x - mean)) / m
 array moments_gradient(const array& x, const array& mean, const array& grad_mean,
                        const array& grad_var, const std::vector<int>& axes, Stream s);
@@ -64,5 +67,14 @@ array normalize_given(const array& x, const array& mean, const array& var,
 GivenGradients normalize_given_gradient(const array& x, const array& mean, const array& var,
                                         const array& g, const std::optional<array>& weight,
                                         double eps, int channel_axis, Stream s);
+
+/// Mean and variance of all values of ranks that have `counts` (ranks) values per statistic, and the
+/// partial moments (ranks, C, 4).
+std::pair<array, array> merge(const array& counts, const array& moments, Stream s);
+
+/// gx = rsqrt(var + eps) * weight * g + grad_mean + 2 * grad_var * (x - mean), vectors of shape (C).
+array input_gradient(const array& x, const array& mean, const array& var, const array& g,
+                     const array& grad_mean, const array& grad_var,
+                     const std::optional<array>& weight, double eps, int channel_axis, Stream s);
 
 }  // namespace mlx_welford::composed

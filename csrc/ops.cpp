@@ -172,6 +172,33 @@ Normalized normalize(const array& x_, const std::optional<array>& weight_,
   return {y, outputs[1], outputs[2]};
 }
 
+array input_gradient(const array& x, const array& g, const array& mean, const array& var,
+                     const std::optional<array>& weight, double eps, const array& grad_mean,
+                     const array& grad_var, int axis, const Caller& caller, mx::StreamOrDevice s_) {
+  const auto s = mx::to_stream(s_);
+  const int channel_axis = check_input(x, axis, Statistics::given, caller);
+  const Normalization n{Statistics::given, eps, channel_axis, weight.has_value(), false};
+  std::vector<array> inputs{x, mean, var, g, grad_mean, grad_var};
+  append(inputs, weight);
+  return outputs_of(std::make_shared<InputGradient>(s, n), inputs, {x.dtype()})[0];
+}
+
+array rank_moments(const array& x, int axis, const Caller& caller, mx::StreamOrDevice s) {
+  return message_of(x, check_input(x, axis, Statistics::of_batch, caller), mx::to_stream(s));
+}
+
+Merged merge_ranks(const array& messages, int ranks, int rank, const Caller& caller,
+                   mx::StreamOrDevice s_) {
+  auto s = mx::to_stream(s_);
+  if (s.device != mx::Device::cpu) {
+    s = mx::default_stream(mx::Device::cpu);
+  }
+  const mx::Dtype dtype = messages.dtype();
+  auto outputs = outputs_of(std::make_shared<MergeRanks>(s, ranks, rank, caller.name), {messages},
+                            {dtype, dtype, dtype});
+  return {outputs[0], outputs[1], outputs[2]};
+}
+
 std::pair<array, array> moments(const array& x_, std::vector<int> axes, bool keepdims,
                                 const Caller& caller, mx::StreamOrDevice s_) {
   check_floating(x_, "input", caller);

@@ -45,6 +45,28 @@ Normalized normalize(const array& x, const std::optional<array>& weight,
                      const std::optional<array>& var, int axis, Statistics statistics,
                      const Caller& caller, mlx::core::StreamOrDevice s = {});
 
+/// The gradient of x of `normalize` with given statistics that x has a part in. `grad_mean` and
+/// `grad_var` (C) are their cotangents, divided by the number of values that they are of. All are of
+/// the dtypes that `normalize` has given them.
+array input_gradient(const array& x, const array& g, const array& mean, const array& var,
+                     const std::optional<array>& weight, double eps, const array& grad_mean,
+                     const array& grad_var, int axis, const Caller& caller,
+                     mlx::core::StreamOrDevice s = {});
+
+/// What a rank tells the others about its share x of a batch, (1 + C, 4).
+array rank_moments(const array& x, int axis, const Caller& caller,
+                   mlx::core::StreamOrDevice s = {});
+
+struct Merged {
+  array mean;   // (C)
+  array var;    // (C); biased
+  array count;  // (); values per channel
+};
+
+/// The moments of the whole batch from the messages of all ranks, (ranks * (1 + C), 4).
+Merged merge_ranks(const array& messages, int ranks, int rank, const Caller& caller,
+                   mlx::core::StreamOrDevice s = {});
+
 /// Mean and biased variance over `axes`, in float32.
 std::pair<array, array> moments(const array& x, std::vector<int> axes, bool keepdims,
                                 const Caller& caller, mlx::core::StreamOrDevice s = {});

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <cstring>
 #include <stdexcept>
 #include <string>
 #include <string_view>
@@ -112,10 +113,25 @@ bool known_contiguous(const array& a) {
 }  // namespace
 
 void compose_everything(bool always) { composing = always; }
+bool composes_everything() { return composing; }
 
-bool Composed::has_kernels(const Arrays& inputs) {
+bool Solved::has_kernels(const Arrays& inputs) {
   const array& x = inputs[0];
-  return !composing && x.size() > 0 && x.dtype() != mx::float64 && can_run(stream(), problem(x));
+  if (composing || x.dtype() == mx::float64) {
+    return false;
+  }
+  return x.size() > 0 ? can_run(stream(), problem(x)) : is_zero_if_empty();
+}
+
+void Solved::solve(const Arrays& inputs, Arrays& outputs) {
+  if (inputs[0].size() > 0) {
+    evaluate(inputs, outputs);
+    return;
+  }
+  for (array& output : outputs) {
+    allocate(output);
+    std::memset(output.data<char>(), 0, output.nbytes());
+  }
 }
 
 Arrays outputs_of(const std::shared_ptr<Composed>& primitive, const Arrays& inputs,
@@ -198,6 +214,34 @@ std::vector<mx::Shape> MomentsGradient::output_shapes(const Arrays& inputs) {
 
 bool MomentsGradient::is_equivalent(const Primitive& other) const {
   return axes_ == static_cast<const MomentsGradient&>(other).axes_;
+}
+
+Arrays PartialMoments::compose(const Arrays& inputs) {
+  return {composed::partial_moments(inputs[0], axes_, stream())};
+}
+
+Problem PartialMoments::problem(const array& x) const {
+  return {.operation = Operation::partial_moments,
+          .element = element_of(x.dtype()),
+          .geometry = geometry(x, axes_)};
+}
+
+void PartialMoments::evaluate(const Arrays& inputs, Arrays& outputs) {
+  allocate(outputs[0]);
+  BoundArrays arrays;
+  arrays.set(kX, inputs[0]);
+  arrays.set(kMoments, outputs[0]);
+  run(stream(), problem(inputs[0]), arrays);
+}
+
+std::vector<mx::Shape> PartialMoments::output_shapes(const Arrays& inputs) {
+  mx::Shape shape = kept_shape(inputs[0].shape(), axes_);
+  shape.push_back(4);
+  return {shape};
+}
+
+bool PartialMoments::is_equivalent(const Primitive& other) const {
+  return axes_ == static_cast<const PartialMoments&>(other).axes_;
 }
 
 // ---- Normalise ----------------------------------------------------------------------------------
@@ -411,6 +455,44 @@ std::vector<mx::Shape> NormalizeGradient::output_shapes(const Arrays& inputs) {
 bool NormalizeGradient::is_equivalent(const Primitive& other) const {
   const auto& that = static_cast<const NormalizeGradient&>(other);
   return n_ == that.n_ && wanted_ == that.wanted_;
+}
+
+Arrays InputGradient::compose(const Arrays& inputs) {
+  Reader in(inputs);
+  const array& x = in.next();
+  const array& mean = in.next();
+  const array& var = in.next();
+  const array& g = in.next();
+  const array& grad_mean = in.next();
+  const array& grad_var = in.next();
+  return {composed::input_gradient(x, mean, var, g, grad_mean, grad_var, in.next_if(n_.has_weight),
+                                   n_.eps, n_.channel_axis, stream())};
+}
+
+Problem InputGradient::problem(const array& x) const {
+  return n_.problem(Operation::input_gradient, x);
+}
+
+void InputGradient::evaluate(const Arrays& inputs, Arrays& outputs) {
+  allocate_or_donate(outputs[0], {&inputs[3], &inputs[0]});
+  Reader in(inputs);
+  BoundArrays arrays;
+  for (BufferIndex i : {kX, kMean, kVar, kG, kGradMean, kGradVar}) {
+    arrays.set(i, in.next());
+  }
+  if (n_.has_weight) {
+    arrays.set(kWeight, in.next());
+  }
+  arrays.set(kOut, outputs[0]);
+  run(stream(), problem(inputs[0]), arrays);
+}
+
+std::vector<mx::Shape> InputGradient::output_shapes(const Arrays& inputs) {
+  return {inputs[0].shape()};
+}
+
+bool InputGradient::is_equivalent(const Primitive& other) const {
+  return n_ == static_cast<const InputGradient&>(other).n_;
 }
 
 }  // namespace mlx_welford

@@ -1,12 +1,13 @@
 // The nodes that this library adds to MLX's graph.
 //
-// Each solves a problem with kernels (evaluate), and has a definition composed of MLX's operations
-// (compose), which serves forward-mode derivatives, vmap, the derivatives of a gradient, and
-// wherever no kernels run. Inputs are valid and of one dtype: ops.cpp sees to it.
+// Each is computed here (all but MergeRanks by the kernels of a backend), and has a definition
+// composed of MLX's operations (compose), which serves forward-mode derivatives, vmap, the
+// derivatives of a gradient, and wherever no kernels run. Inputs are valid and of one dtype: ops.cpp sees to it.
 // Statistics are float32, or float64 for float64.
 #pragma once
 
 #include <memory>
+#include <string>
 #include <utility>
 #include <vector>
 
@@ -26,8 +27,8 @@ class Composed : public mlx::core::Primitive {
   /// The same outputs from the same inputs, as a graph of MLX's operations.
   virtual Arrays compose(const Arrays& inputs) = 0;
 
-  /// Whether there are kernels for these inputs, on this stream.
-  bool has_kernels(const Arrays& inputs);
+  /// Whether these inputs can be computed with, on this stream; or else they are composed with.
+  virtual bool has_kernels(const Arrays& inputs) = 0;
 
   Arrays jvp(const Arrays& primals, const Arrays& tangents,
              const std::vector<int>& argnums) override;
@@ -35,20 +36,37 @@ class Composed : public mlx::core::Primitive {
              const Arrays& outputs) override;
   std::pair<Arrays, std::vector<int>> vmap(const Arrays& inputs,
                                            const std::vector<int>& axes) override;
-  void eval_cpu(const Arrays& inputs, Arrays& outputs) override { evaluate(inputs, outputs); }
-  void eval_gpu(const Arrays& inputs, Arrays& outputs) override { evaluate(inputs, outputs); }
+};
+
+/// Solved by a backend's kernels.
+class Solved : public Composed {
+ public:
+  using Composed::Composed;
+
+  bool has_kernels(const Arrays& inputs) override;
+  void eval_cpu(const Arrays& inputs, Arrays& outputs) override { solve(inputs, outputs); }
+  void eval_gpu(const Arrays& inputs, Arrays& outputs) override { solve(inputs, outputs); }
 
  protected:
+  /// Whether every output of an empty x is empty or zero. Then a node stands for it as for any other
+  /// x: a process whose share of a batch is empty must have the same graph as those that it
+  /// communicates with, since the order of what is evaluated depends on the graph.
+  virtual bool is_zero_if_empty() const { return false; }
+
   /// What the kernels are asked to solve, once x is known. All first inputs are x.
   virtual Problem problem(const array& x) const = 0;
 
   /// Gives the outputs memory and has their problem run.
   virtual void evaluate(const Arrays& inputs, Arrays& outputs) = 0;
+
+ private:
+  void solve(const Arrays& inputs, Arrays& outputs);
 };
 
 /// From now on, or no longer, compose everything: for mx.export_function, since MLX can write no
 /// primitives of others.
 void compose_everything(bool always);
+bool composes_everything();
 
 /// The outputs of a primitive for these inputs, which need not be contiguous: nodes of their own, or
 /// composed where it has no kernels.
@@ -56,9 +74,9 @@ Arrays outputs_of(const std::shared_ptr<Composed>& primitive, const Arrays& inpu
                   const std::vector<mlx::core::Dtype>& dtypes);
 
 /// (x) -> (mean, var)
-class Moments : public Composed {
+class Moments : public Solved {
  public:
-  Moments(mlx::core::Stream s, std::vector<int> axes) : Composed(s), axes_(std::move(axes)) {}
+  Moments(mlx::core::Stream s, std::vector<int> axes) : Solved(s), axes_(std::move(axes)) {}
 
   Arrays compose(const Arrays& inputs) override;
   Arrays vjp(const Arrays& primals, const Arrays& cotangents, const std::vector<int>& argnums,
@@ -76,10 +94,9 @@ class Moments : public Composed {
 };
 
 /// (x, mean, grad_mean, grad_var) -> (grad_x)
-class MomentsGradient : public Composed {
+class MomentsGradient : public Solved {
  public:
-  MomentsGradient(mlx::core::Stream s, std::vector<int> axes)
-      : Composed(s), axes_(std::move(axes)) {}
+  MomentsGradient(mlx::core::Stream s, std::vector<int> axes) : Solved(s), axes_(std::move(axes)) {}
 
   Arrays compose(const Arrays& inputs) override;
   std::vector<mlx::core::Shape> output_shapes(const Arrays& inputs) override;
@@ -87,6 +104,27 @@ class MomentsGradient : public Composed {
   const char* name() const override { return "WelfordMomentsGradient"; }
 
  protected:
+  Problem problem(const array& x) const override;
+  void evaluate(const Arrays& inputs, Arrays& outputs) override;
+
+ private:
+  std::vector<int> axes_;
+};
+
+/// (x) -> (moments) of shape (statistics, 4): count, mean, what one number cannot hold of the mean,
+/// and the sum of squared deviations. For Chan's merge with those of other arrays; zeros are the
+/// identity.
+class PartialMoments : public Solved {
+ public:
+  PartialMoments(mlx::core::Stream s, std::vector<int> axes) : Solved(s), axes_(std::move(axes)) {}
+
+  Arrays compose(const Arrays& inputs) override;
+  std::vector<mlx::core::Shape> output_shapes(const Arrays& inputs) override;
+  bool is_equivalent(const Primitive& other) const override;
+  const char* name() const override { return "WelfordPartialMoments"; }
+
+ protected:
+  bool is_zero_if_empty() const override { return true; }
   Problem problem(const array& x) const override;
   void evaluate(const Arrays& inputs, Arrays& outputs) override;
 
@@ -114,9 +152,9 @@ struct Normalization {
 
 /// (x, [weight], [bias])            -> (y, mean, var)    statistics of x: (N, C) or (C)
 /// (x, mean, var, [weight], [bias]) -> (y)               given statistics: (C)
-class Normalize : public Composed {
+class Normalize : public Solved {
  public:
-  Normalize(mlx::core::Stream s, Normalization n) : Composed(s), n_(n) {}
+  Normalize(mlx::core::Stream s, Normalization n) : Solved(s), n_(n) {}
 
   Arrays compose(const Arrays& inputs) override;
   Arrays vjp(const Arrays& primals, const Arrays& cotangents, const std::vector<int>& argnums,
@@ -126,6 +164,7 @@ class Normalize : public Composed {
   const char* name() const override { return "WelfordNormalize"; }
 
  protected:
+  bool is_zero_if_empty() const override { return n_.given(); }
   Problem problem(const array& x) const override;
   void evaluate(const Arrays& inputs, Arrays& outputs) override;
 
@@ -136,10 +175,10 @@ class Normalize : public Composed {
 /// (x, mean, var, g, grad_mean, grad_var, [weight]) -> (x, weight, bias)
 /// (x, mean, var, g, [weight])                      -> (x, mean, var, weight, bias)  if given
 /// Outputs are gradients, those wanted alone.
-class NormalizeGradient : public Composed {
+class NormalizeGradient : public Solved {
  public:
   NormalizeGradient(mlx::core::Stream s, Normalization n, Wanted wanted)
-      : Composed(s), n_(n), wanted_(wanted) {}
+      : Solved(s), n_(n), wanted_(wanted) {}
 
   Arrays compose(const Arrays& inputs) override;
   std::vector<mlx::core::Shape> output_shapes(const Arrays& inputs) override;
@@ -147,6 +186,7 @@ class NormalizeGradient : public Composed {
   const char* name() const override { return "WelfordNormalizeGradient"; }
 
  protected:
+  bool is_zero_if_empty() const override { return n_.given(); }
   Problem problem(const array& x) const override;
   void evaluate(const Arrays& inputs, Arrays& outputs) override;
 
@@ -154,5 +194,58 @@ class NormalizeGradient : public Composed {
   Normalization n_;
   Wanted wanted_;
 };
+
+/// (x, mean, var, g, grad_mean, grad_var, [weight]) -> (grad_x)
+/// With statistics given that depend on x all the same, as those of a batch do of which x is a
+/// part: grad_mean and grad_var are their cotangents, divided by the number of values that they are
+/// of.
+class InputGradient : public Solved {
+ public:
+  InputGradient(mlx::core::Stream s, Normalization n) : Solved(s), n_(n) {}
+
+  Arrays compose(const Arrays& inputs) override;
+  std::vector<mlx::core::Shape> output_shapes(const Arrays& inputs) override;
+  bool is_equivalent(const Primitive& other) const override;
+  const char* name() const override { return "WelfordInputGradient"; }
+
+ protected:
+  bool is_zero_if_empty() const override { return true; }
+  Problem problem(const array& x) const override;
+  void evaluate(const Arrays& inputs, Arrays& outputs) override;
+
+ private:
+  Normalization n_;
+};
+
+/// (messages) -> (mean, var, count), of shape (C), (C) and (): Chan's merge over ranks.
+///
+/// A message is the PartialMoments (C, 4) of a rank's share after a row about it (see message_of);
+/// those of all ranks stand one after another. On a CPU stream, since that is where they arrive;
+/// evaluation fails with a text that says so if the ranks do not agree about what they merge, or
+/// have a single value per channel together.
+class MergeRanks : public Composed {
+ public:
+  MergeRanks(mlx::core::Stream cpu, int ranks, int rank, std::string caller)
+      : Composed(cpu), ranks_(ranks), rank_(rank), caller_(std::move(caller)) {}
+
+  Arrays compose(const Arrays& inputs) override;
+  bool has_kernels(const Arrays& inputs) override;
+  void eval_cpu(const Arrays& inputs, Arrays& outputs) override;
+  void eval_gpu(const Arrays& inputs, Arrays& outputs) override;
+  std::vector<mlx::core::Shape> output_shapes(const Arrays& inputs) override;
+  bool is_equivalent(const Primitive& other) const override;
+  const char* name() const override { return "WelfordMergeRanks"; }
+
+ private:
+  int channels(const array& messages) const { return messages.shape(0) / ranks_ - 1; }
+
+  int ranks_;
+  int rank_;  // this one
+  std::string caller_;
+};
+
+/// The message of a rank: the PartialMoments of x, whose channels are at `channel_axis`, after a
+/// row of what all ranks must agree about, and of how many values a statistic of x has.
+array message_of(const array& x, int channel_axis, mlx::core::Stream s);
 
 }  // namespace mlx_welford

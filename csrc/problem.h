@@ -10,7 +10,14 @@
 
 namespace mlx_welford {
 
-enum class Operation { moments, moments_gradient, normalize, normalize_gradient };
+enum class Operation {
+  moments,
+  moments_gradient,
+  partial_moments,
+  normalize,
+  normalize_gradient,
+  input_gradient,
+};
 
 /// The types of elements that there are kernels for.
 enum class Element { float32, float16, bfloat16 };

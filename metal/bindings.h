@@ -24,8 +24,8 @@ enum Limit {
   kKept = 4,       // vectors that a thread of a fused kernel keeps in registers
 };
 
-/// Buffer indices, the same in every kernel that has the buffer. An absent weight or bias is bound
-/// to var and never read.
+/// Buffer indices, the same in every kernel that has the buffer. An absent weight or bias, or absent
+/// sums, are bound to var and never read.
 enum BufferIndex {
   kParameters = 0,   // Sweep or Merge
   kX = 1,            // x
@@ -41,7 +41,8 @@ enum BufferIndex {
   kSums = 11,        // Sums, per statistic
   kGradWeight = 12,  // per channel
   kGradBias = 13,    // per channel
-  kBuffers = 14,
+  kMoments = 14,     // Moments, per statistic
+  kBuffers = 15,
 };
 
 /// A walk over an array that is row-contiguous as (segments = merge * outer, reduce, inner).
@@ -62,8 +63,10 @@ struct Sweep {
   shared_uint along;   // a multiple of kSimd (rows)
   shared_uint has_weight;
   shared_uint has_bias;
+  shared_uint has_sums;
   float count;  // values per statistic
   float eps;
+  shared_uint padding;  // to whole words of 8 bytes, so that every byte is a defined one
 };
 
 /// A merge of `parts` partial results of each of `columns`, which lie as (part, column).

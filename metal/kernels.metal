@@ -116,6 +116,21 @@ inline M merge_parts(constant Merge& merging, const device M* partials, M identi
   }
 }
 
+/// Moments (column) from partial moments (part, column): of a part themselves, elsewhere.
+[[kernel]] void merge_partial_moments(constant Merge& merging [[buffer(kParameters)]],
+                                      const device Moments* partials [[buffer(kPartials)]],
+                                      device Moments* moments [[buffer(kMoments)]],
+                                      uint group [[threadgroup_position_in_grid]],
+                                      uint thread_index [[thread_position_in_threadgroup]]) {
+  threadgroup Moments entries[kEntries];
+  const Place p = place_across(thread_index, merging.across, merging.along);
+  const long column = long(group) * merging.across + p.across;
+  const Moments all = merge_parts(merging, partials, no_moments(), column, p, entries);
+  if (p.along == 0 && column < merging.columns) {
+    moments[column] = all;
+  }
+}
+
 /// Sums (column) from partial sums (part, column).
 [[kernel]] void merge_sums(constant Merge& merging [[buffer(kParameters)]],
                            const device Sums* partials [[buffer(kPartials)]],
@@ -181,7 +196,7 @@ template <typename T>
   }
 }
 
-// ---- Parameters of a channel -------------------------------------------------------------------
+// ---- What may be absent, and channels ------------------------------------------------------------
 
 template <typename T>
 inline float weight_of(constant Sweep& sweep, const device T* weight, long channel) {
@@ -191,6 +206,13 @@ inline float weight_of(constant Sweep& sweep, const device T* weight, long chann
 template <typename T>
 inline float bias_of(constant Sweep& sweep, const device T* bias, long channel) {
   return sweep.has_bias ? float(bias[channel]) : 0.0f;
+}
+
+inline Sums sums_of(constant Sweep& sweep, const device Sums* sums, long statistic) {
+  if (sweep.has_sums) {
+    return sums[statistic];
+  }
+  return Sums{0.0f, 0.0f};
 }
 
 /// The channel of the next statistic; a division for each of them would take longer.
@@ -222,7 +244,8 @@ template <typename T, int V, typename A>
   }
 }
 
-/// grad x of x, g, the statistics, the sums, and the cotangents of the statistics.
+/// grad x of x, g, the statistics, the sums, and the cotangents of the statistics. Without sums the
+/// statistics are not x's own, and their cotangents say all that reaches x through them.
 template <typename T, int V, typename A>
 [[kernel]] void input_gradient(
     constant Sweep& sweep [[buffer(kParameters)]], const device T* x [[buffer(kX)]],
@@ -240,8 +263,8 @@ template <typename T, int V, typename A>
     long channel = w.statistic % sweep.channels;
     for (int i = 0; i < S; ++i) {
       const long j = w.statistic + i;
-      f[i] = backward(sweep, mean[j], var[j], weight_of(sweep, weight, channel), sums[j],
-                      grad_mean[j], grad_var[j]);
+      f[i] = backward(sweep, mean[j], var[j], weight_of(sweep, weight, channel),
+                      sums_of(sweep, sums, j), grad_mean[j], grad_var[j]);
       channel = after(channel, sweep.channels);
     }
     apply<T, V, S>(x, g, w, f, grad_x);

@@ -33,6 +33,8 @@ def table(dtype: str, access: str, *, longer: int = 1, max_threads: int = 32) ->
         found += [
             replace(p, operation="moments"),
             replace(p, operation="moments_gradient"),
+            replace(p, operation="partial_moments"),
+            replace(p, operation="input_gradient", weight=True),
             forward,
             backward,
             replace(forward, given=True),
@@ -76,4 +78,7 @@ SOME = [
     Problem("moments", (3, 4, 29, 9)),
     Problem("moments", (1, 3, 5003, 1), max_threads=32),
     Problem("moments_gradient", (1, 4, 50, 6), "bfloat16"),
+    Problem("partial_moments", (3, 4, 29, 9)),
+    Problem("partial_moments", (1, 3, 503, 1), "float16", max_threads=32),
+    Problem("input_gradient", (3, 5, 77, 1), "bfloat16", channels=5, weight=True),
 ]

@@ -348,16 +348,17 @@ class Example:
 
         count = merge * reduce
         gradient = p.operation.endswith("_gradient")
+        given = p.given or p.operation == "input_gradient"
         reads_x = p.operation != "normalize_gradient" or p.wanted != "x" or not p.given
         x = put("x", 3 + 2 * rng.normal(size=p.geometry))
         if not reads_x:
             del self.inputs["x"]  # grad x of g alone
         mean = add_up(x) / count
         var = add_up((x - per_statistic(mean)) ** 2) / count
-        if p.given:
+        if given:
             mean = mean + rng.normal(size=p.statistics)
             var = rng.uniform(0.5, 2, size=p.statistics)
-        if gradient or p.given:
+        if gradient or given:
             mean = put("mean", mean)
             var = put("var", var)
         weight = bias = per_statistic(np.ones(p.statistics))
@@ -372,6 +373,15 @@ class Example:
         self.terms: dict[str, float] = {}  # the largest that an output adds up, if larger than it
         if p.operation == "moments":
             self.truth = {"mean": mean, "var": var}
+        elif p.operation == "partial_moments":
+            self.truth = {"moments": np.stack([np.full(p.statistics, count), mean, var], 1)}
+        elif p.operation == "input_gradient":
+            gmean = put("grad_mean", rng.normal(size=p.statistics))
+            gvar = put("grad_var", rng.normal(size=p.statistics))
+            direct = r * weight * put("g", 0.5 + rng.normal(size=p.geometry))
+            through = per_statistic(gmean) + 2 * per_statistic(gvar) * d
+            self.truth = {"out": direct + through}
+            self.terms["out"] = float(max(np.abs(direct).max(), np.abs(through).max()))
         elif p.operation == "normalize":
             self.truth = {"out": d * r * weight + (bias if p.bias else 0)}
             if not p.given:
@@ -409,6 +419,8 @@ class Example:
             name: rounded(np.full(values.size, np.nan), dtype_of(name, self.problem.dtype))
             for name, values in self.truth.items()
         }
+        if "moments" in outputs:
+            outputs["moments"] = np.full((self.problem.statistics, 4), np.nan, np.float32)
         return {name: a.copy() for name, a in self.inputs.items()} | outputs
 
     def check(self, arrays: Arrays) -> None:
@@ -420,17 +432,26 @@ class Example:
         for name, before in self.inputs.items():
             np.testing.assert_array_equal(arrays[name], before, err_msg=name)
         for name, truth in self.truth.items():
+            found = arrays[name]
+            if name == "moments":
+                found = as_variances(found)
             dtype = dtype_of(name, self.problem.dtype)
             unit = {"float32": 2**-23, "float16": 2**-10, "bfloat16": 2**-7}[dtype]
             largest = max(1.0, float(np.abs(truth).max()))
             terms = max(largest, self.terms.get(name, 0.0))
             np.testing.assert_allclose(
-                exact(arrays[name], dtype).ravel(),
+                exact(found, dtype).ravel(),
                 truth.ravel(),
                 rtol=0,
                 atol=unit * largest + 5e-6 * terms,
                 err_msg=name,
             )
+
+
+def as_variances(moments: Array) -> Array:
+    """Count, mean and variance of rows of count, mean, tail and m2, in float64."""
+    count, mean, tail, m2 = moments.astype(np.float64).T
+    return np.stack([count, mean + tail, m2 / count], 1)
 
 
 def run_example(runner: Runner, problem: Problem, **options: Any) -> list[dict[str, Traffic]]:
@@ -451,7 +472,16 @@ THREAD_LIMITS = [32, 64, 192, 256, 448, 512, 832, 1024]
 def problems(draw: st.DrawFn, most_elements: int = 300_000) -> Problem:
     """Problems such as the primitives pose, of every operation, layout and path."""
     operation = draw(
-        st.sampled_from(["moments", "moments_gradient", "normalize", "normalize_gradient"])
+        st.sampled_from(
+            [
+                "moments",
+                "moments_gradient",
+                "partial_moments",
+                "normalize",
+                "normalize_gradient",
+                "input_gradient",
+            ]
+        )
     )
     inner = draw(st.one_of(st.just(1), st.integers(2, 70), st.integers(1, 20).map(lambda n: 8 * n)))
     room = most_elements // inner
@@ -462,13 +492,13 @@ def problems(draw: st.DrawFn, most_elements: int = 300_000) -> Problem:
     reduce = draw(st.one_of(st.integers(1, min(100, room)), st.integers(1, room)))
     statistics = outer * inner
     given = operation.startswith("normalize") and draw(st.booleans())
-    if merge > 1 or given:
+    if merge > 1 or given or operation == "input_gradient":
         channels = statistics
     else:
         channels = draw(
             st.sampled_from([c for c in range(1, statistics + 1) if not statistics % c])
         )
-    weight = operation.startswith("normalize") and draw(st.booleans())
+    weight = "moments" not in operation and draw(st.booleans())
     wanted = []
     if operation == "normalize_gradient":
         possible = [

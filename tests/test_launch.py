@@ -71,6 +71,7 @@ GRADIENT = "x g mean var weight sums grad_mean grad_var >out"
 FUSED_GRADIENT = "x g mean var weight grad_mean grad_var >sums >out"
 GIVEN_GRADIENT = "g var weight >out"
 OF_GIVEN = "sums var weight >grad_mean >grad_var"
+WITHOUT_SUMS = "x g mean var weight sums=var grad_mean grad_var >out"
 OF_BOTH = "sums var >grad_weight >grad_bias"
 OF_WEIGHT = "sums var >grad_weight >grad_bias=grad_weight"
 OF_BIAS = "sums var >grad_weight=grad_bias >grad_bias"
@@ -520,6 +521,49 @@ TABLE: list[tuple[str, Problem, list[Expected], int, int]] = [
         0,
         0,
     ),
+    # -- Of a share of a batch
+    (
+        "moments of a share in one dispatch",
+        batch_last(600, 16, "partial_moments"),
+        [
+            Expected(
+                "partial_moments_float_4_Columns", 1, 256, "x >partials=moments", across(4, 64, 1)
+            )
+        ],
+        0,
+        0,
+    ),
+    (
+        "moments of a share, split",
+        batch_last(65536, 16, "partial_moments"),
+        [
+            Expected(
+                "partial_moments_float_4_Columns",
+                64,
+                256,
+                PARTIAL_MOMENTS,
+                across(4, 64, 1, 64, 1024),
+            ),
+            Expected("merge_partial_moments", 1, 256, "partials >moments", parts(64, 16, 16, 16)),
+        ],
+        64 * 16 * 16,
+        0,
+    ),
+    (
+        "gradient of a share",
+        batch_first(8, 6, 49, "input_gradient", weight=True),
+        [
+            Expected(
+                "input_gradient_float_4_Rows",
+                6,
+                256,
+                WITHOUT_SUMS,
+                {**across(8, 32, 6), "has_weight": 1, "has_sums": 0},
+            )
+        ],
+        0,
+        0,
+    ),
     # -- Given statistics
     (
         "evaluation",
@@ -803,7 +847,12 @@ def test_every_statistic_and_every_part_is_written_once(problem: Problem) -> Non
         if d.kernel in ("partial_moments", "partial_sums"):
             each = MOMENTS_BYTES if d.kernel == "partial_moments" else SUMS_BYTES
             array = d.buffers[-1].array
-            assert (plan.partials_bytes if array == "partials" else plan.sums_bytes) == count * each
+            sizes = {
+                "partials": plan.partials_bytes,
+                "sums": plan.sums_bytes,
+                "moments": problem.statistics * MOMENTS_BYTES,
+            }
+            assert sizes[array] == count * each
     assert ("partials" in written_arrays(plan)) == (plan.partials_bytes > 0)
     assert ("sums" in written_arrays(plan)) == (plan.sums_bytes > 0)
 
@@ -846,7 +895,9 @@ def test_parameters_describe_the_problem(problem: Problem) -> None:
             assert d["segments"] * d["reduce"] * d["inner"] == problem.size
             assert d["outer"] * d["inner"] == problem.statistics
             assert d["segments"] % d["outer"] == 0
-            assert d.parameters["count"] == np.float32(merge * reduce)
+            of_share = problem.operation == "input_gradient"
+            assert d.parameters["count"] == np.float32(1 if of_share else merge * reduce)
+            assert d["has_sums"] == (problem.operation == "normalize_gradient")
             assert d["pieces"] == -(-d["reduce"] // d["piece"])
             assert (d["has_weight"], d["has_bias"]) == (problem.weight, problem.bias)
             assert d["channels"] == problem.channels
@@ -892,6 +943,8 @@ def test_arrays_are_written_before_they_are_read(problem: Problem) -> None:
     outputs = {
         "moments": {"mean", "var"},
         "moments_gradient": {"out"},
+        "partial_moments": {"moments"},
+        "input_gradient": {"out"},
         "normalize": {"out"} if problem.given else {"out", "mean", "var"},
         "normalize_gradient": {
             *(["out"] if problem.wants["x"] else []),

@@ -14,6 +14,7 @@ from hypothesis import given
 from plans import (
     DTYPES,
     ITEM_BYTES,
+    MOMENTS_BYTES,
     OF_ELEMENTS,
     SUMS_BYTES,
     Dispatch,
@@ -93,12 +94,20 @@ def small_traffic(problem: Problem, plan: Plan, d: Dispatch) -> dict[str, Traffi
         if b.buffer in LARGE:
             continue
         if b.buffer == "partials":
-            # Moments or Sums; sums themselves, if there is but one part
-            size = plan.partials_bytes if b.array == "partials" else plan.sums_bytes
+            # Moments or Sums; what they are parts of, if there is but one part
+            size = {
+                "partials": plan.partials_bytes,
+                "sums": plan.sums_bytes,
+                "moments": problem.statistics * MOMENTS_BYTES,
+            }[b.array]
             read = size
         elif b.buffer == "sums":
             size = problem.statistics * SUMS_BYTES
             read = of_each * SUMS_BYTES if d.sweeps else size
+            if b.array != b.buffer:
+                read = 0  # there are none
+        elif b.buffer == "moments":
+            size = read = problem.statistics * MOMENTS_BYTES
         else:
             item = ITEM_BYTES[dtype_of(b.buffer, problem.dtype)]
             of_channels = b.buffer in OF_ELEMENTS
@@ -133,7 +142,7 @@ def passes(problem: Problem) -> tuple[list[str], dict[str, tuple[float, float]]]
 
 def kinds(kernels: list[str]) -> list[str]:
     """Kernels without those that merge."""
-    return [k for k in kernels if k not in ("merge_moments", "merge_sums", "parameter_gradients")]
+    return [k for k in kernels if not k.startswith("merge_") and k != "parameter_gradients"]
 
 
 @every_dtype
@@ -259,6 +268,36 @@ def test_nothing_is_read_or_written_in_part_or_twice_in_a_pass(problem: Problem)
         for name, bound in small_traffic(problem, plan, d).items():
             assert counted[name].read <= bound.read, (d.kernel, name)
             assert counted[name].written == bound.written, (d.kernel, name)
+
+
+# ---- A batch that several processes share: forward 2R + 1W and backward 4R + 1W like one's own ------
+
+
+@every_dtype
+@every_layout
+def test_moments_of_a_share_read_once(problem: Problem, dtype: str) -> None:
+    kernels, whole = passes(replace(problem, operation="partial_moments", dtype=dtype))
+    assert kinds(kernels) == ["partial_moments"]
+    assert whole == {"x": (1, 0)}
+
+
+@every_dtype
+@every_layout
+def test_gradients_of_statistics_and_parameters_of_a_share_read_once(
+    problem: Problem, dtype: str
+) -> None:
+    wanted = "statistics weight bias"
+    kernels, whole = passes(of_batch(problem, dtype, "normalize_gradient", wanted))
+    assert kinds(kernels) == ["partial_sums", "given_gradients"]
+    assert whole == {"x": (1, 0), "g": (1, 0)}
+
+
+@every_dtype
+@every_layout
+def test_gradient_of_a_share_reads_once(problem: Problem, dtype: str) -> None:
+    kernels, whole = passes(replace(problem, operation="input_gradient", dtype=dtype, weight=True))
+    assert kernels == ["input_gradient"]
+    assert whole == {"x": (1, 0), "g": (1, 0), "out": (0, 1)}
 
 
 # ---- What the plan adds to that ------------------------------------------------------------------

@@ -388,6 +388,17 @@ Stages::OfTile apply_affine(const array& x, const float* mean, const array& out,
   };
 }
 
+/// grad x = scale * g + slope * (x - mean) + level
+Stages::OfTile apply_gradient(const BoundArrays& a, const Tiling& tiling, const Kernels& k) {
+  return [&, mean = a[kMean].data<float>(), past = past_caches(a[kOut], {&a[kX], &a[kG]})](
+             Workspace& w, const Strip& strip, int64_t piece) {
+    const int64_t e = tiling.first_element(strip, piece);
+    const int64_t i = tiling.first_statistic(strip);
+    k.affine_add(elements(a[kX]) + e, elements(a[kG]) + e, tiling.panel(strip, piece), mean + i,
+                 w.slope(i), w.level(i), w.scale(i), elements(a[kOut]) + e, past);
+  };
+}
+
 void moments(const Problem& problem, BoundArrays& a) {
   const Tiling tiling(problem.geometry);
   const Kernels& k = kernels(a[kX].dtype());
@@ -398,6 +409,27 @@ void moments(const Problem& problem, BoundArrays& a) {
               .settle = [&](Workspace& w, int64_t first,
                             int64_t last) { settle_moments(tiling, w, first, last, mean, var); },
               .apply = nullptr});
+}
+
+/// As the shaders' Moments: count, mean, what a float cannot hold of the mean, m2.
+void partial_moments(const Problem& problem, BoundArrays& a) {
+  const Tiling tiling(problem.geometry);
+  const Kernels& k = kernels(a[kX].dtype());
+  auto* moments = a[kMoments].data<float>();
+  const auto count = static_cast<float>(problem.geometry.count());
+  auto settle = [&](Workspace& w, int64_t first, int64_t last) {
+    merge_moments(tiling, w, first, last);
+    for_statistics(tiling, 1, first, last, [&](int64_t i, int64_t, int64_t merged) {
+      const auto mean = static_cast<float>(*w.first(merged));
+      float* of_statistic = moments + 4 * i;
+      of_statistic[0] = count;
+      of_statistic[1] = mean;
+      of_statistic[2] = static_cast<float>(*w.first(merged) - mean);
+      of_statistic[3] = static_cast<float>(*w.second(merged));
+    });
+  };
+  run_stages(tiling,
+             {.sweep = sweep_moments(a[kX], tiling, k), .settle = settle, .apply = nullptr});
 }
 
 void moments_gradient(const Problem& problem, BoundArrays& a) {
@@ -499,19 +531,15 @@ void normalize_gradient(const Problem& problem, BoundArrays& a) {
           }
         });
   };
-  if (wanted.x) {
-    stages.apply = [&, past = past_caches(a[kOut], {&x, &g})](Workspace& w, const Strip& strip,
-                                                              int64_t piece) {
+  if (wanted.x && !given) {
+    stages.apply = apply_gradient(a, tiling, k);
+  } else if (wanted.x) {  // slope and level are zero: as the mean and the offset of g
+    stages.apply = [&, past = past_caches(a[kOut], {&g})](Workspace& w, const Strip& strip,
+                                                          int64_t piece) {
       const int64_t e = tiling.first_element(strip, piece);
       const int64_t i = tiling.first_statistic(strip);
-      const Panel panel = tiling.panel(strip, piece);
-      char* grad_x = elements(a[kOut]) + e;
-      if (given) {  // slope and level are zero: as the mean and the offset of g
-        k.affine(elements(g) + e, panel, w.slope(i), w.scale(i), w.level(i), grad_x, past);
-      } else {
-        k.affine_add(elements(x) + e, elements(g) + e, panel, mean + i, w.slope(i), w.level(i),
-                     w.scale(i), grad_x, past);
-      }
+      k.affine(elements(g) + e, tiling.panel(strip, piece), w.slope(i), w.scale(i), w.level(i),
+               elements(a[kOut]) + e, past);
     };
   }
   run_stages(tiling, stages);
@@ -524,16 +552,37 @@ void normalize_gradient(const Problem& problem, BoundArrays& a) {
   }
 }
 
+void input_gradient(const Problem& problem, BoundArrays& a) {
+  const Tiling tiling(problem.geometry);
+  const auto* var = a[kVar].data<float>();
+  const auto* grad_mean = a[kGradMean].data<float>();
+  const auto* grad_var = a[kGradVar].data<float>();
+  const Kernels& k = kernels(a[kX].dtype());
+  const Channels weight(a.optional(kWeight), problem.channels, 1);
+  auto settle = [&](Workspace& w, int64_t first, int64_t last) {
+    for_statistics(tiling, problem.channels, first, last, [&](int64_t i, int64_t channel, int64_t) {
+      *w.scale(i) = weight[channel] * inverse_deviation(var[i], problem.eps);
+      *w.slope(i) = 2 * grad_var[i];
+      *w.level(i) = grad_mean[i];
+    });
+  };
+  run_stages(tiling, {.sweep = nullptr, .settle = settle, .apply = apply_gradient(a, tiling, k)});
+}
+
 void run_now(const Problem& problem, BoundArrays& arrays) {
   switch (problem.operation) {
     case Operation::moments:
       return moments(problem, arrays);
     case Operation::moments_gradient:
       return moments_gradient(problem, arrays);
+    case Operation::partial_moments:
+      return partial_moments(problem, arrays);
     case Operation::normalize:
       return normalize(problem, arrays);
     case Operation::normalize_gradient:
       return normalize_gradient(problem, arrays);
+    case Operation::input_gradient:
+      return input_gradient(problem, arrays);
   }
 }
 

@@ -89,8 +89,11 @@ Sweep describe(const Problem& p) {
           .along = 1,
           .has_weight = p.has_weight,
           .has_bias = p.has_bias,
-          .count = static_cast<float>(g.count()),
-          .eps = p.eps};
+          .has_sums = p.operation == Operation::normalize_gradient,
+          // Of statistics that are not x's own the cotangents are per value already.
+          .count = p.operation == Operation::input_gradient ? 1.0f : static_cast<float>(g.count()),
+          .eps = p.eps,
+          .padding = 0};
 }
 
 /// Completes a sweep whose across and along are chosen.
@@ -213,6 +216,21 @@ class Planner {
     return std::move(plan_);
   }
 
+  Plan partial_moments() {
+    const Geometry& g = p_.geometry;
+    const Shape shape = first_pass(p_, access_, limits_);
+    const int64_t parts = g.merge * shape.sweep.pieces;
+    const BufferIndex destination = parts == 1 ? kMoments : kPartials;  // a single part is all
+    add("partial_moments", shape, {in(kX), {kPartials, destination, true}});
+    if (parts > 1) {
+      plan_.partials_bytes = parts * g.statistics() * kMomentsBytes;
+      plan_.dispatches.push_back(merging("merge_partial_moments", "",
+                                         {in(kPartials), out(kMoments)}, p_, g.statistics(), parts,
+                                         limits_));
+    }
+    return std::move(plan_);
+  }
+
   Plan moments_gradient() {
     add("moments_gradient", second_pass(p_, access_, limits_),
         {in(kX), in(kMean), in(kGradMean), in(kGradVar), out(kOut)});
@@ -274,6 +292,20 @@ class Planner {
                    {kGradBias, wanted.bias ? kGradBias : kGradWeight, true}},
                   of_wanted, p_.channels, statistics / p_.channels, limits_));
     }
+    return std::move(plan_);
+  }
+
+  Plan input_gradient() {
+    add("input_gradient", second_pass(p_, access_, limits_),
+        {in(kX),
+         in(kG),
+         in(kMean),
+         in(kVar),
+         weight(),
+         {kSums, kVar, false},
+         in(kGradMean),
+         in(kGradVar),
+         out(kOut)});
     return std::move(plan_);
   }
 
@@ -371,6 +403,7 @@ std::vector<Dispatch> all_kernels() {
     add("given_gradients", typed);
   }
   add("merge_moments", "");
+  add("merge_partial_moments", "");
   add("merge_sums", "");
   return kernels;
 }
@@ -393,10 +426,14 @@ Plan plan(const Problem& problem, const Limits& limits) {
       return planner.moments();
     case Operation::moments_gradient:
       return planner.moments_gradient();
+    case Operation::partial_moments:
+      return planner.partial_moments();
     case Operation::normalize:
       return planner.normalize();
     case Operation::normalize_gradient:
       return planner.normalize_gradient();
+    case Operation::input_gradient:
+      return planner.input_gradient();
   }
   throw std::logic_error("no such operation");
 }

@@ -6,6 +6,7 @@ _versions.check()  # before the extension is loaded: it would crash beside anoth
 
 from mlx_welford import _ext  # noqa: E402
 from mlx_welford.checkpoints import from_gluon, from_torch  # noqa: E402
+from mlx_welford.distributed import SyncBatchNorm, convert_sync_batchnorm  # noqa: E402
 from mlx_welford.functional import batch_norm, composed, instance_norm, moments  # noqa: E402
 from mlx_welford.layers import BatchNorm, InstanceNorm, set_dtype  # noqa: E402
 from mlx_welford.replacement import accelerate, restore  # noqa: E402
@@ -17,9 +18,11 @@ _ext.instruction_set()  # not in the middle of a computation
 __all__ = [
     "BatchNorm",
     "InstanceNorm",
+    "SyncBatchNorm",
     "accelerate",
     "batch_norm",
     "composed",
+    "convert_sync_batchnorm",
     "from_gluon",
     "from_torch",
     "instance_norm",

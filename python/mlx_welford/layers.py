@@ -93,13 +93,7 @@ class _Normalization(Module):
 
     def __call__(self, x: mx.array) -> mx.array:
         name = type(self).__name__
-        if self.num_features is None:
-            features = _ext.count_channels(
-                x, self.axis, self._statistics, name, self._needs_several_values()
-            )
-            check_features(features, self._features_argument, name)
-            self._create_parameters(features)
-            self.num_features = features
+        self._take_features_from(x, self._needs_several_values())
         updates = self.training and self.track_running_stats
         evaluates = not self.training and self.track_running_stats
         y, mean, var = _ext.normalize(
@@ -116,8 +110,17 @@ class _Normalization(Module):
             several_values=self._needs_several_values(),
         )
         if updates and x.size > 0:
-            self._update_running_statistics(mean, var, count=x.size // mean.size)
+            self.update(self._next_running_statistics(mean, var, count=x.size // mean.size))
         return y
+
+    def _take_features_from(self, x: mx.array, several_values: bool) -> None:
+        """The number of channels and what depends on it, if the first input is to tell."""
+        if self.num_features is None:
+            name = type(self).__name__
+            features = _ext.count_channels(x, self.axis, self._statistics, name, several_values)
+            check_features(features, self._features_argument, name)
+            self._create_parameters(features)
+            self.num_features = features
 
     def _channels(self) -> int | None:
         """How many an input must have; None: any number."""
@@ -127,12 +130,15 @@ class _Normalization(Module):
         """Whether a statistic of a single value is an error: its unbiased variance is 0 / 0."""
         return self.training and self.track_running_stats
 
-    def _update_running_statistics(self, mean: mx.array, var: mx.array, count: int) -> None:
+    def _next_running_statistics(
+        self, mean: mx.array, var: mx.array, count: int | mx.array
+    ) -> dict[str, mx.array]:
         """new = (1 - momentum) * old + momentum * batch, with the unbiased variance.
 
         The average over all batches is that with 1 / (batches seen, this one included).
         """
         unbiased = var * (count / (count - 1))
+        following: dict[str, mx.array] = {}
         momentum: float | mx.array
         if self.momentum is None:
             if "num_batches_tracked" not in self:
@@ -141,7 +147,7 @@ class _Normalization(Module):
                     "began: call reset_running_stats() first."
                 )
             batches = self.num_batches_tracked + 1
-            self.num_batches_tracked = batches
+            following["num_batches_tracked"] = batches
             momentum = 1 / batches.astype(mean.dtype)
         else:
             momentum = self.momentum
@@ -150,7 +156,8 @@ class _Normalization(Module):
                 batch = batch.mean(axis=0)
             old = self[name]
             new = (1 - momentum) * old.astype(batch.dtype) + momentum * batch
-            self[name] = _store(mx.stop_gradient(new), old.dtype)
+            following[name] = _store(mx.stop_gradient(new), old.dtype)
+        return following
 
     def _extra_repr_end(self) -> str:
         """What mlx.nn does not have, if it is not at its default."""

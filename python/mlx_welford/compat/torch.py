@@ -13,8 +13,9 @@ The layers are those of :mod:`mlx_welford` on axis 1. What differs from ``torch.
 from typing import ClassVar
 
 import mlx.core as mx
+from mlx.nn import Module
 
-from mlx_welford import layers
+from mlx_welford import distributed, layers
 
 __all__ = [
     "BatchNorm1d",
@@ -29,6 +30,7 @@ __all__ = [
     "LazyInstanceNorm1d",
     "LazyInstanceNorm2d",
     "LazyInstanceNorm3d",
+    "SyncBatchNorm",
 ]
 
 
@@ -387,3 +389,72 @@ class LazyInstanceNorm3d(_Lazy, InstanceNorm3d):
         >>> m.num_features
         100
     """
+
+
+class SyncBatchNorm(_BatchNorm, distributed.SyncBatchNorm):
+    """:class:`mlx_welford.SyncBatchNorm` as ``torch.nn.SyncBatchNorm``, on ``(N, C, ...)``.
+
+    Gradients of ``weight`` and ``bias`` are this rank's, as there; ``mlx.nn.average_gradients``
+    takes the place of ``DistributedDataParallel``.
+
+    Args:
+        num_features: The number of channels C.
+        eps: Added to the variance. Default: ``1e-5``.
+        momentum: Weight of a new batch in the running statistics; ``None`` averages over all
+            batches. Default: ``0.1``.
+        affine: Whether to learn ``weight`` and ``bias``. Default: ``True``.
+        track_running_stats: Whether to keep running statistics, and to normalise with them in
+            evaluation. Default: ``True``.
+        process_group: The processes that share a batch. Default: ``None``, all there are.
+        bias: Whether an affine layer has a ``bias``. Default: ``True``.
+
+    Raises:
+        ValueError: If an argument or the input's shape does not fit, or a statistic would be of
+            one value and there is one process.
+        RuntimeError: As :class:`mlx_welford.SyncBatchNorm`, when the output is evaluated.
+
+    Examples:
+        >>> import mlx.core as mx
+        >>> from mlx_welford.compat.torch import SyncBatchNorm
+        >>> m = SyncBatchNorm(100, affine=False)
+        >>> output = m(mx.random.normal((20, 100, 35, 45)))
+    """
+
+    def __init__(
+        self,
+        num_features: int,
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        affine: bool = True,
+        track_running_stats: bool = True,
+        process_group: mx.distributed.Group | None = None,
+        *,
+        bias: bool = True,
+    ) -> None:
+        super().__init__(num_features, eps, momentum, affine, track_running_stats, bias=bias)
+        self.group = process_group
+
+    def _check_dimensions(self, x: mx.array) -> None:
+        """Any number of them, which the operation checks by itself."""
+
+    @classmethod
+    def convert_sync_batchnorm(
+        cls, module: Module, process_group: mx.distributed.Group | None = None
+    ) -> Module:
+        """:func:`mlx_welford.convert_sync_batchnorm` under the name that it has there."""
+        return distributed.convert_sync_batchnorm(module, process_group)
+
+
+distributed._register(
+    dict.fromkeys(
+        (
+            BatchNorm1d,
+            BatchNorm2d,
+            BatchNorm3d,
+            LazyBatchNorm1d,
+            LazyBatchNorm2d,
+            LazyBatchNorm3d,
+        ),
+        SyncBatchNorm,
+    )
+)

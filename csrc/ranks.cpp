@@ -1,0 +1,192 @@
+// What ranks send each other about their shares of a batch, and its merge.
+//
+// A message is an array (1 + C, 4) of the statistics' type:
+//
+//   0        mark and type of x | C | values per statistic / 2^24 | values per statistic mod 2^24
+//   1 ... C  partial moments
+//
+// The first row is what a collective compares nothing of: where ranks disagree about sizes, it
+// delivers other memory in their place.
+
+#include <algorithm>
+#include <cmath>
+#include <iterator>
+#include <sstream>
+#include <stdexcept>
+
+#include "composed.h"
+#include "memory.h"
+#include "mlx/backend/cpu/encoder.h"
+#include "mlx/ops.h"
+#include "primitives.h"
+
+namespace mlx_welford {
+
+namespace mx = mlx::core;
+
+namespace {
+
+constexpr int kRow = 4;
+constexpr int kMark = 0x57454C;     // less than 2^24, and no size that anyone has
+constexpr int64_t kHalf = 1 << 24;  // whole numbers up to here are exact in float32
+
+constexpr mx::Dtype kDtypes[] = {mx::float32, mx::float16, mx::bfloat16, mx::float64};
+
+int code_of(mx::Dtype dtype) {
+  return static_cast<int>(std::find(std::begin(kDtypes), std::end(kDtypes), dtype) -
+                          std::begin(kDtypes));
+}
+
+/// The first row of a message, as it arrived.
+template <typename T>
+struct About {
+  T kind;
+  T channels;
+  double count;
+
+  explicit About(const T* row)
+      : kind(row[0]),
+        channels(row[1]),
+        count(static_cast<double>(row[2]) * kHalf + static_cast<double>(row[3])) {}
+
+  bool is_message() const {
+    const T code = kind - kMark;
+    return (code == 0 || code == 1 || code == 2 || code == 3) && channels >= 0;
+  }
+  bool agrees_with(const About& other) const {
+    return kind == other.kind && channels == other.channels;
+  }
+  std::string text() const {
+    std::ostringstream text;
+    text << channels << " channels of " << kDtypes[static_cast<int>(kind) - kMark];
+    return text.str();
+  }
+};
+
+template <typename T>
+void check(const T* messages, int64_t size, int ranks, int rank, const std::string& caller) {
+  const About<T> own(messages + rank * size);
+  for (int other = 0; other < ranks; ++other) {
+    const About<T> theirs(messages + other * size);
+    if (!theirs.is_message() || !theirs.agrees_with(own)) {
+      std::ostringstream text;
+      text << '[' << caller << "] The ranks disagree: rank " << rank << " has " << own.text()
+           << ", rank " << other;
+      if (theirs.is_message()) {
+        text << " has " << theirs.text() << '.';
+      } else {
+        text << " sent something else. Do all ranks run the same layers in the same order?";
+      }
+      throw std::runtime_error(text.str());
+    }
+  }
+}
+
+/// In double, for there are few.
+template <typename T>
+void merge(const array& messages, array& mean, array& var, array& count, int ranks, int rank,
+           const std::string& caller) {
+  const T* data = messages.data<T>();
+  const auto channels = static_cast<int64_t>(mean.size());
+  const int64_t size = (1 + channels) * kRow;
+  check(data, size, ranks, rank, caller);
+
+  std::vector<double> counts(ranks);
+  double total = 0;
+  for (int i = 0; i < ranks; ++i) {
+    counts[i] = About<T>(data + i * size).count;
+    total += counts[i];
+  }
+  if (total == 1) {
+    throw std::runtime_error("[" + caller +
+                             "] expected more than one value per channel in training, but all "
+                             "ranks together have one.");
+  }
+  *count.data<T>() = static_cast<T>(total);
+
+  std::vector<double> means(ranks);
+  for (int64_t c = 0; c < channels; ++c) {
+    double sum = 0;
+    for (int i = 0; i < ranks; ++i) {
+      const T* row = data + i * size + (1 + c) * kRow;
+      means[i] = std::isfinite(row[2]) ? static_cast<double>(row[1]) + row[2] : row[1];
+      if (counts[i] > 0) {
+        sum += counts[i] * means[i];
+      }
+    }
+    const double all = sum / total;
+    double m2 = 0;
+    for (int i = 0; i < ranks; ++i) {
+      if (counts[i] > 0) {
+        const double d = means[i] - all;
+        m2 += data[i * size + (1 + c) * kRow + 3] + counts[i] * d * d;
+      }
+    }
+    mean.data<T>()[c] = static_cast<T>(all);
+    var.data<T>()[c] = static_cast<T>(m2 / total);
+  }
+}
+
+}  // namespace
+
+array message_of(const array& x, int channel_axis, mx::Stream s) {
+  const auto axes = reduced_axes(static_cast<int>(x.ndim()), channel_axis, Statistics::of_batch);
+  const mx::Dtype wide = x.dtype() == mx::float64 ? mx::float64 : mx::float32;
+  array moments = outputs_of(std::make_shared<PartialMoments>(s, axes), {x}, {wide})[0];
+  int64_t count = 1;
+  for (int axis : axes) {
+    count *= x.shape(axis);
+  }
+  const std::vector<double> about{
+      static_cast<double>(kMark + code_of(x.dtype())), static_cast<double>(x.shape(channel_axis)),
+      static_cast<double>(count / kHalf), static_cast<double>(count % kHalf)};
+  return mx::concatenate({array(about.begin(), mx::Shape{1, kRow}, wide), moments}, 0, s);
+}
+
+Arrays MergeRanks::compose(const Arrays& inputs) {
+  const auto s = stream();
+  const int c = channels(inputs[0]);
+  array messages = mx::reshape(inputs[0], {ranks_, 1 + c, kRow}, s);
+  array about =
+      mx::reshape(mx::slice(messages, {0, 0, 0}, {ranks_, 1, kRow}, s), {ranks_, kRow}, s);
+  array high = mx::multiply(mx::take(about, 2, 1, s), array(kHalf, about.dtype()), s);
+  array counts = mx::add(high, mx::take(about, 3, 1, s), s);
+  array moments = mx::slice(messages, {0, 1, 0}, {ranks_, 1 + c, kRow}, s);
+  auto [mean, var] = composed::merge(counts, moments, s);
+  return {mean, var, mx::sum(counts, s)};
+}
+
+bool MergeRanks::has_kernels(const Arrays&) { return !composes_everything(); }
+
+void MergeRanks::eval_cpu(const Arrays& inputs, Arrays& outputs) {
+  for (array& output : outputs) {
+    allocate(output);
+  }
+  auto work =
+      [messages = array::unsafe_weak_copy(inputs[0]), mean = array::unsafe_weak_copy(outputs[0]),
+       var = array::unsafe_weak_copy(outputs[1]), count = array::unsafe_weak_copy(outputs[2]),
+       ranks = ranks_, rank = rank_, caller = caller_]() mutable {
+        if (messages.dtype() == mx::float64) {
+          merge<double>(messages, mean, var, count, ranks, rank, caller);
+        } else {
+          merge<float>(messages, mean, var, count, ranks, rank, caller);
+        }
+      };
+  mx::cpu::get_command_encoder(stream()).dispatch(std::move(work));
+}
+
+void MergeRanks::eval_gpu(const Arrays&, Arrays&) {
+  throw std::logic_error("MergeRanks is for a CPU stream.");
+}
+
+std::vector<mx::Shape> MergeRanks::output_shapes(const Arrays& inputs) {
+  const int c = channels(inputs[0]);
+  return {{c}, {c}, {}};
+}
+
+bool MergeRanks::is_equivalent(const Primitive& other) const {
+  const auto& that = static_cast<const MergeRanks&>(other);
+  return ranks_ == that.ranks_ && rank_ == that.rank_ && caller_ == that.caller_;
+}
+
+}  // namespace mlx_welford

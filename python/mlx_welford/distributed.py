@@ -1,0 +1,263 @@
+"""Batch normalisation over a batch that several processes share."""
+
+from __future__ import annotations
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.nn import Module
+
+from mlx_welford import _ext
+from mlx_welford.layers import BatchNorm
+from mlx_welford.replacement import _replace, _successor
+
+__all__ = ["SyncBatchNorm", "convert_sync_batchnorm"]
+
+Group = mx.distributed.Group
+
+
+class SyncBatchNorm(BatchNorm):
+    r"""Applies :class:`BatchNorm` over the shares that all processes of a group have of a batch.
+
+    In training every rank finds the moments of its share in one pass, the ranks exchange them in
+    one collective operation, and all merge them (Chan et al.) to the same
+
+    .. math::
+
+        n = \sum_r n_r, \qquad \mu = \frac{1}{n} \sum_r n_r \mu_r, \qquad
+        \sigma^2 = \frac{1}{n} \sum_r \left( m_{2,r} + n_r (\mu_r - \mu)^2 \right),
+
+    with which each normalises its share. Shares may differ in size, and be empty. The gradient
+    takes one more collective operation. It is that of the sum of the losses of all ranks: with
+    respect to the input, complete; with respect to ``weight`` and ``bias``, this rank's part of it,
+    like the gradient of every other parameter, so that ``mlx.nn.average_gradients`` does the rest
+    for all of them (docs/distributed.md). Running statistics come out the same on every rank.
+
+    In a group of one process, and in evaluation, this is :class:`BatchNorm`, and nothing is sent.
+
+    Args:
+        num_features: The number of channels. Default: ``None``, taken from the first input.
+        eps: Added to the variance. Default: ``1e-5``.
+        momentum: As in :class:`BatchNorm`. Default: ``0.1``.
+        affine: Whether to learn ``weight`` and ``bias``. Default: ``True``.
+        track_running_stats: Whether to keep running statistics. Default: ``True``. Without them
+            evaluation uses the statistics of the rank's own input.
+        axis: The channel axis. Default: ``-1``.
+        group: The processes to share the batch with, as from ``mx.distributed.init().split(...)``.
+            Default: ``None``, all there are.
+
+    Shape:
+        - Input: ``(N, C)``, ``(N, L, C)``, ``(N, H, W, C)`` and so on, or with the channels on
+          ``axis``; the same C and dtype on every rank, and N of any size, 0 too.
+        - Output: same shape as the input, dtype ``mx.result_type(x, weight, bias)``.
+
+    Raises:
+        ValueError: If an argument is out of range, or an input has too few dimensions or another
+            number of channels.
+        TypeError: If an input is not of a floating-point dtype.
+        RuntimeError: When the output is evaluated, if the ranks disagree about the number of
+            channels or the dtype, as far as the messages that arrive show it; if all of them
+            together have one value per channel; or from MLX, if a rank is lost.
+
+    Examples:
+        >>> import mlx.core as mx
+        >>> import mlx_welford as mw
+        >>> bn = mw.SyncBatchNorm(4)
+        >>> output = bn(mx.random.normal((5, 4)))
+
+    References:
+        Chan, Golub, LeVeque, The American Statistician 37 (1983) 242: the merge of two sets'
+        moments. Interface of ``torch.nn.SyncBatchNorm``.
+    """
+
+    def __init__(
+        self,
+        num_features: int | None = None,
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        affine: bool = True,
+        track_running_stats: bool = True,
+        *,
+        axis: int = -1,
+        group: Group | None = None,
+    ) -> None:
+        super().__init__(num_features, eps, momentum, affine, track_running_stats, axis=axis)
+        self.group = group
+
+    def __call__(self, x: mx.array) -> mx.array:
+        group = (self.group or mx.distributed.init()) if self.training else None
+        if group is None or group.size() == 1:
+            return super().__call__(x)
+        # Whether there are several values is known once the messages are there.
+        self._take_features_from(x, several_values=False)
+        normalize = _Synchronized(
+            type(self).__name__, self.eps, self.axis, self.num_features, group
+        )
+        y, mean, var, count = normalize(x, self.get("weight"), self.get("bias"))
+        if self.track_running_stats:
+            following = self._next_running_statistics(mean, var, count)
+            # A batch that is empty everywhere changes nothing.
+            self.update({k: mx.where(count > 0, v, self[k]) for k, v in following.items()})
+        return y
+
+
+class _Synchronized:
+    """(x, [weight], [bias]) -> (y, mean, var, count), with the statistics of all ranks' x.
+
+    With m values per channel on all ranks and r = 1 / sqrt(var + eps), the gradient of x is
+
+        gx = r w g + (grad_mean + 2 grad_var (x - mean)) / m
+
+    where grad_mean and grad_var are the sums over the ranks of what reaches each rank's mean and
+    var. MLX would find the same from the parts, but read and write x five times more often.
+    """
+
+    def __init__(
+        self, caller: str, eps: float, axis: int, channels: int | None, group: Group
+    ) -> None:
+        self.caller = caller
+        self.eps = eps
+        self.axis = axis
+        self.channels = channels
+        self.group = group
+
+    def __call__(
+        self, x: mx.array, weight: mx.array | None, bias: mx.array | None
+    ) -> tuple[mx.array, mx.array, mx.array, mx.array]:
+        given = [a for a in (weight, bias) if a is not None]
+        self.has_weight, self.has_bias = weight is not None, bias is not None
+        # The dtype of the result, so that all gradients have that of what they belong to.
+        dtype = mx.result_type(x, *given)
+        function = mx.custom_function(self._forward)
+        function.vjp(self._backward)
+        y, mean, var, count = function([a.astype(dtype) for a in (x, *given)])
+        return y, mean, var, count
+
+    def _normalize(
+        self, x: mx.array, mean: mx.array, var: mx.array, *parameters: mx.array
+    ) -> mx.array:
+        weight = parameters[0] if self.has_weight else None
+        bias = parameters[-1] if self.has_bias else None
+        y, _, _ = _ext.normalize(
+            x,
+            weight,
+            bias,
+            self.eps,
+            _ext.Statistics.of_batch,
+            self.caller,
+            mean=mean,
+            var=var,
+            axis=self.axis,
+        )
+        return y
+
+    def _forward(self, arguments: list[mx.array]) -> tuple[mx.array, ...]:
+        x, *parameters = arguments
+        message = _ext.rank_moments(x, self.caller, self.axis, self.channels)
+        messages = mx.distributed.all_gather(message, group=self.group)
+        mean, var, count = _ext.merge_ranks(
+            messages, self.group.size(), self.group.rank(), self.caller
+        )
+        return self._normalize(x, mean, var, *parameters), mean, var, count
+
+    def _backward(
+        self,
+        primals: list[mx.array],
+        cotangents: tuple[mx.array, ...],
+        outputs: tuple[mx.array, ...],
+    ) -> list[mx.array]:
+        x, *parameters = primals
+        g, *of_statistics, _ = cotangents
+        _, mean, var, count = outputs
+
+        # One pass for all sums over x and g
+        _, sums = mx.vjp(
+            lambda *arguments: self._normalize(x, *arguments), [mean, var, *parameters], [g]
+        )
+        through_statistics, of_parameters = sums[:2], sums[2:]
+
+        # One collective operation for the statistics of all ranks
+        own = [a + b for a, b in zip(through_statistics, of_statistics, strict=True)]
+        everyone = _sum_over_ranks(mx.concatenate(own), self.group) / count
+        grad_mean, grad_var = mx.split(everyone, 2)
+        grad_x = _ext.input_gradient(
+            x,
+            g,
+            mean,
+            var,
+            parameters[0] if self.has_weight else None,
+            self.eps,
+            grad_mean,
+            grad_var,
+            self.caller,
+            self.axis,
+        )
+        return [grad_x, *of_parameters]
+
+
+def _sum_over_ranks(x: mx.array, group: Group) -> mx.array:
+    """all_sum with the gradient of the sum of all ranks' losses, for second derivatives.
+
+    What MLX's own hands back is the cotangent of one rank, as if the others had none.
+    """
+
+    def backward(primal: mx.array, cotangent: mx.array, output: mx.array) -> mx.array:
+        return _sum_over_ranks(cotangent, group)
+
+    function = mx.custom_function(lambda x: mx.distributed.all_sum(x, group=group))
+    function.vjp(backward)
+    result: mx.array = function(x)
+    return result
+
+
+_SUCCESSORS: dict[type[Module], type[SyncBatchNorm]] = {BatchNorm: SyncBatchNorm}
+
+
+def _register(layers: dict[type[Module], type[SyncBatchNorm]]) -> None:
+    """What convert_sync_batchnorm puts in the place of other layers."""
+    _SUCCESSORS.update(layers)
+
+
+def convert_sync_batchnorm(model: Module, group: Group | None = None) -> Module:
+    """Replaces every layer of batch normalisation of a model by one over all processes.
+
+    ``mlx.nn.BatchNorm`` and :class:`BatchNorm` by :class:`SyncBatchNorm`, those of
+    ``mlx_welford.compat.torch`` by its ``SyncBatchNorm``. As :func:`accelerate` does: in place, with
+    the same arrays as parameters, the same frozen ones among them, in the same mode; subclasses and
+    layers that are synchronised already are left alone.
+
+    Args:
+        model: The model, or a single layer.
+        group: The processes that share a batch. Default: ``None``, all there are.
+
+    Returns:
+        ``model``; if that is itself a layer to be replaced, its successor.
+
+    Examples:
+        >>> import mlx.nn as nn
+        >>> import mlx_welford as mw
+        >>> mw.convert_sync_batchnorm(nn.Sequential(nn.Linear(3, 4), mw.BatchNorm(4)))
+        Sequential(
+          (layers.0): Linear(input_dims=3, output_dims=4, bias=True)
+          (layers.1): SyncBatchNorm(4, eps=1e-05, momentum=0.1, affine=True, \
+track_running_stats=True)
+        )
+    """
+
+    def successor(path: str, layer: Module) -> Module:
+        if type(layer) is nn.BatchNorm:
+            layer = _successor(layer)
+        kind = _SUCCESSORS.get(type(layer))
+        return layer if kind is None else _as(kind, layer, group)
+
+    return _replace(model, successor)
+
+
+def _as(kind: type[SyncBatchNorm], layer: Module, group: Group | None) -> SyncBatchNorm:
+    """A layer of this kind in the state of one of its base class; nothing is copied."""
+    new = kind.__new__(kind)
+    dict.update(new, layer)
+    for name, value in vars(layer).items():
+        object.__setattr__(new, name, value)
+    new._no_grad = set(layer._no_grad)
+    new.group = group
+    return new
