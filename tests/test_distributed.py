@@ -1,0 +1,431 @@
+"""SyncBatchNorm between real processes: MLX's ring over loopback, every rank a process.
+
+What the ranks compute is in shares.py and rank_worker.py. The processes of a group are started once
+and save all results; tests compare these with float64, and with one process that has the whole
+batch, which is held to the rule of tolerance.py elsewhere.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from functools import cache
+from pathlib import Path
+from typing import NamedTuple
+
+import mlx.core as mx
+import mlx_welford as mw
+import numpy as np
+import pytest
+import reference
+import shares
+from conftest import chosen, shaders
+from mlx.utils import tree_flatten
+from mlx_welford.compat import torch as compat
+from ranks import TESTS, Ended, assert_all_succeeded, run_ranks
+from reference import Array
+from shares import BATCH, CASES, DTYPES, MOMENTUM, SHARES, STEPS, Case
+from tolerance import largest, ulp, wide
+
+WORKER = TESTS / "rank_worker.py"
+EPS = 1e-5
+
+
+class Processes(NamedTuple):
+    """A group of processes, and what they run their kernels on."""
+
+    ranks: int
+    backend: str
+
+    def __str__(self) -> str:
+        return f"{self.ranks}-{self.backend}"
+
+    def run(self, task: str, directory: Path, timeout: float = 90) -> list[Ended]:
+        variables = {"DEVICE": "gpu"} if self.backend == "gpu" else {}
+        if self.backend == "sim":
+            variables["SHADERS"] = shaders()
+        return run_ranks(
+            self.ranks,
+            WORKER,
+            task,
+            str(directory),
+            directory=directory,
+            timeout=timeout,
+            **variables,
+        )
+
+
+class Results(NamedTuple):
+    """What the ranks of a group saved, by task."""
+
+    processes: Processes
+    directory: Path
+
+    @property
+    def ranks(self) -> int:
+        return self.processes.ranks
+
+    def of(self, task: str) -> list[dict[str, Array]]:
+        """By rank, then by name."""
+        found = []
+        for rank in range(self.ranks):
+            with np.load(self.directory / f"{task}{rank}.npz") as arrays:
+                found.append(dict(arrays))
+        return found
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "saved" in metafunc.fixturenames:
+        groups = [
+            Processes(ranks, backend)
+            for backend in chosen(metafunc.config)
+            for ranks in ((1, 2, 3, 4) if backend == "cpu" else (2,))
+        ]
+        metafunc.parametrize("saved", groups, indirect=True, ids=str, scope="module")
+
+
+@pytest.fixture(scope="module")
+def saved(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Results:
+    """All results of one group."""
+    processes: Processes = request.param
+    directory = tmp_path_factory.mktemp("ranks")
+    tasks = ["cases", "derivatives", "graphs"]
+    assert_all_succeeded(processes.run(",".join(tasks), directory))
+    return Results(processes, directory)
+
+
+# ---- Outputs, gradients and running statistics ---------------------------------------------------
+
+
+@cache
+def alone(case: Case) -> dict[str, Array]:
+    """Of one process that has the whole batch."""
+    options = {"momentum": case.momentum, "affine": case.affine}
+    layer = mw.BatchNorm(case.channels, axis=case.axis, **options)
+    return shares.results(case, layer, slice(None))
+
+
+@cache
+def truth(case: Case) -> dict[str, Array]:
+    whole = shares.data(case)
+    x, gy, weight, bias = (wide(a) for a in whole)
+    if not case.affine:
+        weight, bias = np.ones_like(weight), np.zeros_like(bias)
+    of_x = reference.backward("batch", x, weight, EPS, case.axis, gy)
+    channels = case.channels
+    at = reference.Running(np.zeros(channels), np.ones(channels))
+    for step in range(STEPS):
+        momentum = 1 / (step + 1) if case.momentum is None else MOMENTUM
+        at = reference.running("batch", at, x, momentum, case.axis)
+    found = {
+        "y": reference.forward("batch", x, weight, bias, EPS, case.axis).y,
+        "x": of_x.x,
+        "running_mean": at.mean,
+        "running_var": at.var,
+        "evaluation": reference.evaluate(x, weight, bias, at.mean, at.var, EPS, case.axis),
+    }
+    if case.affine:
+        found |= {"weight": of_x.weight, "bias": of_x.bias}
+    return {name: np.asarray(a, np.float64) for name, a in found.items()}
+
+
+def magnitudes(case: Case) -> dict[str, float]:
+    """The largest of the terms that a result is a sum of, where they cancel."""
+    whole = shares.data(case)
+    x, gy, weight, _ = (wide(a) for a in whole)
+    axes = reference.reduction_axes("batch", x.ndim, case.axis)
+    mean, var = reference.moments(x, axes, keepdims=True)
+    r = 1 / np.sqrt(var + EPS)
+    w = reference.along(case.axis, x.ndim, weight if case.affine else None, 1)
+    return {
+        "x": largest(gy * w * r),
+        "weight": largest(gy * (x - mean) * r),
+        "bias": largest(gy),
+    }
+
+
+def together(saved: Results, case: Case) -> dict[str, Array]:
+    """The results of all ranks as those of one process: put together, added up, or all the same."""
+    by_rank = [
+        {n.split("/")[1]: a for n, a in arrays.items() if n.startswith(f"{case.name}/")}
+        for arrays in saved.of("cases")
+    ]
+    found = {}
+    for name in by_rank[0]:
+        arrays = [results[name] for results in by_rank]
+        if name in ("y", "x", "evaluation"):
+            found[name] = np.concatenate(arrays)
+        elif name in ("weight", "bias"):
+            found[name] = np.sum(arrays, axis=0)
+        else:
+            for other in arrays[1:]:
+                np.testing.assert_array_equal(other, arrays[0], err_msg=name)
+            found[name] = arrays[0]
+    return found
+
+
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
+def test_as_one_process_with_the_whole_batch(saved: Results, case: Case) -> None:
+    """The largest error is at most twice that of one process, and one unit in the last place.
+
+    A unit for each rank, where a sum over ranks adds up what each has rounded.
+    """
+    if case.dtype == "float64" and saved.processes.backend == "gpu":
+        pytest.skip("MLX has no float64 on a GPU.")
+    found = together(saved, case)
+    terms = magnitudes(case)
+    for name, true in truth(case).items():
+        theirs = largest(alone(case)[name] - true)
+        dtype = mx.float32 if name.startswith("running") else DTYPES[case.dtype]
+        units = saved.ranks if name in ("weight", "bias") else 1
+        size = max(largest(true), terms.get(name, 0.0))
+        allowed = 2 * theirs + units * ulp(size, dtype)
+        assert found[name].shape == true.shape
+        error = largest(found[name] - true)
+        assert error <= allowed, f"{name}: {error:.3g}, allowed {allowed:.3g}, alone {theirs:.3g}"
+
+
+@pytest.mark.parametrize("name", ["large mean", "large mean, channels first"])
+def test_a_large_mean_costs_no_accuracy(saved: Results, name: str) -> None:
+    """Mean 1e5, deviation about 1: a hundredth for y; the variance to a few roundings."""
+    case = CASES[name]
+    found, true = together(saved, case), truth(case)
+    assert largest(found["y"] - true["y"]) <= 1e-2
+    np.testing.assert_allclose(found["running_var"], true["running_var"], rtol=1e-6)
+
+
+def test_an_average_counts_batches(saved: Results) -> None:
+    assert together(saved, CASES["average"])["num_batches_tracked"] == STEPS
+
+
+def test_shares_are_what_they_are_called() -> None:
+    for ranks in range(2, 5):
+        assert len(set(SHARES["equal"][ranks])) == 1
+        assert len(set(SHARES["unequal"][ranks])) > 1
+        assert 0 in SHARES["empty"][ranks]
+        assert all(sum(by_ranks[ranks]) == BATCH for by_ranks in SHARES.values())
+
+
+def test_ranks_have_different_means() -> None:
+    """Or local statistics would be nearly right."""
+    case = CASES["equal"]
+    x = wide(shares.data(case).x)
+    halves = [x[: BATCH // 2].mean((0, 1)), x[BATCH // 2 :].mean((0, 1))]
+    assert (np.abs(halves[0] - halves[1]) > x.std((0, 1))).all()
+
+
+# ---- Derivatives that layers rarely see ----------------------------------------------------------
+
+
+def test_second_derivatives(saved: Results) -> None:
+    """Of the sum over the ranks of sum(gx^2): the gradient of the sum of all ranks' losses."""
+    case = CASES["unequal"]
+    x, gy, weight, _ = (wide(a) for a in shares.data(case))
+    by_rank = saved.of("derivatives")
+    true = reference.gradient_penalty("batch", x, weight, EPS, case.axis, gy)
+    for name, expected in (("x", true.x), ("gy", true.gy), ("weight", true.weight)):
+        parts = [results[name] for results in by_rank]
+        found = sum(parts) if name == "weight" else np.concatenate(parts)
+        np.testing.assert_allclose(found, expected, rtol=0, atol=2e-5 * largest(expected))
+
+
+def test_forward_mode(saved: Results) -> None:
+    case = CASES["unequal"]
+    x, gy, weight, _ = (wide(a) for a in shares.data(case))
+    expected = reference.directional(
+        lambda x: reference.forward("batch", x, weight, None, EPS, case.axis).y, [x], [gy]
+    )
+    # The layer's own bias is zero, its weight is that of the case.
+    found = np.concatenate([results["tangent"] for results in saved.of("derivatives")])
+    np.testing.assert_allclose(found, expected, rtol=0, atol=2e-5 * largest(expected))
+
+
+# ---- What is sent, and what is read --------------------------------------------------------------
+
+COLLECTIVES = ("AllGather", "Sum AllReduce", "AllReduce")
+
+
+def graph(saved: Results, name: str) -> Counter[str]:
+    """The nodes of a graph; ranks must have the same, though the share of rank 0 is empty."""
+    arrays = saved.of("graphs")
+    for other in arrays[1:]:
+        np.testing.assert_array_equal(other["kinds"], arrays[0]["kinds"])
+        np.testing.assert_array_equal(other[f"nodes/{name}"], arrays[0][f"nodes/{name}"])
+    table = zip(arrays[0]["kinds"], arrays[0][f"nodes/{name}"], strict=True)
+    return Counter({str(kind): int(count) for kind, count in table})
+
+
+def collectives(nodes: Counter[str]) -> list[int]:
+    assert not [kind for kind in nodes if "All" in kind and kind not in COLLECTIVES]
+    return [nodes["AllGather"], nodes["Sum AllReduce"] + nodes["AllReduce"]]
+
+
+def test_one_collective_each_way_per_layer(saved: Results) -> None:
+    several = saved.ranks > 1
+    assert collectives(graph(saved, "layer")) == [1 * several, 1 * several]
+    assert collectives(graph(saved, "training")) == [2 * several, 2 * several]
+
+
+def test_evaluation_sends_nothing(saved: Results) -> None:
+    assert collectives(graph(saved, "evaluation")) == [0, 0]
+
+
+def test_as_few_passes_as_without(saved: Results) -> None:
+    """The operations that read x, whose traffic test_traffic.py counts: 2R + 1W and 4R + 1W."""
+    if saved.ranks == 1:
+        expected = {"WelfordNormalize": 1, "WelfordNormalizeGradient": 1}
+    else:
+        expected = {
+            "WelfordPartialMoments": 1,  # 1R
+            "WelfordMergeRanks": 1,
+            "WelfordNormalize": 1,  # 1R + 1W
+            "WelfordNormalizeGradient": 1,  # 2R, without that of x
+            "WelfordInputGradient": 1,  # 2R + 1W
+        }
+    nodes = graph(saved, "layer")
+    assert {kind: count for kind, count in nodes.items() if kind.startswith("Welford")} == {
+        kind: count for kind, count in expected.items() if count
+    }
+
+
+# ---- Training ------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Results:
+    processes = Processes(2, "cpu")
+    directory = tmp_path_factory.mktemp("training")
+    assert_all_succeeded(processes.run("training", directory))
+    return Results(processes, directory)
+
+
+def parameters(trained: Results, kind: str) -> list[dict[str, Array]]:
+    return [
+        {name.split("/")[1]: a for name, a in arrays.items() if name.startswith(f"{kind}/")}
+        for arrays in trained.of("training")
+    ]
+
+
+@pytest.mark.parametrize("division", SHARES)
+def test_20_steps_on_2_ranks_are_those_of_one_process(trained: Results, division: str) -> None:
+    """To 1e-5 of the largest parameter of an array: some ten times the rounding of 20 steps."""
+    one = shares.train(mw.BatchNorm)
+    first, second = parameters(trained, division)
+    assert shares.largest_difference(first, one) < 1e-5
+    assert shares.largest_difference(second, first) == 0
+
+
+def test_local_statistics_give_something_else(trained: Results) -> None:
+    """So the test above can fail."""
+    one = shares.train(mw.BatchNorm)
+    first, second = parameters(trained, "local")
+    assert shares.largest_difference(first, one) > 0.1
+    assert shares.largest_difference(second, first) > 0.01  # running statistics
+
+
+# ---- When ranks disagree or are lost -------------------------------------------------------------
+
+BOUND = 30  # seconds
+
+
+def ended(ranks: int, task: str, directory: Path) -> list[Ended]:
+    start = time.monotonic()
+    found = Processes(ranks, "cpu").run(task, directory, timeout=BOUND)
+    assert time.monotonic() - start < BOUND
+    return found
+
+
+def test_a_lost_rank_ends_the_others(tmp_path: Path) -> None:
+    first, second = ended(2, "lost", tmp_path)
+    assert second.status == -9
+    assert first.status == 1
+    assert "RuntimeError: [ring] connection to a peer was lost" in first.text
+
+
+def test_another_number_of_channels(tmp_path: Path) -> None:
+    found = ended(3, "other_channels", tmp_path)
+    assert all(rank.status == 1 for rank in found)
+    assert (
+        "RuntimeError: [SyncBatchNorm] The ranks disagree: rank 0 has 4 channels of float32, "
+        "rank 1 has 6 channels of float32." in found[0].text
+    )
+
+
+def test_another_dtype(tmp_path: Path) -> None:
+    for rank, process in enumerate(ended(2, "other_dtype", tmp_path)):
+        assert process.status == 1
+        names = ("float16", "float32")
+        assert (
+            f"RuntimeError: [SyncBatchNorm] The ranks disagree: rank {rank} has 4 channels of "
+            f"{names[rank]}, rank {1 - rank} has 4 channels of {names[1 - rank]}." in process.text
+        )
+
+
+def test_another_collective(tmp_path: Path) -> None:
+    first, _ = ended(2, "other_message", tmp_path)
+    assert first.status == 1
+    assert "rank 1 sent something else. Do all ranks run the same layers" in first.text
+
+
+def test_one_value_on_all_ranks_together(tmp_path: Path) -> None:
+    for rank in ended(2, "one_value", tmp_path):
+        assert rank.status == 1
+        assert (
+            "RuntimeError: [SyncBatchNorm] expected more than one value per channel in training, "
+            "but all ranks together have one." in rank.text
+        )
+
+
+def test_a_batch_that_is_empty_everywhere_changes_nothing(tmp_path: Path) -> None:
+    assert_all_succeeded(ended(2, "nothing", tmp_path))
+
+
+def test_a_rank_that_hangs_is_ended(tmp_path: Path) -> None:
+    """The helper itself: no test can wait for ever."""
+    script = tmp_path / "hangs.py"
+    script.write_text("import time\nprint('here', flush=True)\ntime.sleep(100)\n")
+    start = time.monotonic()
+    with pytest.raises(AssertionError, match=r"ranks \[0, 1\] still ran after 1 seconds"):
+        run_ranks(2, script, directory=tmp_path, timeout=1)
+    assert time.monotonic() - start < 10
+
+
+# ---- One process ---------------------------------------------------------------------------------
+
+
+def test_one_process_is_batch_norm_to_the_bit() -> None:
+    x, gy = mx.random.normal((2, 9, 4)), mx.random.normal((2, 9, 4))
+    results = []
+    for make in (mw.SyncBatchNorm, mw.BatchNorm):
+        layer = make(4)
+        y, (gx,) = mx.vjp(lambda x, layer=layer: [layer(x)], [x], [gy])
+        results.append([y[0], gx, *(a for _, a in tree_flatten(layer.parameters()))])
+    for ours, theirs in zip(*results, strict=True):
+        np.testing.assert_array_equal(np.array(ours), np.array(theirs))
+
+
+def test_one_process_refuses_one_value() -> None:
+    with pytest.raises(ValueError, match=r"\[SyncBatchNorm\] expected more than one value"):
+        mw.SyncBatchNorm(4)(mx.zeros((1, 4)))
+
+
+def test_arguments_are_those_of_batch_norm() -> None:
+    layer = mw.SyncBatchNorm(4, 1e-3, 0.2, False, False, axis=1)
+    assert (layer.eps, layer.momentum, layer.axis, layer.group) == (1e-3, 0.2, 1, None)
+    assert "weight" not in layer
+    assert "running_mean" not in layer
+    with pytest.raises(ValueError, match=r"\[SyncBatchNorm\] 'eps' must be positive"):
+        mw.SyncBatchNorm(4, eps=0)
+    with pytest.raises(TypeError):
+        mw.SyncBatchNorm(4, 1e-5, 0.1, True, True, None)  # type: ignore[call-arg, misc]
+
+
+def test_torch_takes_any_dimensions_and_a_process_group() -> None:
+    group = mx.distributed.init()
+    layer = compat.SyncBatchNorm(4, 1e-5, 0.1, True, True, group, bias=False)
+    assert layer.group is group
+    assert "bias" not in layer
+    for shape in ((3, 4), (3, 4, 5), (3, 4, 5, 2), (3, 4, 5, 2, 2)):
+        x = mx.random.normal(shape)
+        expected = mw.batch_norm(x, layer.weight, axis=1)[0]
+        np.testing.assert_array_equal(np.array(layer(x)), np.array(expected))
