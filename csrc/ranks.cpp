@@ -9,8 +9,8 @@
 // delivers other memory in their place.
 
 #include <algorithm>
-#include <cmath>
 #include <iterator>
+#include <limits>
 #include <sstream>
 #include <stdexcept>
 
@@ -104,25 +104,30 @@ void merge(const array& messages, array& mean, array& var, array& count, int ran
   }
   *count.data<T>() = static_cast<T>(total);
 
-  std::vector<double> means(ranks);
+  // Means are relative to that of a rank which has values, so that nothing of their tails is lost.
+  const auto first = std::find_if(counts.begin(), counts.end(), [](double n) { return n > 0; });
+  if (first == counts.end()) {
+    std::fill_n(mean.data<T>(), channels, std::numeric_limits<T>::quiet_NaN());
+    std::fill_n(var.data<T>(), channels, std::numeric_limits<T>::quiet_NaN());
+    return;
+  }
+  const T* rows = data + kRow;  // of the first rank
+  const T* origins = rows + (first - counts.begin()) * size;
+  std::vector<double> offsets(ranks);
   for (int64_t c = 0; c < channels; ++c) {
-    double sum = 0;
+    const double origin = origins[c * kRow + 1];
+    double offset = 0;
     for (int i = 0; i < ranks; ++i) {
-      const T* row = data + i * size + (1 + c) * kRow;
-      means[i] = std::isfinite(row[2]) ? static_cast<double>(row[1]) + row[2] : row[1];
-      if (counts[i] > 0) {
-        sum += counts[i] * means[i];
-      }
+      const T* of_rank = rows + i * size + c * kRow;
+      offsets[i] = (of_rank[1] - origin) + of_rank[2];
+      offset += counts[i] > 0 ? counts[i] / total * offsets[i] : 0;
     }
-    const double all = sum / total;
     double m2 = 0;
     for (int i = 0; i < ranks; ++i) {
-      if (counts[i] > 0) {
-        const double d = means[i] - all;
-        m2 += data[i * size + (1 + c) * kRow + 3] + counts[i] * d * d;
-      }
+      const double d = offsets[i] - offset;
+      m2 += counts[i] > 0 ? rows[i * size + c * kRow + 3] + counts[i] * d * d : 0;
     }
-    mean.data<T>()[c] = static_cast<T>(all);
+    mean.data<T>()[c] = static_cast<T>(origin + offset);
     var.data<T>()[c] = static_cast<T>(m2 / total);
   }
 }

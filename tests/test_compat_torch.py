@@ -24,7 +24,9 @@ GOLDEN = Path(__file__).parent / "golden"
 FILES = sorted([*GOLDEN.glob("torch_*.npz"), *GOLDEN.glob("compat/torch_*.npz")])
 STEPS = ["0", "1", "2", "_eval"]
 NAMES = {"x": "gx", "weight": "gw", "bias": "gb"}
-CLASSES: dict[str, Make] = {name: getattr(compat, name) for name in compat.__all__}
+CLASSES: dict[str, Make] = {  # SyncBatchNorm is in test_distributed.py and test_sync_layers.py
+    name: getattr(compat, name) for name in compat.__all__ if name != "SyncBatchNorm"
+}
 EAGER = {name: cls for name, cls in CLASSES.items() if not name.startswith("Lazy")}
 
 

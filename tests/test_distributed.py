@@ -20,8 +20,6 @@ import pytest
 import reference
 import shares
 from conftest import chosen, shaders
-from mlx.utils import tree_flatten
-from mlx_welford.compat import torch as compat
 from ranks import TESTS, Ended, assert_all_succeeded, run_ranks
 from reference import Array
 from shares import BATCH, CASES, DTYPES, MOMENTUM, SHARES, STEPS, Case
@@ -388,44 +386,3 @@ def test_a_rank_that_hangs_is_ended(tmp_path: Path) -> None:
     with pytest.raises(AssertionError, match=r"ranks \[0, 1\] still ran after 1 seconds"):
         run_ranks(2, script, directory=tmp_path, timeout=1)
     assert time.monotonic() - start < 10
-
-
-# ---- One process ---------------------------------------------------------------------------------
-
-
-def test_one_process_is_batch_norm_to_the_bit() -> None:
-    x, gy = mx.random.normal((2, 9, 4)), mx.random.normal((2, 9, 4))
-    results = []
-    for make in (mw.SyncBatchNorm, mw.BatchNorm):
-        layer = make(4)
-        y, (gx,) = mx.vjp(lambda x, layer=layer: [layer(x)], [x], [gy])
-        results.append([y[0], gx, *(a for _, a in tree_flatten(layer.parameters()))])
-    for ours, theirs in zip(*results, strict=True):
-        np.testing.assert_array_equal(np.array(ours), np.array(theirs))
-
-
-def test_one_process_refuses_one_value() -> None:
-    with pytest.raises(ValueError, match=r"\[SyncBatchNorm\] expected more than one value"):
-        mw.SyncBatchNorm(4)(mx.zeros((1, 4)))
-
-
-def test_arguments_are_those_of_batch_norm() -> None:
-    layer = mw.SyncBatchNorm(4, 1e-3, 0.2, False, False, axis=1)
-    assert (layer.eps, layer.momentum, layer.axis, layer.group) == (1e-3, 0.2, 1, None)
-    assert "weight" not in layer
-    assert "running_mean" not in layer
-    with pytest.raises(ValueError, match=r"\[SyncBatchNorm\] 'eps' must be positive"):
-        mw.SyncBatchNorm(4, eps=0)
-    with pytest.raises(TypeError):
-        mw.SyncBatchNorm(4, 1e-5, 0.1, True, True, None)  # type: ignore[call-arg, misc]
-
-
-def test_torch_takes_any_dimensions_and_a_process_group() -> None:
-    group = mx.distributed.init()
-    layer = compat.SyncBatchNorm(4, 1e-5, 0.1, True, True, group, bias=False)
-    assert layer.group is group
-    assert "bias" not in layer
-    for shape in ((3, 4), (3, 4, 5), (3, 4, 5, 2), (3, 4, 5, 2, 2)):
-        x = mx.random.normal(shape)
-        expected = mw.batch_norm(x, layer.weight, axis=1)[0]
-        np.testing.assert_array_equal(np.array(layer(x)), np.array(expected))

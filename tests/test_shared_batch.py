@@ -1,0 +1,292 @@
+"""The operations that SyncBatchNorm is made of, in one process: its parts of a batch are views.
+
+What ranks would send each other is put together here, so that there can be a thousand of them.
+"""
+
+import io
+import re
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+
+import mlx.core as mx
+import mlx_welford as mw
+import numpy as np
+import pytest
+import reference
+from mlx_welford import _ext
+from problems import DTYPES
+from reference import Array
+from systems import statistics
+from tolerance import assert_as_good_as, assert_within, largest, wide
+
+pytestmark = pytest.mark.every_backend
+
+EPS = 1e-5
+MARK = 0x57454C
+
+
+def merged(x: mx.array, ends: Sequence[int], axis: int = -1) -> tuple[mx.array, mx.array, mx.array]:
+    """Mean, variance and count of a batch that ranks have in parts which end here."""
+    starts = [0, *ends[:-1]]
+    messages = [_ext.rank_moments(x[a:b], "test", axis) for a, b in zip(starts, ends, strict=True)]
+    return _ext.merge_ranks(mx.concatenate(messages), len(ends), 0, "test")
+
+
+def truth_of(x: mx.array, axis: int) -> tuple[Array, Array]:
+    values = wide(x)
+    return reference.moments(values, reference.reduction_axes("batch", values.ndim, axis))
+
+
+def batch(shape: Sequence[int], dtype: str, mean: float = 0.0) -> mx.array:
+    rng = np.random.default_rng(len(shape) + sum(shape))
+    x = np.sort(rng.normal(size=shape), axis=0)  # so that parts differ
+    return mx.array(2 * x + mean, DTYPES[dtype])
+
+
+SHAPES: list[tuple[tuple[int, ...], int]] = [
+    ((10, 7), -1),
+    ((10, 33, 5), -1),
+    ((10, 33, 16), -1),
+    ((10, 5, 33), 1),
+    ((10, 3, 4, 6, 2), 2),
+    ((10, 70, 9, 8), 1),
+]
+ENDS = {"equal": [5, 10], "unequal": [1, 4, 10], "empty": [0, 6, 6, 10], "one": [10]}
+
+
+@pytest.mark.parametrize("ends", ENDS.values(), ids=ENDS.keys())
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+@pytest.mark.parametrize(("shape", "axis"), SHAPES)
+def test_merged_moments_are_those_of_the_batch(
+    shape: tuple[int, ...], axis: int, dtype: str, ends: list[int]
+) -> None:
+    x = batch(shape, dtype)
+    mean, var, count = merged(x, ends, axis)
+    assert count.item() == x.size // shape[axis]
+    baseline = statistics(x, reference.reduction_axes("batch", x.ndim, axis))
+    for ours, theirs, true in zip((mean, var), baseline, truth_of(x, axis), strict=True):
+        assert_as_good_as(ours, theirs, true, mx.float32, magnitude=largest(wide(x)))
+
+
+@pytest.mark.parametrize("mean", [0.0, 1e5, -3e6])
+@pytest.mark.parametrize("ranks", [64, 1024])
+def test_a_thousand_ranks(ranks: int, mean: float) -> None:
+    """With three values each: nearly all of the variance is between the ranks."""
+    x = batch((3 * ranks, 4), "float32", mean)
+    found = merged(x, range(3, 3 * ranks + 3, 3))
+    for ours, true in zip(found, truth_of(x, -1), strict=False):
+        assert_within(ours, true, mx.float32, ulps=2)
+
+
+def test_float64(backend: str) -> None:
+    if backend == "gpu":
+        pytest.skip("MLX has no float64 on a GPU.")
+    x = batch((10, 9, 3), "float64", 1e5)
+    for ours, true in zip(merged(x, [4, 4, 10]), truth_of(x, -1), strict=False):
+        assert_within(ours, true, mx.float64, ulps=4)
+
+
+def test_large_counts_are_exact(backend: str) -> None:
+    """2^24 + 1 is none of float32's numbers."""
+    if backend == "gpu":
+        pytest.skip("MLX has no float64 on a GPU.")
+    values = (1 << 24) + 1
+    about = [MARK + 3, 1, values >> 24, values & ((1 << 24) - 1)]
+    message = mx.array([about, [0.0, 2.0, 0.0, 8.0]], mx.float64)
+    mean, var, count = _ext.merge_ranks(mx.concatenate([message] * 3), 3, 0, "test")
+    assert count.item() == 3 * values
+    assert mean.item() == 2
+    np.testing.assert_allclose(var.item(), 8 / values, rtol=1e-15)
+
+
+def test_the_composed_definition() -> None:
+    x = batch((10, 33, 5), "float32", 1e3)
+    kernels = merged(x, [0, 6, 7, 10])
+    with mw.composed():
+        composed = merged(x, [0, 6, 7, 10])
+    for ours, theirs in zip(composed, kernels, strict=True):
+        np.testing.assert_allclose(wide(ours), wide(theirs), rtol=1e-6)
+
+
+def test_nothing_anywhere_is_nan() -> None:
+    mean, var, count = merged(mx.zeros((0, 4)), [0, 0])
+    assert count.item() == 0
+    assert np.isnan(np.array(mean)).all()
+    assert np.isnan(np.array(var)).all()
+
+
+def test_what_is_not_finite_stays_in_its_channel() -> None:
+    x = mx.array([[1.0, np.inf, np.nan], [4.0, 1.0, 2.0]])
+    for found in merged(x, [0, 1, 1, 2])[:2]:
+        np.testing.assert_array_equal(np.isfinite(np.array(found)), [True, False, False])
+
+
+# ---- Disagreement --------------------------------------------------------------------------------
+
+
+def message(channels: int, kind: float = MARK, count: int = 3) -> mx.array:
+    return mx.array([[kind, channels, 0, count], *([[3.0, 1.0, 0.0, 2.0]] * channels)])
+
+
+def error_of(messages: Sequence[mx.array], rank: int) -> str:
+    with pytest.raises(RuntimeError) as error:
+        mx.eval(_ext.merge_ranks(mx.concatenate(list(messages)), len(messages), rank, "Layer"))
+    return str(error.value)
+
+
+def test_what_ranks_disagree_about_is_said() -> None:
+    assert error_of([message(2), message(2, MARK + 1)], 0) == (
+        "[Layer] The ranks disagree: rank 0 has 2 channels of float32, rank 1 has 2 channels of "
+        "float16."
+    )
+    assert error_of([message(2), message(2), message(2, MARK + 2)], 2) == (
+        "[Layer] The ranks disagree: rank 2 has 2 channels of bfloat16, rank 0 has 2 channels of "
+        "float32."
+    )
+
+
+@pytest.mark.parametrize("kind", [0.0, 1.5, MARK + 0.5, MARK + 4, MARK - 1, np.nan, np.inf])
+def test_what_is_no_message(kind: float) -> None:
+    assert error_of([message(2), message(2, kind)], 0) == (
+        "[Layer] The ranks disagree: rank 0 has 2 channels of float32, rank 1 sent something else. "
+        "Do all ranks run the same layers in the same order?"
+    )
+
+
+def test_one_value_in_all() -> None:
+    assert error_of([message(2, count=0), message(2, count=1)], 0) == (
+        "[Layer] expected more than one value per channel in training, but all ranks together have "
+        "one."
+    )
+
+
+def test_computing_goes_on_after_an_error() -> None:
+    error_of([message(2), message(2, 0.0)], 0)
+    assert merged(mx.ones((4, 2)), [2, 4])[0].tolist() == [1, 1]
+
+
+@pytest.mark.parametrize(
+    ("call", "text"),
+    [
+        (
+            lambda: _ext.rank_moments(mx.zeros((3, 4)), "Layer", -1, 5),
+            "[Layer] expected 5 channels on axis -1 but got input of shape (3, 4).",
+        ),
+        (
+            lambda: _ext.rank_moments(mx.zeros((4,)), "Layer", -1),
+            "[Layer] expected an input of at least 2 dimensions but got shape (4,).",
+        ),
+    ],
+)
+def test_errors_at_the_call(call: Callable[[], object], text: str) -> None:
+    with pytest.raises(ValueError, match=f"^{re.escape(text)}$"):
+        call()
+
+
+# ---- The gradient of x ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("weighted", [True, False])
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16", "float64"])
+@pytest.mark.parametrize(("shape", "axis"), SHAPES)
+@pytest.mark.parametrize("composed", [False, True])
+def test_gradient_of_x(
+    shape: tuple[int, ...], axis: int, dtype: str, weighted: bool, composed: bool, backend: str
+) -> None:
+    """r w g + grad_mean + 2 grad_var (x - mean)."""
+    if dtype == "float64" and backend == "gpu":
+        pytest.skip("MLX has no float64 on a GPU.")
+    rng = np.random.default_rng(1)
+    channels = shape[axis]
+    of_statistics = mx.float64 if dtype == "float64" else mx.float32
+    x = batch(shape, dtype, 3.0)
+    g = mx.array(rng.normal(size=shape), DTYPES[dtype])
+    weight = mx.array(rng.uniform(0.5, 1.5, channels), DTYPES[dtype]) if weighted else None
+    mean, var, grad_mean, grad_var = (
+        mx.array(rng.uniform(0.5, 2.0, channels), of_statistics) for _ in range(4)
+    )
+    with mw.composed() if composed else nullcontext():
+        found = _ext.input_gradient(x, g, mean, var, weight, EPS, grad_mean, grad_var, "test", axis)
+
+    def along(v: mx.array | None) -> Array:
+        factor = reference.along(axis, x.ndim, None if v is None else wide(v), 1)
+        return np.asarray(factor)
+
+    direct = wide(g) * along(weight) / np.sqrt(along(var) + EPS)
+    through = along(grad_mean) + 2 * along(grad_var) * (wide(x) - along(mean))
+    expected = direct + through
+    unit = 2.0 ** {"float64": -52, "float32": -23, "float16": -10, "bfloat16": -7}[dtype]
+    terms = max(largest(direct), largest(through))
+    assert found.dtype == x.dtype
+    np.testing.assert_allclose(
+        wide(found).astype(np.float64),
+        expected.astype(np.float64),
+        rtol=0,
+        atol=unit * largest(expected) + 4 * min(unit, 2.0**-23) * terms,
+    )
+
+
+def test_memory_of_the_cotangent_is_used_again() -> None:
+    x, vectors = mx.random.normal((512, 1024)), [mx.ones((1024,))] * 4
+    mx.eval(x, vectors)
+    mx.synchronize()
+    before = mx.get_active_memory()
+    mx.reset_peak_memory()
+    g = mx.random.normal((512, 1024)) + 1
+    gx = _ext.input_gradient(x, g, *vectors[:2], None, EPS, *vectors[2:], "test")
+    del g
+    mx.eval(gx)
+    assert mx.get_active_memory() - before < 1.5 * x.nbytes
+
+
+@pytest.mark.parametrize("axis", [1, -1])
+def test_an_empty_part_has_the_nodes_of_any_other(axis: int) -> None:
+    """The order of what ranks evaluate depends on their graphs, and has to be the same."""
+
+    def graph(x: mx.array) -> list[str]:
+        vectors = [mx.ones((4,))] * 4
+        message = _ext.rank_moments(x, "test", axis)
+        y, _, _ = _ext.normalize(
+            x,
+            vectors[0],
+            None,
+            EPS,
+            _ext.Statistics.of_batch,
+            "test",
+            mean=vectors[0],
+            var=vectors[1],
+            axis=axis,
+        )
+        _, sums = mx.vjp(
+            lambda *v: _ext.normalize(
+                x, v[0], None, EPS, _ext.Statistics.of_batch, "test", mean=v[1], var=v[2], axis=axis
+            )[0],
+            vectors[:3],
+            [mx.ones_like(x)],
+        )
+        gx = _ext.input_gradient(
+            x, mx.ones_like(x), *vectors[:2], None, EPS, *vectors[2:], "test", axis
+        )
+        outputs = [message, y, *sums, gx]
+        names = nodes(outputs)
+        mx.eval(outputs)
+        for name, a in zip(("message", "y"), outputs, strict=False):
+            assert np.isfinite(np.array(a)).all(), name
+        if x.size == 0:
+            assert not np.array(mx.concatenate(sums)).any()
+            assert not np.array(message[1:]).any()
+        return names
+
+    shape = [5, 6, 6]
+    shape[axis] = 4
+    some = mx.random.normal(shape)
+    none = mx.zeros((0, *shape[1:]))
+    mx.eval(some, none)
+    assert graph(none) == graph(some)
+
+
+def nodes(outputs: Sequence[mx.array]) -> list[str]:
+    """The kinds of operations in the order of a graph's description."""
+    file = io.StringIO()
+    mx.export_to_dot(file, *outputs)
+    return re.findall(r'label ="([^"]+)", shape=rectangle', file.getvalue())
