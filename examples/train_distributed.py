@@ -13,6 +13,7 @@ status 1 if they have not, or with SyncBatchNorm when the accuracy is below 97 %
 
 import argparse
 from collections.abc import Sequence
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -32,7 +33,7 @@ def train(
     optimizer = optim.SGD(optim.cosine_decay(0.1, steps), momentum=0.9, weight_decay=5e-4)
     loss_and_grad = nn.value_and_grad(model, loss)
     mine = slice(group.rank(), None, group.size())
-    losses = []
+    losses: list[Any] = []
     model.train()
     for _ in range(options.epochs):
         for images, labels in digits.batches(options.batch_size, shuffle):
@@ -40,13 +41,14 @@ def train(
             optimizer.update(model, nn.average_gradients(grads, group))
             value = mx.distributed.all_sum(value, group=group) / group.size()
             mx.eval(value, model.state, optimizer.state)
-            losses.append(float(value.item()))
+            losses.append(value.item())
     return losses
 
 
 def same_everywhere(model: nn.Module, group: mx.distributed.Group) -> bool:
     """Whether the parameters, running statistics among them, are the same bits on all processes."""
-    flat = mx.concatenate([a.reshape(-1) for _, a in tree_flatten(model.parameters())])
+    arrays = dict(tree_flatten(model.parameters())).values()
+    flat = mx.concatenate([a.reshape(-1) for a in arrays])
     of_all = mx.distributed.all_gather(flat.view(mx.uint32)[None], group=group)
     return bool(mx.all(of_all == of_all[:1]).item())
 
@@ -83,7 +85,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"processes                 {group.size()}")
         print(f"loss, first and last step {losses[0]:.6f} {losses[-1]:.6f}")
         print(f"test accuracy             {reached:.2%}")
-        print(f"parameters                {'the same' if same else 'not the same'} on all processes")
+        print(
+            f"parameters                {'the same' if same else 'not the same'} on all processes"
+        )
     good = reached >= LEAST_ACCURACY or options.local
     return 0 if same and good else 1
 

@@ -11,6 +11,7 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -22,6 +23,7 @@ from mlx_welford.compat import torch as compat
 from reference import Array
 from shares import CASES, Case, Network, Results, share
 from tolerance import wide
+from trees import leaves
 
 GROUP = mx.distributed.init()
 RANK, RANKS = GROUP.rank(), GROUP.size()
@@ -41,7 +43,7 @@ def layer_of(case: Case) -> nn.Module:
 
 
 def cases() -> dict[str, Array]:
-    found = {}
+    found: dict[str, Array] = {}
     for case in CASES.values():
         if case.dtype == "float64" and mx.default_device() == mx.gpu:
             continue
@@ -52,7 +54,7 @@ def cases() -> dict[str, Array]:
 
 
 def training() -> dict[str, Array]:
-    found = {}
+    found: dict[str, Array] = {}
     for division in ("equal", "unequal", "empty"):
 
         def part(division: shares.Division = division) -> slice:
@@ -109,10 +111,10 @@ def counted(network: nn.Module, x: mx.array, *, training: bool = True) -> Counte
 
     parameters = network.trainable_parameters()
     value, (of_parameters, of_x) = mx.value_and_grad(loss, argnums=(0, 1))(parameters, x)
-    arrays = [a for _, a in nn.utils.tree_flatten(of_parameters)]
+    arrays = leaves(of_parameters).values()
     found = nodes(value, of_x, *arrays)
     network.update(parameters)
-    mx.eval(value, of_x, arrays)
+    mx.eval(value, of_x, *arrays)
     return found
 
 
@@ -199,7 +201,8 @@ def main(tasks: str, folder: str) -> None:
         if task in FAILURES:
             FAILURES[task]()
         else:
-            np.savez(Path(folder) / f"{task}{RANK}.npz", **RESULTS[task]())
+            results: dict[str, Any] = RESULTS[task]()
+            np.savez(Path(folder) / f"{task}{RANK}.npz", **results)
 
 
 if __name__ == "__main__":

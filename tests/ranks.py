@@ -39,8 +39,8 @@ def run_ranks(
     by the time a rank listens, there are two more attempts.
 
     Raises:
-        AssertionError: If one still runs after `timeout` seconds. All are ended, and what they wrote
-            is in the message.
+        AssertionError: If one still runs after `timeout` seconds. All are ended, and what they
+            wrote is in the message.
     """
     for _ in range(3):
         ended = _run_ranks_once(ranks, script, arguments, directory, timeout, variables)

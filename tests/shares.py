@@ -182,8 +182,8 @@ def train(
 ) -> Results:
     """The parameters after 20 steps, each with its own batch of which this process has a part.
 
-    A rank's loss is ranks / N times the sum over its part, so that the average over the ranks, which
-    average_gradients takes of the gradients, is the mean over the batch, whatever the parts are.
+    A rank's loss is ranks / N times the sum over its part, so that the average over the ranks,
+    which average_gradients takes of the gradients, is the mean over the batch, whatever the parts.
     """
     mx.random.seed(7)
     model = Network(norm)
@@ -204,7 +204,7 @@ def train(
             gradients = nn.average_gradients(gradients)
         optimizer.update(model, gradients)
         mx.eval(model.state, optimizer.state)
-    flat = tree_flatten(model.parameters())
+    flat = tree_flatten(model.parameters())  # type: ignore[no-untyped-call]
     assert isinstance(flat, list)
     return {name: wide(a).astype(np.float64) for name, a in flat}
 

@@ -20,9 +20,10 @@ import pytest
 import reference
 import shares
 from conftest import chosen, shaders
+from problems import DTYPES
 from ranks import TESTS, Ended, assert_all_succeeded, run_ranks
 from reference import Array
-from shares import BATCH, CASES, DTYPES, MOMENTUM, SHARES, STEPS, Case
+from shares import BATCH, CASES, MOMENTUM, SHARES, STEPS, Case
 from tolerance import largest, ulp, wide
 
 WORKER = TESTS / "rank_worker.py"
@@ -98,8 +99,7 @@ def saved(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
 @cache
 def alone(case: Case) -> dict[str, Array]:
     """Of one process that has the whole batch."""
-    options = {"momentum": case.momentum, "affine": case.affine}
-    layer = mw.BatchNorm(case.channels, axis=case.axis, **options)
+    layer = mw.BatchNorm(case.channels, momentum=case.momentum, affine=case.affine, axis=case.axis)
     return shares.results(case, layer, slice(None))
 
 

@@ -1,4 +1,4 @@
-"""The examples of every public docstring and of docs/porting.md, run; and that there are some."""
+"""The examples of every public docstring and of the guides, run; and that there are some."""
 
 import doctest
 import importlib
@@ -50,11 +50,12 @@ def test_the_public_names_are_among_those_run() -> None:
     assert {value.__module__ for value in PUBLIC.values()} <= set(modules())
 
 
-def test_porting_guide() -> None:
-    """Its blocks in their order, in one namespace, as a reader would paste them."""
-    text = (Path(__file__).parents[1] / "docs" / "porting.md").read_text(encoding="utf-8")
+@pytest.mark.parametrize(("name", "least"), [("porting.md", 5), ("distributed.md", 1)])
+def test_guides(name: str, least: int) -> None:
+    """Their blocks in their order, in one namespace, as a reader would paste them."""
+    text = (Path(__file__).parents[1] / "docs" / name).read_text(encoding="utf-8")
     blocks = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
-    assert len(blocks) >= 5
+    assert len(blocks) >= least
     namespace: dict[str, object] = {}
     for block in blocks:
-        exec(compile(block, "docs/porting.md", "exec"), namespace)
+        exec(compile(block, f"docs/{name}", "exec"), namespace)

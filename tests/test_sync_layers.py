@@ -9,7 +9,6 @@ import mlx.nn as nn
 import mlx_welford as mw
 import numpy as np
 import pytest
-from mlx.utils import tree_flatten
 from mlx_welford.compat import torch as compat
 from trees import parameters_of, trainable_of
 
@@ -20,7 +19,7 @@ def test_one_process_is_batch_norm_to_the_bit() -> None:
     for make in (mw.SyncBatchNorm, mw.BatchNorm):
         layer = make(4)
         y, (gx,) = mx.vjp(lambda x, layer=layer: [layer(x)], [x], [gy])
-        results.append([y[0], gx, *(a for _, a in tree_flatten(layer.parameters()))])
+        results.append([y[0], gx, *parameters_of(layer).values()])
     for ours, theirs in zip(*results, strict=True):
         np.testing.assert_array_equal(np.array(ours), np.array(theirs))
 
@@ -38,7 +37,7 @@ def test_arguments_are_those_of_batch_norm() -> None:
     with pytest.raises(ValueError, match=r"\[SyncBatchNorm\] 'eps' must be positive"):
         mw.SyncBatchNorm(4, eps=0)
     with pytest.raises(TypeError):
-        mw.SyncBatchNorm(4, 1e-5, 0.1, True, True, None)  # type: ignore[call-arg, misc]
+        mw.SyncBatchNorm(4, 1e-5, 0.1, True, True, None)  # type: ignore[call-arg, arg-type]
 
 
 def test_torch_takes_any_dimensions_and_a_process_group() -> None:

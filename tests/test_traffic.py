@@ -270,7 +270,7 @@ def test_nothing_is_read_or_written_in_part_or_twice_in_a_pass(problem: Problem)
             assert counted[name].written == bound.written, (d.kernel, name)
 
 
-# ---- A batch that several processes share: forward 2R + 1W and backward 4R + 1W like one's own ------
+# ---- A batch that several processes share: 2R + 1W and 4R + 1W, as with one's own ----------------
 
 
 @every_dtype

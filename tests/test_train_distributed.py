@@ -31,7 +31,7 @@ def test_two_processes_train_as_one(tmp_path: Path) -> None:
     assert "processes                 2" in first.text
     assert "the same on all processes" in first.text
     assert "not the same" not in first.text
-    np.testing.assert_allclose(losses(first.text), losses(one.text), rtol=1e-4)
+    np.testing.assert_allclose(losses(first.text), losses(one.text), rtol=5e-6)
     assert losses(one.text)[1] < 0.95 * losses(one.text)[0]
     assert second.text.strip() == ""  # one speaks for all
     # Ten steps are too few for 97 %.
@@ -43,7 +43,7 @@ def test_local_statistics_do_not(tmp_path: Path) -> None:
     first, second = run(2, tmp_path / "two", "--local")
     assert "not the same on all processes" in first.text
     assert first.status == second.status == 1
-    assert abs(losses(first.text)[1] / losses(one.text)[1] - 1) > 1e-3
+    assert abs(losses(first.text)[0] / losses(one.text)[0] - 1) > 1e-4
 
 
 def test_a_batch_that_does_not_divide_is_refused(tmp_path: Path) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import cast
+
 import mlx.core as mx
 import mlx.nn as nn
 from mlx.nn import Module
@@ -129,8 +131,8 @@ class _Synchronized:
         dtype = mx.result_type(x, *given)
         function = mx.custom_function(self._forward)
         function.vjp(self._backward)
-        y, mean, var, count = function([a.astype(dtype) for a in (x, *given)])
-        return y, mean, var, count
+        outputs = function([a.astype(dtype) for a in (x, *given)])
+        return cast(tuple[mx.array, mx.array, mx.array, mx.array], outputs)
 
     def _normalize(
         self, x: mx.array, mean: mx.array, var: mx.array, *parameters: mx.array
@@ -205,8 +207,7 @@ def _sum_over_ranks(x: mx.array, group: Group) -> mx.array:
 
     function = mx.custom_function(lambda x: mx.distributed.all_sum(x, group=group))
     function.vjp(backward)
-    result: mx.array = function(x)
-    return result
+    return cast(mx.array, function(x))
 
 
 _SUCCESSORS: dict[type[Module], type[SyncBatchNorm]] = {BatchNorm: SyncBatchNorm}
@@ -221,9 +222,9 @@ def convert_sync_batchnorm(model: Module, group: Group | None = None) -> Module:
     """Replaces every layer of batch normalisation of a model by one over all processes.
 
     ``mlx.nn.BatchNorm`` and :class:`BatchNorm` by :class:`SyncBatchNorm`, those of
-    ``mlx_welford.compat.torch`` by its ``SyncBatchNorm``. As :func:`accelerate` does: in place, with
-    the same arrays as parameters, the same frozen ones among them, in the same mode; subclasses and
-    layers that are synchronised already are left alone.
+    ``mlx_welford.compat.torch`` by its ``SyncBatchNorm``. As :func:`accelerate` does: in place,
+    with the same arrays as parameters, the same frozen ones among them, in the same mode;
+    subclasses and layers that are synchronised already are left alone.
 
     Args:
         model: The model, or a single layer.
@@ -231,6 +232,9 @@ def convert_sync_batchnorm(model: Module, group: Group | None = None) -> Module:
 
     Returns:
         ``model``; if that is itself a layer to be replaced, its successor.
+
+    Raises:
+        ValueError: If a layer of ``mlx.nn`` has arguments that these layers refuse.
 
     Examples:
         >>> import mlx.nn as nn
