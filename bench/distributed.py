@@ -12,12 +12,14 @@ with the network of this measurement, or of --latency and --bandwidth, and all l
 
 import argparse
 import json
+import os
 import socket
 import statistics
 import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -175,7 +177,7 @@ def load(text: str) -> Measured:
 
 def run_ranks(ranks: int, rounds: int) -> Measured:
     """Measures in processes of their own."""
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, quiet_input() as nothing:
         file = Path(folder) / "measured.json"
         own = [sys.executable, __file__, "--rounds", str(rounds), "--rank-to", str(file)]
         with socket.socket() as s:
@@ -185,7 +187,8 @@ def run_ranks(ranks: int, rounds: int) -> Measured:
         launch += ["--backend", "ring", "--starting-port", str(port), "--"]
         done = subprocess.run(
             own if ranks == 1 else [*launch, *own],
-            stdin=subprocess.DEVNULL,
+            env={"MLX_WELFORD_NUM_THREADS": "1", **os.environ},  # they share one machine's cores
+            stdin=nothing,
             capture_output=True,
             text=True,
             timeout=TIMEOUT,
@@ -193,6 +196,17 @@ def run_ranks(ranks: int, rounds: int) -> Measured:
         if not file.exists():  # mlx.launch ends with status 0 whatever happens
             raise RuntimeError(f"{ranks} processes measured nothing.\n{done.stderr}")
         return load(file.read_text())
+
+
+@contextmanager
+def quiet_input() -> Iterator[int]:
+    """An input that neither has anything nor ends: mlx.launch keeps a core busy reading an end."""
+    read, write = os.pipe()
+    try:
+        yield read
+    finally:
+        os.close(read)
+        os.close(write)
 
 
 def measure_all(rounds: int) -> Measured:

@@ -27,8 +27,8 @@ namespace mx = mlx::core;
 namespace {
 
 constexpr int kRow = 4;
-constexpr int kMark = 0x57454C;     // less than 2^24, and no size that anyone has
-constexpr int64_t kHalf = 1 << 24;  // whole numbers up to here are exact in float32
+constexpr int kMark = 0x57454C;      // less than 2^24, and no size that anyone has
+constexpr int64_t kExact = 1 << 24;  // whole numbers up to here are exact in float32
 
 constexpr mx::Dtype kDtypes[] = {mx::float32, mx::float16, mx::bfloat16, mx::float64};
 
@@ -47,7 +47,7 @@ struct About {
   explicit About(const T* row)
       : kind(row[0]),
         channels(row[1]),
-        count(static_cast<double>(row[2]) * kHalf + static_cast<double>(row[3])) {}
+        count(static_cast<double>(row[2]) * kExact + static_cast<double>(row[3])) {}
 
   bool is_message() const {
     const T code = kind - kMark;
@@ -58,7 +58,8 @@ struct About {
   }
   std::string text() const {
     std::ostringstream text;
-    text << channels << " channels of " << kDtypes[static_cast<int>(kind) - kMark];
+    text << static_cast<int64_t>(channels) << " channels of "
+         << kDtypes[static_cast<int>(kind) - kMark];
     return text.str();
   }
 };
@@ -144,7 +145,7 @@ array message_of(const array& x, int channel_axis, mx::Stream s) {
   }
   const std::vector<double> about{
       static_cast<double>(kMark + code_of(x.dtype())), static_cast<double>(x.shape(channel_axis)),
-      static_cast<double>(count / kHalf), static_cast<double>(count % kHalf)};
+      static_cast<double>(count / kExact), static_cast<double>(count % kExact)};
   return mx::concatenate({array(about.begin(), mx::Shape{1, kRow}, wide), moments}, 0, s);
 }
 
@@ -154,7 +155,7 @@ Arrays MergeRanks::compose(const Arrays& inputs) {
   array messages = mx::reshape(inputs[0], {ranks_, 1 + c, kRow}, s);
   array about =
       mx::reshape(mx::slice(messages, {0, 0, 0}, {ranks_, 1, kRow}, s), {ranks_, kRow}, s);
-  array high = mx::multiply(mx::take(about, 2, 1, s), array(kHalf, about.dtype()), s);
+  array high = mx::multiply(mx::take(about, 2, 1, s), array(kExact, about.dtype()), s);
   array counts = mx::add(high, mx::take(about, 3, 1, s), s);
   array moments = mx::slice(messages, {0, 1, 0}, {ranks_, 1 + c, kRow}, s);
   auto [mean, var] = composed::merge(counts, moments, s);
