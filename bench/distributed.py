@@ -266,7 +266,8 @@ def plot(measured: Measured, network: Network, source: str, file: Path) -> None:
     )
     left.set_xlabel("channels")
     left.set_ylabel("ms per layer, forward and backward")
-    left.legend(fontsize=7)
+    left.set_ylim(bottom=0.01)  # room for the legend
+    left.legend(fontsize=7, loc="lower right")
     for channels in CHANNELS:
         costs = [1e3 * network.layer(ranks, channels) for ranks in MODELLED_RANKS]
         right.loglog(MODELLED_RANKS, costs, "-", label=f"{channels} channels")
