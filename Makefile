@@ -39,7 +39,7 @@ help:
 	@echo 'make build    create $(VENV) and install the package into it'
 	@echo 'make demo     train a small network with both libraries, then compare their speed'
 	@echo 'make test     run the tests                        PYTEST_ARGS="-k moments -x"'
-	@echo 'make bench    compare speed and memory with mlx.nn BENCH_ARGS="--json results.json"'
+	@echo 'make bench    measure all of docs/performance.md   BENCH_ARGS="--only cases-tuned"'
 	@echo 'make lint     run every check on the sources'
 	@echo 'make format   rewrite the sources as the checks want them'
 	@echo 'make sdist    pack the sources into dist/'
@@ -86,7 +86,8 @@ test: build
 	$(PY) -m pytest $(PYTEST_ARGS)
 
 bench: build
-	$(PY) bench/compare.py $(BENCH_ARGS)
+	$(PY) bench/suite.py $(BENCH_ARGS)
+	$(PY) bench/report.py
 
 lint: build
 	$(PY) -m pre_commit run --all-files

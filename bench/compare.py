@@ -1,4 +1,4 @@
-"""Compare mlx_welford with mlx.nn, eager and compiled, and with a plain copy of the input.
+"""Compare mlx_welford with mlx.nn, eager and compiled, with torch, and with a plain copy.
 
 README.md beside this file says what is timed, how, and what every column means.
 """
@@ -10,57 +10,106 @@ from fnmatch import fnmatch
 from pathlib import Path
 
 import mlx.core as mx
-from contestants import COMPILED, MODES, compiler_error, steps
-from environment import environment, memory_bytes
+import settings
+import torch_contestants
+from contestants import (
+    BACKWARD,
+    BASELINE,
+    BOTH,
+    COMPILED,
+    FORWARD,
+    MODES,
+    OURS,
+    PEERS,
+    TORCH,
+    TORCH_MPS,
+    absent,
+    steps,
+)
+from environment import Environment, cores, environment, memory_bytes
 from harness import measure
-from report import Report, Row, plot, rows, table
+from results import Report, Row, rows
 from rich.console import Console
 from rich.progress import Progress
-from workloads import CASES, DTYPES, Case
+from tables import table
+from workloads import CASES, DTYPES, MODELS, Case
 
-# In forward+backward mlx.nn holds 14 numbers per element of x in float32, 25 in 16 bits, besides x
-# and a cotangent.
-BYTES_PER_ELEMENT = 64
+# What a process needs for each element of x at most, x and a cotangent included. In
+# forward+backward mlx.nn holds 14 numbers per element in float32, 25 in 16 bits.
+BYTES_PER_ELEMENT = {BASELINE: 64, COMPILED: 64, OURS: 24, TORCH: 40, TORCH_MPS: 40}
 USABLE_MEMORY = 0.7
-WIDTH = 110  # of a table in a file or a pipe
+WIDTH = 120  # of a table in a file or a pipe
 
 
-def compare(
-    cases: Sequence[Case],
-    dtypes: Sequence[str],
-    modes: Sequence[str],
-    *,
-    seconds: float,
-    console: Console,
-) -> list[Row]:
-    """Measure every combination and print a table after every case."""
-    reason = compiler_error()
-    if reason is not None:
-        console.print(f"Without '{COMPILED}', since mx.compile does not work here: {reason}")
+class Comparison:
+    """Measures combinations of case and dtype, and prints a table after every case."""
 
-    result: list[Row] = []
-    # On one terminal the tables have to go through the console that draws the bar.
-    bar = console if console.is_terminal else Console(stderr=True)
-    with Progress(console=bar, transient=True) as progress:
-        task = progress.add_task("", total=len(cases) * len(dtypes) * len(modes))
-        for case in cases:
-            of_case: list[Row] = []
-            for mode in modes:
-                for dtype in dtypes:
-                    progress.update(task, description=f"{case.name} {mode} {dtype}")
-                    x_bytes = case.elements * DTYPES[dtype].size
-                    if BYTES_PER_ELEMENT * case.elements > USABLE_MEMORY * memory_bytes():
-                        console.print(f"{case.name} {dtype} left out: too large for this memory.")
-                    else:
-                        measured = measure(
-                            steps(case, dtype, mode, compiled=reason is None), seconds=seconds
-                        )
-                        of_case += rows(case, dtype, mode, x_bytes, measured)
+    def __init__(self, options: argparse.Namespace, console: Console) -> None:
+        self._options = options
+        self._console = console
+        self._threads = options.threads or cores()
+        self.left_out: list[str] = []
+        self.environment: Environment = {
+            **environment(),
+            "setting": options.setting,
+            "tuned": settings.description(options.setting),
+            "threads": self._threads,
+            "seconds": options.seconds,
+        }
+
+    def run(self) -> Report:
+        options = self._options
+        present = self._present()
+        if TORCH in present:
+            torch_contestants.set_threads(self._threads)
+        result: list[Row] = []
+        # On one terminal the tables have to go through the console that draws the bar.
+        bar = self._console if self._console.is_terminal else Console(stderr=True)
+        with Progress(console=bar, transient=True) as progress:
+            task = progress.add_task("", total=len(options.chosen) * len(options.dtypes))
+            for case in options.chosen:
+                of_case: list[Row] = []
+                for dtype in options.dtypes:
+                    progress.update(task, description=f"{case.name} {dtype}")
+                    of_case += self._measure(case, dtype, present)
                     progress.advance(task)
-            if of_case:
-                console.print(table(of_case))
-            result += of_case
-    return result
+                if of_case:
+                    self._console.print(table(of_case, self.environment))
+                result += of_case
+        return Report(self.environment, result, tuple(self.left_out))
+
+    def _present(self) -> list[str]:
+        wanted: Sequence[str] = self._options.contestants or PEERS
+        reasons = absent(wanted)
+        for name, reason in reasons.items():
+            # Where MLX runs on the CPU, nobody expects torch on a Mac's GPU.
+            if name != TORCH_MPS or mx.default_device() == mx.gpu:
+                self._leave_out(f"{name}: {reason}")
+        return [name for name in wanted if name not in reasons]
+
+    def _measure(self, case: Case, dtype: str, present: Sequence[str]) -> list[Row]:
+        playing = []
+        for name in present:
+            if BYTES_PER_ELEMENT[name] * case.elements > USABLE_MEMORY * memory_bytes():
+                self._leave_out(f"{name} in {case.name}: too large for this memory")
+            elif name == COMPILED and case.large and not self._options.contestants:
+                self._leave_out(f"{name} in {case.name}: takes too long")
+            else:
+                playing.append(name)
+        if not playing:
+            return []
+        modes = self._options.modes
+        measured = [*modes, FORWARD, BOTH] if BACKWARD in modes else modes
+        samples = measure(
+            steps(case, dtype, contestants=playing, modes=measured, threads=self._threads),
+            seconds=self._options.seconds,
+        )
+        return rows(case, dtype, samples, modes)
+
+    def _leave_out(self, what: str) -> None:
+        if what not in self.left_out:
+            self.left_out.append(what)
+            self._console.print(f"Without {what}.")
 
 
 def choose(cases: Sequence[Case], patterns: Sequence[str] | None, *, quick: bool) -> list[Case]:
@@ -79,55 +128,48 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         "--cases", nargs="+", metavar="PATTERN", help=f"of {', '.join(c.name for c in CASES)}"
     )
     parser.add_argument("--dtypes", nargs="+", choices=DTYPES)
-    parser.add_argument("--modes", nargs="+", choices=MODES)
+    parser.add_argument("--modes", nargs="+", choices=MODES, default=list(MODES))
+    parser.add_argument("--contestants", nargs="+", choices=PEERS)
     parser.add_argument(
-        "--seconds", type=float, help="for the rounds of one case, dtype and mode (2; quick: 1)"
+        "--seconds", type=float, help="for each contestant in each mode (0.3; quick: 0.2)"
     )
-    parser.add_argument(
-        "--cache-limit", type=int, metavar="MIB", help="raise MLX's buffer cache to this"
-    )
+    parser.add_argument("--setting", choices=settings.SETTINGS, default=settings.AS_FOUND)
+    parser.add_argument("--threads", type=int, metavar="N", help="default: one for each core")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures here")
-    parser.add_argument("--plot", type=Path, metavar="FILE.png", help="draw the figures here")
     options = parser.parse_args(argv)
 
-    options.chosen = choose(CASES, options.cases, quick=options.quick)
+    cases = MODELS if options.cases is None else CASES
+    options.chosen = choose(cases, options.cases, quick=options.quick)
     if not options.chosen:
         parser.error(f"no case is called {' or '.join(options.cases)}")
+    if options.threads is not None and options.threads < 1:
+        parser.error(f"--threads must be at least 1 but got {options.threads}")
     options.dtypes = options.dtypes or (["float32"] if options.quick else list(DTYPES))
-    options.modes = options.modes or list(MODES)
-    options.seconds = options.seconds or (1 if options.quick else 2)
+    options.seconds = options.seconds or (0.2 if options.quick else 0.3)
     return options
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    argv = sys.argv[1:] if argv is None else argv
     options = arguments(argv)
-    if options.cache_limit is not None:
-        mx.set_cache_limit(options.cache_limit * 2**20)
+    if not settings.is_entered(options.setting, options.threads):
+        return settings.run_in_child(Path(__file__), argv, options.setting, options.threads)
+    settings.raise_cache_limit(options.setting)
+
     console = Console()
     if not console.is_terminal:
         console.width = WIDTH
-    where = environment()
+    comparison = Comparison(options, console)
+    where = comparison.environment
     console.print(
         ", ".join(f"{name} {value}" for name, value in where.items() if value is not None)
     )
-
-    report = Report(
-        where,
-        compare(
-            options.chosen,
-            options.dtypes,
-            options.modes,
-            seconds=options.seconds,
-            console=console,
-        ),
-    )
+    report = comparison.run()
     if not report.rows:
         console.print("Nothing was measured.")
         return 1
     if options.json:
         report.write(options.json)
-    if options.plot:
-        plot(report, options.plot)
     return 0
 
 

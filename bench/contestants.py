@@ -1,45 +1,126 @@
-"""What competes: the same work by mlx.nn, by mlx.nn under mx.compile, by us; and a copy of x."""
+"""What competes: the same work by mlx.nn, under mx.compile too, by us, by torch; and a copy."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 
 import mlx.core as mx
 import mlx.nn as nn
 import mlx_welford as mw
-from harness import Step
-from workloads import DTYPES, Case
+import numpy as np
+import torch_contestants
+from harness import Step, mlx_step, peak_above_inputs
+from torch_contestants import TorchContestant
+from workloads import DTYPES, Case, Values
+from yardstick import ThreadedCopy
 
-MODES = ("forward", "forward+backward", "evaluation")
+FORWARD, BACKWARD, BOTH, EVALUATION = "forward", "backward", "forward+backward", "evaluation"
+MODES = (FORWARD, BACKWARD, BOTH, EVALUATION)
 
 BASELINE = "mlx.nn"
 COMPILED = "mlx.nn compiled"
 OURS = "mlx_welford"
-COPY = "copy of x"
+TORCH = "torch"
+TORCH_MPS = "torch mps"
+COPY = "copy"
+PEERS = (BASELINE, COMPILED, OURS, TORCH, TORCH_MPS)
 
 RESHAPED = "mlx.nn.BatchNorm refuses 5-D input: it gets x as (N, D*H*W, C), which costs nothing"
+MOVED = "mlx.nn wants channels last: it gets a transposed view of x, and its y is viewed back"
+
+BLOCK = 2**22
+
+View = Callable[[mx.array], mx.array]
+Key = tuple[str, str]
+"""Contestant and mode; the copy has no mode but its own name."""
 
 
 def note(case: Case, contestant: str) -> str:
     """What is special about this contestant in this case; empty for most."""
-    return RESHAPED if contestant in (BASELINE, COMPILED) and _must_reshape(case) else ""
+    if contestant not in (BASELINE, COMPILED):
+        return ""
+    if not case.channels_last:
+        return MOVED
+    return RESHAPED if _must_reshape(case) else ""
 
 
-def steps(case: Case, dtype: str, mode: str, *, compiled: bool = True) -> dict[str, Step]:
-    """One step for every contestant, all of them on the same input.
+def modes_of(case: Case) -> tuple[str, ...]:
+    """What is measured of a case. An InstanceNorm does the same in evaluation as in forward."""
+    return (FORWARD, BOTH, EVALUATION) if case.norm == "BatchNorm" else (FORWARD, BOTH)
+
+
+def absent(wanted: Sequence[str]) -> dict[str, str]:
+    """Those of the contestants that cannot take part here, and why."""
+    checks: dict[str, Callable[[], str | None]] = {
+        COMPILED: compiler_error,
+        TORCH: torch_contestants.missing,
+        TORCH_MPS: partial(torch_contestants.missing, "mps"),
+    }
+    reasons = {name: check() for name, check in checks.items() if name in wanted}
+    return {name: reason for name, reason in reasons.items() if reason is not None}
+
+
+def compiler_error() -> str | None:
+    """Why mx.compile cannot be used here (on the CPU it calls a C++ compiler), None if it can."""
+    try:
+        mx.eval(mx.compile(lambda x: mx.exp(x) + x)(mx.ones((8,))))
+    except RuntimeError as error:
+        return str(error)
+    return None
+
+
+def steps(
+    case: Case,
+    dtype: str,
+    *,
+    contestants: Sequence[str] = (BASELINE, COMPILED, OURS),
+    modes: Sequence[str] | None = None,
+    threads: int = 1,
+) -> dict[Key, Step]:
+    """The steps of every contestant in every mode, all on the same input, and the copy.
 
     A step gives every result that a training loop would go on with: y, the gradients of x, weight
     and bias in forward+backward (against a given cotangent, so that no loss is timed), and in
     training the new running statistics.
     """
-    mx.random.seed(0)
-    x = mx.random.normal(case.shape).astype(DTYPES[dtype])
-    cotangent = mx.random.normal(case.shape).astype(DTYPES[dtype])
-    mx.eval(x, cotangent)
+    x, cotangent = (_values(case, seed) for seed in (0, 1))
+    mlx = MlxContestants(case, dtype, x, cotangent)
+    makers: dict[str, Callable[[str], Step]] = {}
+    for name in contestants:
+        if name in (BASELINE, COMPILED, OURS):
+            makers[name] = partial(mlx.step, name)
+        else:
+            device = "mps" if name == TORCH_MPS else "cpu"
+            torch = TorchContestant(case, dtype, x, cotangent, device=device)
+            makers[name] = torch.step
+    del x, cotangent
 
-    def step(layer: nn.Module, *, flat: bool, under_compile: bool = False) -> Step:
+    result = {
+        (name, mode): make(mode)
+        for mode in modes_of(case)
+        if modes is None or mode in modes
+        for name, make in makers.items()
+    }
+    result[COPY, COPY] = mlx.copy(threads)
+    return result
+
+
+class MlxContestants:
+    """Layers of mlx.nn and ours, all on the same arrays."""
+
+    def __init__(self, case: Case, dtype: str, x: Values, cotangent: Values) -> None:
+        self._case = case
+        self._dtype = DTYPES[dtype]
+        self._x = mx.array(x).astype(self._dtype)
+        self._cotangent = mx.array(cotangent).astype(self._dtype)
+        mx.eval(self._x, self._cotangent)
+
+    def step(self, name: str, mode: str) -> Step:
+        layer = self._layer(name)
+        layer.train(mode != EVALUATION)
+        view, view_back = _views(self._case) if name in (BASELINE, COMPILED) else (_same, _same)
+
         def forward(x: mx.array) -> mx.array:
-            given = x.reshape(x.shape[0], -1, x.shape[-1]) if flat else x
-            y: mx.array = layer(given)
-            return y.reshape(x.shape)
+            return view_back(layer(view(x)))
 
         def evaluate(x: mx.array, _: mx.array) -> list[mx.array]:
             return [forward(x)]
@@ -58,42 +139,43 @@ def steps(case: Case, dtype: str, mode: str, *, compiled: bool = True) -> dict[s
             layer.update(parameters)
             return [*outputs, *gradients, *_running_statistics(layer)]
 
-        layer.train(mode != "evaluation")
-        run = {
-            "forward": train,
-            "forward+backward": train_and_differentiate,
-            "evaluation": evaluate,
-        }[mode]
-        if under_compile:
+        run = {FORWARD: train, BOTH: train_and_differentiate, EVALUATION: evaluate}[mode]
+        if name == COMPILED:
             run = mx.compile(run, inputs=layer.state, outputs=layer.state)
-        return lambda: run(x, cotangent)
+        return mlx_step(lambda: run(self._x, self._cotangent))
 
-    flat = _must_reshape(case)
-    result = {BASELINE: step(_layer(nn, case, dtype), flat=flat)}
-    if compiled:
-        result[COMPILED] = step(_layer(nn, case, dtype), flat=flat, under_compile=True)
-    result[OURS] = step(_layer(mw, case, dtype), flat=False)
-    # Asked for an array of an array, mx.array makes a copy: one read and one write of x, into a
-    # buffer of its own, since x lives on and cannot be donated. (mx.contiguous, astype and
-    # copy.copy give x itself; x + 0 computes as well.)
-    result[COPY] = lambda: [mx.array(x)]
-    return result
+    def copy(self, threads: int) -> Step:
+        """The yardstick on the CPU; on a GPU, MLX's own copy."""
+        if mx.default_device() == mx.gpu:
+            # Asked for an array of an array, mx.array makes a copy, into a buffer of its own since
+            # x lives on. (mx.contiguous, astype and copy.copy give x itself; x + 0 computes.)
+            return mlx_step(lambda: [mx.array(self._x)])
+        return Step(ThreadedCopy(self._x.nbytes, threads).run, peak_above_inputs)
+
+    def _layer(self, name: str) -> nn.Module:
+        case = self._case
+        if name == OURS:
+            ours = getattr(mw, case.norm)
+            layer: nn.Module = ours(case.channels, affine=case.affine, axis=case.axis)
+        else:
+            layer = getattr(nn, case.norm)(case.channels, affine=case.affine)
+        layer.set_dtype(self._dtype)
+        mx.eval(layer.state)
+        return layer
 
 
-def compiler_error() -> str | None:
-    """Why mx.compile cannot be used here (on the CPU it calls a C++ compiler), None if it can."""
-    try:
-        mx.eval(mx.compile(lambda x: mx.exp(x) + x)(mx.ones((8,))))
-    except RuntimeError as error:
-        return str(error)
-    return None
+def _views(case: Case) -> tuple[View, View]:
+    """How mlx.nn's layers get x, and how their y becomes what was asked for."""
+    if not case.channels_last:
+        return lambda x: mx.moveaxis(x, case.axis, -1), lambda y: mx.moveaxis(y, -1, case.axis)
+    if _must_reshape(case):
+        n, c = case.shape[0], case.channels
+        return lambda x: x.reshape(n, -1, c), lambda y: y.reshape(case.shape)
+    return _same, _same
 
 
-def _layer(library: object, case: Case, dtype: str) -> nn.Module:
-    layer: nn.Module = getattr(library, case.norm)(case.shape[-1], affine=case.affine)
-    layer.set_dtype(DTYPES[dtype])
-    mx.eval(layer.state)
-    return layer
+def _same(x: mx.array) -> mx.array:
+    return x
 
 
 def _running_statistics(layer: nn.Module) -> Sequence[mx.array]:
@@ -102,3 +184,10 @@ def _running_statistics(layer: nn.Module) -> Sequence[mx.array]:
 
 def _must_reshape(case: Case) -> bool:
     return case.norm == "BatchNorm" and len(case.shape) > 4
+
+
+def _values(case: Case, seed: int) -> Values:
+    """Normal values; a block of them over and over in a large array."""
+    generator = np.random.default_rng(seed)
+    block = generator.standard_normal(min(case.elements, BLOCK), dtype=np.float32)
+    return np.resize(block, case.shape)

@@ -3,10 +3,19 @@
 import os
 import platform
 import subprocess
+from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
 
 import mlx.core as mx
+from mlx_welford.selftest.chips import nominal_bandwidth
+
+VARIABLES = (
+    "MLX_WELFORD_NUM_THREADS",
+    "OMP_NUM_THREADS",
+    "MALLOC_MMAP_MAX_",
+    "MALLOC_TRIM_THRESHOLD_",
+)
 
 Environment = dict[str, str | int | float | None]
 
@@ -14,17 +23,19 @@ Environment = dict[str, str | int | float | None]
 def environment() -> Environment:
     """Machine, versions and the settings that change the figures, ready for JSON."""
     return {
-        "cpu": _cpu(),
+        "date": datetime.now(UTC).date().isoformat(),
+        "cpu": cpu(),
         "cores": cores(),
         "load_average": round(os.getloadavg()[0], 2),
         "memory_bytes": memory_bytes(),
         "system": f"{platform.system()} {platform.release()} {platform.machine()}",
         "device": str(mx.default_device()),
+        "nominal_gigabytes_per_second": nominal_bandwidth(cpu()),
         "python": platform.python_version(),
-        **{name: _version(name) for name in ("mlx", "mlx-welford", "numpy")},
+        **{name: _version(name) for name in ("mlx", "mlx-welford", "numpy", "torch")},
         "commit": _output("git", "describe", "--always", "--dirty", "--abbrev=12"),
         "cache_limit_bytes": cache_limit_bytes(),
-        "MLX_WELFORD_NUM_THREADS": os.environ.get("MLX_WELFORD_NUM_THREADS"),
+        **{name: os.environ.get(name) for name in VARIABLES},
     }
 
 
@@ -46,7 +57,7 @@ def cache_limit_bytes() -> int:
     return limit
 
 
-def _cpu() -> str:
+def cpu() -> str:
     if platform.system() == "Darwin":
         return _output("sysctl", "-n", "machdep.cpu.brand_string") or platform.machine()
     try:

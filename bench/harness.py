@@ -1,38 +1,90 @@
 """Time and memory of steps that compete with each other in one process.
 
-A step is a function that builds an MLX graph and returns every array that must be evaluated, and
-nothing else. The harness knows nothing about normalisation; README.md says what its figures mean.
+A step is a piece of work, from the call to its complete result. The harness knows nothing about
+normalisation, nor about the libraries that compete; README.md says what its figures mean.
 """
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import TypeVar
 
 import mlx.core as mx
 import numpy as np
 
-Step = Callable[[], Sequence[mx.array]]
+Run = Callable[[], object]
+"""Does the work, and returns its results when they are complete."""
+
+Name = TypeVar("Name")
+
+PAUSE = 0.002
+"""Seconds between contestants: threads of the last one may still spin, waiting for more work."""
+
+SLOW = 0.1
+"""Seconds from which on a run is not preceded by an untimed one, which would change little."""
+
+
+@dataclass(frozen=True)
+class Step:
+    """A piece of work and the means to count the memory that it takes."""
+
+    run: Run
+    peak: Callable[[Run], int | None]  # runs it
+    every_round: bool = True  # whether counting memory costs next to nothing
+
+
+def mlx_step(build: Callable[[], Sequence[mx.array]]) -> Step:
+    """Of a function that builds a graph and returns every array that must be evaluated."""
+
+    def run() -> Sequence[mx.array]:
+        results = build()
+        mx.eval(results)
+        return results
+
+    return Step(run, peak_above_inputs)
 
 
 @dataclass(frozen=True)
 class Figures:
-    """What was measured of one step."""
+    """What was measured of one step, or computed from what was."""
 
     milliseconds: float  # median
     low: float  # 20th percentile
     high: float  # 80th percentile
     runs: int
-    peak_bytes: int  # above what was allocated before the step, the largest of all runs
+    first: float | None = None  # milliseconds of the first call in this process
+    peak_bytes: int | None = None  # above what was allocated before, the largest of all runs
 
     @staticmethod
-    def of(times: Sequence[float], peaks: Sequence[int]) -> "Figures":
-        """From the milliseconds and the peak of every run."""
+    def of(
+        times: Sequence[float], first: float | None = None, peak: int | None = None
+    ) -> "Figures":
+        """From the milliseconds of every run."""
         low, median, high = np.percentile(times, (20, 50, 80))
-        return Figures(float(median), float(low), float(high), len(times), max(peaks))
+        return Figures(float(median), float(low), float(high), len(times), first, peak)
 
 
-def peak_above_inputs(step: Step) -> int:
-    """Bytes by which `step`, evaluated, raises MLX's allocated memory at its highest point.
+@dataclass
+class Samples:
+    """The runs of one step."""
+
+    times: list[float] = field(default_factory=list)  # milliseconds, one for each round
+    peaks: list[int] = field(default_factory=list)
+    first: float = 0.0
+    spent: float = 0.0  # seconds in rounds, untimed runs included
+
+    def figures(self) -> Figures:
+        return Figures.of(self.times, self.first, max(self.peaks, default=None))
+
+
+def net(whole: Samples, part: Samples) -> Figures:
+    """What `whole` takes beyond `part`: differences within each round that has both."""
+    pairs = list(zip(whole.times, part.times, strict=False))
+    return Figures.of([with_it - alone for with_it, alone in pairs])
+
+
+def peak_above_inputs(run: Run) -> int:
+    """Bytes by which `run` raises MLX's allocated memory at its highest point.
 
     Allocations that live on from before (the inputs) do not count, the results do.
     """
@@ -40,33 +92,38 @@ def peak_above_inputs(step: Step) -> int:
     mx.clear_cache()
     before = mx.get_active_memory()
     mx.reset_peak_memory()
-    results = step()
-    mx.eval(results)
+    results = run()
     mx.synchronize()
+    del results
     # The peak is only brought up to date by allocations: a step without any leaves it at zero.
     return max(mx.get_peak_memory() - before, 0)
 
 
-def milliseconds(step: Step) -> float:
-    """The time from building the graph to the last result; freeing the results is not in it."""
+def milliseconds(run: Run) -> float:
+    """The time from the call to the complete results; freeing them is not in it."""
     mx.synchronize()
     start = time.perf_counter()
-    results = step()
-    mx.eval(results)
+    results = run()
     elapsed = time.perf_counter() - start
     del results
     return 1e3 * elapsed
 
 
 def measure(
-    steps: Mapping[str, Step], *, seconds: float, least_rounds: int = 3, most_rounds: int = 50
-) -> dict[str, Figures]:
-    """Measure every step by turns until `seconds` have passed.
+    steps: Mapping[Name, Step],
+    *,
+    seconds: float,
+    least_rounds: int = 3,
+    most_rounds: int = 50,
+    pause: float = PAUSE,
+) -> dict[Name, Samples]:
+    """Measure all steps by turns, each until it has taken `seconds`.
 
-    Each round runs every step twice in a row, the first time for its memory, the second for its
-    time, so that a step finds its own buffers in MLX's cache, as in a training loop, and none of
-    its competitors'. The step that begins moves on with each round. At least `least_rounds` and
-    at most `most_rounds` are run.
+    In a round every step runs twice in a row, the first time for its memory, the second for its
+    time, so that it finds its own buffers in the caches, as in a training loop, and none of its
+    competitors'. (Steps slower than `SLOW` run once.) The step that begins moves on with each
+    round. A step that has had its seconds sits out, but not in the first `least_rounds`; after
+    `most_rounds` all are done.
     """
     if not steps:
         raise ValueError("[measure] expected at least one step.")
@@ -76,21 +133,51 @@ def measure(
             f"but got {least_rounds} and {most_rounds}."
         )
 
-    # Compile, start threads and create constants before anything is measured.
-    for step in steps.values():
-        milliseconds(step)
+    samples = {name: Samples() for name in steps}
+    for name, step in steps.items():
+        _first_run(step, samples[name])
 
     names = list(steps)
-    # The peak varies a little: MLX allocates ahead of the thread that computes and frees.
-    peaks: dict[str, list[int]] = {name: [] for name in names}
-    times: dict[str, list[float]] = {name: [] for name in names}
-    end = time.perf_counter() + seconds
     for turn in range(most_rounds):
-        if turn >= least_rounds and time.perf_counter() > end:
-            break
         first = turn % len(names)
-        for name in names[first:] + names[:first]:
-            peaks[name].append(peak_above_inputs(steps[name]))
-            times[name].append(milliseconds(steps[name]))
+        order = names[first:] + names[:first]
+        playing = [n for n in order if turn < least_rounds or samples[n].spent < seconds]
+        if not playing:
+            break
+        for name in playing:
+            time.sleep(pause)
+            _round(steps[name], samples[name])
+    return samples
 
-    return {name: Figures.of(times[name], peaks[name]) for name in names}
+
+def _first_run(step: Step, samples: Samples) -> None:
+    """Compile, start threads and create constants, before anything else is measured."""
+    times: list[float] = []
+
+    def timed() -> object:
+        start = time.perf_counter()
+        results = step.run()
+        times.append(time.perf_counter() - start)
+        return results
+
+    _note_peak(step, timed, samples)
+    samples.first = 1e3 * times[0]
+
+
+def _round(step: Step, samples: Samples) -> None:
+    start = time.perf_counter()
+    if samples.first >= 1e3 * SLOW:
+        pass
+    elif step.every_round:
+        _note_peak(step, step.run, samples)
+    else:
+        step.run()
+    samples.times.append(milliseconds(step.run))
+    samples.spent += time.perf_counter() - start
+
+
+def _note_peak(step: Step, run: Run, samples: Samples) -> None:
+    # It varies a little: MLX allocates ahead of the thread that computes and frees.
+    peak = step.peak(run)
+    if peak is not None:
+        samples.peaks.append(peak)

@@ -1,177 +1,341 @@
-"""The figures of a comparison: as a table, as JSON and as a plot."""
+"""Make plots and tables of what suite.py measured.
 
-import json
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
-from itertools import groupby
+    python bench/report.py                              plots in build/bench
+    python bench/report.py --write docs/performance.md README.md
+        the tables between markers in these files, plots in a folder beside the first
+
+README.md beside this file says what they mean.
+"""
+
+import argparse
+import re
+import sys
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
-import numpy as np
-from contestants import BASELINE, COMPILED, COPY, OURS, note
-from environment import Environment
-from harness import Figures
-from rich.box import SIMPLE_HEAD
-from rich.table import Table
-from workloads import Case
+import plots
+from contestants import BASELINE, BOTH, COMPILED, COPY, EVALUATION, FORWARD, OURS, TORCH
+from plots import MEBIBYTE, Reports
+from results import Report, Row
+from settings import AS_FOUND, TUNED
+from suite import COLD, RESULTS
+
+SETTINGS = {AS_FOUND: "as-found", TUNED: "tuned"}
+NAMES = (BASELINE, TORCH, OURS)
+MODES = (FORWARD, BOTH, EVALUATION)
+
+# Of the table of ratios: operation, layer, whether channels are last, mode.
+OPERATIONS = (
+    ("BatchNorm forward, channels last", "BatchNorm", True, FORWARD),
+    ("BatchNorm forward, channels first", "BatchNorm", False, FORWARD),
+    ("BatchNorm forward+backward, channels last", "BatchNorm", True, BOTH),
+    ("BatchNorm forward+backward, channels first", "BatchNorm", False, BOTH),
+    ("InstanceNorm forward, channels last", "InstanceNorm", True, FORWARD),
+    ("InstanceNorm forward, channels first", "InstanceNorm", False, FORWARD),
+    ("InstanceNorm forward+backward, channels last", "InstanceNorm", True, BOTH),
+    ("InstanceNorm forward+backward, channels first", "InstanceNorm", False, BOTH),
+    ("BatchNorm evaluation, channels last", "BatchNorm", True, EVALUATION),
+    ("BatchNorm evaluation, channels first", "BatchNorm", False, EVALUATION),
+)
 
 
-@dataclass(frozen=True)
-class Row:
-    """One contestant in one case, dtype and mode."""
-
-    case: str
-    model: str
-    norm: str
-    shape: tuple[int, ...]
-    dtype: str
-    mode: str
-    contestant: str
-    figures: Figures
-    copies: float  # time in copies of x
-    speed: float  # how many times as fast as mlx.nn
-    memory: float  # peak above the inputs in sizes of x
-    note: str
+# Sections
 
 
-def rows(
-    case: Case, dtype: str, mode: str, x_bytes: int, measured: Mapping[str, Figures]
-) -> list[Row]:
-    """Figures of all contestants with their ratios."""
-    return [
-        Row(
-            case=case.name,
-            model=case.model,
-            norm=case.norm,
-            shape=case.shape,
-            dtype=dtype,
-            mode=mode,
-            contestant=name,
-            figures=figures,
-            copies=figures.milliseconds / measured[COPY].milliseconds,
-            speed=measured[BASELINE].milliseconds / figures.milliseconds,
-            memory=figures.peak_bytes / x_bytes,
-            note=note(case, name),
-        )
-        for name, figures in measured.items()
-    ]
+def machine(reports: Reports) -> str:
+    """Where the figures come from; the same for all jobs but for setting and threads."""
+    environment = next(iter(reports.values())).environment
+    told = {
+        "date": "",
+        "cpu": "",
+        "cores": " cores",
+        "device": "",
+        "system": "",
+        "mlx": "mlx ",
+        "torch": "torch ",
+        "numpy": "numpy ",
+        "python": "Python ",
+        "commit": "commit ",
+    }
+    words = []
+    for name, unit in told.items():
+        value = environment.get(name)
+        if value is not None:
+            words.append(f"{value}{unit}" if name == "cores" else f"{unit}{value}")
+    tuned = {str(r.environment["tuned"]) for r in reports.values() if _setting(r) == TUNED}
+    left_out = sorted({what for report in reports.values() for what in report.left_out})
+    lines = [", ".join(words) + "."]
+    lines += [f"*Tuned*: {what}." for what in sorted(tuned)]
+    lines += [f"Left out: {'; '.join(left_out)}."] if left_out else []
+    return "\n\n".join(lines)
 
 
-# JSON
-
-
-@dataclass(frozen=True)
-class Report:
-    environment: Environment
-    rows: list[Row]
-
-    def write(self, path: Path) -> None:
-        path.write_text(json.dumps(asdict(self), indent=1) + "\n")
-
-    @staticmethod
-    def read(path: Path) -> "Report":
-        data = json.loads(path.read_text())
-        return Report(
-            data["environment"],
-            [
-                Row(**{**row, "shape": tuple(row["shape"]), "figures": Figures(**row["figures"])})
-                for row in data["rows"]
-            ],
-        )
-
-
-# Table
-
-
-def table(of_one_case: Sequence[Row]) -> Table:
-    first = of_one_case[0]
-    shape = "x".join(map(str, first.shape))
-    notes = sorted({row.note for row in of_one_case if row.note})
-    result = Table(
-        title=f"{first.model}: {first.norm} {shape}",
-        caption="\n".join(f"* {text}" for text in notes) or None,
-        title_justify="left",
-        caption_justify="left",
-        box=SIMPLE_HEAD,
-    )
-    for heading in ("mode", "dtype", "contestant"):
-        result.add_column(heading, no_wrap=True)
-    for heading in ("ms", "20-80 %", "copies", "x mlx.nn", "memory/x"):
-        result.add_column(heading, justify="right", no_wrap=True)
-
-    for (mode, dtype), group in groupby(of_one_case, key=lambda row: (row.mode, row.dtype)):
-        for index, row in enumerate(group):
-            figures = row.figures
-            result.add_row(
-                mode if index == 0 else "",
-                dtype if index == 0 else "",
-                row.contestant + (" *" if row.note else ""),
-                f"{figures.milliseconds:.2f}",
-                f"{figures.low:.2f}-{figures.high:.2f}",
-                f"{row.copies:.1f}",
-                "" if row.contestant == COPY else f"{row.speed:.1f}",
-                f"{row.memory:.2f}",
-                style="bold" if row.contestant == OURS else None,
+def ratios(reports: Reports) -> str:
+    """Every operation: from the best to the worst case of 32 MB and more, in copies."""
+    columns = [(name, setting) for setting in SETTINGS for name in NAMES]
+    header = ["float32", "limit", *(f"{name}, {setting}" for name, setting in columns)]
+    body = []
+    for label, norm, channels_last, mode in OPERATIONS:
+        chosen = {
+            setting: reports[f"cases-{suffix}"].only(
+                norm=norm, channels_last=channels_last, mode=mode
             )
-        result.add_section()
-    return result
+            for setting, suffix in SETTINGS.items()
+        }
+        limits = [row.limit for row in _large(chosen[TUNED].only(contestant=OURS))]
+        if limits:
+            found = [_large(chosen[setting].only(contestant=name)) for name, setting in columns]
+            spans = [_span(row.copies for row in rows) for rows in found]
+            body.append([label, _span(limits), *spans])
+    return _markdown(header, body)
 
 
-# Plot
+def of_mode(mode: str) -> Callable[[Reports], str]:
+    def section(reports: Reports) -> str:
+        """Every case of 1 MiB and more in copies."""
+        columns = [(name, setting) for setting in SETTINGS for name in NAMES]
+        header = ["case", "x", "limit", *(f"{name}, {setting}" for name, setting in columns)]
+        large = _large(reports["cases-tuned"].only(mode=mode, contestant=OURS))
+        body = [
+            [
+                row.case,
+                _shape(row),
+                f"{row.limit:.2g}",
+                *(_copies(reports[f"cases-{SETTINGS[s]}"], row, mode, name) for name, s in columns),
+            ]
+            for row in large
+        ]
+        best, worst = (choose(large, key=lambda row: row.copies) for choose in (min, max))
+        cliff = (
+            f"The slowest shape, {worst.case}, takes {worst.copies / best.copies:.2f} times as "
+            f"many copies as the fastest, {best.case} (tuned)."
+        )
+        return f"{_markdown(header, body)}\n\n{cliff}"
 
-COLOURS = {BASELINE: "#8c8c8c", COMPILED: "#d08c2f", OURS: "#1f6fb4"}
+    return section
 
 
-def plot(report: Report, path: Path) -> None:
-    """Time in copies of x: a panel for every dtype and mode, a line for every case."""
-    # No pyplot: it would look for a display.
-    from matplotlib.figure import Figure
+def halves(reports: Reports) -> str:
+    """16 bits: copies of x in its own type, and our time relative to float32."""
+    columns = [(name, setting) for setting in SETTINGS for name in NAMES]
+    header = ["case", "mode", "dtype", *(f"{name}, {setting}" for name, setting in columns)]
+    header.append("ms by ms in float32")
+    body = []
+    for row in reports["halves-tuned"].only(contestant=OURS).rows:
+        time = row.figures.milliseconds
+        whole = _find(reports["cases-tuned"], row.case, row.mode, OURS)
+        body.append(
+            [
+                row.case,
+                row.mode,
+                row.dtype,
+                *(
+                    _copies(reports[f"halves-{SETTINGS[s]}"], row, row.mode, name, row.dtype)
+                    for name, s in columns
+                ),
+                "" if whole is None else f"{time / whole.figures.milliseconds:.2f}",
+            ]
+        )
+    return _markdown(header, body)
 
-    cases = _distinct(row.case for row in report.rows)
-    dtypes = _distinct(row.dtype for row in report.rows)
-    modes = _distinct(row.mode for row in report.rows)
-    figure = Figure(
-        figsize=(1.6 + 3.4 * len(modes), 1.4 + len(dtypes) * (0.6 + 0.32 * len(cases))),
-        layout="constrained",
+
+def small(reports: Reports) -> str:
+    """64 KB in microseconds."""
+    columns = [(name, setting) for setting in SETTINGS for name in NAMES]
+    header = ["case", "mode", *(f"{name}, {setting}" for name, setting in columns)]
+    rows = reports["cases-tuned"].only(contestant=OURS).rows
+    body = []
+    for row in (row for row in rows if row.x_bytes < MEBIBYTE):
+        found = [
+            _find(reports[f"cases-{SETTINGS[s]}"], row.case, row.mode, name) for name, s in columns
+        ]
+        times = ["" if f is None else f"{1e3 * f.figures.milliseconds:.0f}" for f in found]
+        body.append([row.case, row.mode, *times])
+    return _markdown(header, body)
+
+
+def compiled(reports: Reports) -> str:
+    """mlx.nn under mx.compile: milliseconds and memory."""
+    report = reports["compiled"]
+    names = (BASELINE, COMPILED, OURS)
+    header = ["case", "mode", *(f"{n}, ms" for n in names), *(f"{n}, memory" for n in names)]
+    body = []
+    for row in report.only(contestant=OURS).rows:
+        found = [_find(report, row.case, row.mode, name) for name in names]
+        times = [_milliseconds(f) for f in found]
+        body.append([row.case, row.mode, *times, *(_memory(f) for f in found)])
+    return _markdown(header, body)
+
+
+def memory(reports: Reports) -> str:
+    """Peak above the inputs in forward+backward, in sizes of x."""
+    body = []
+    for row in reports["cases-tuned"].only(contestant=OURS, mode=BOTH).rows:
+        found = [_find(reports["cases-tuned"], row.case, BOTH, name) for name in NAMES]
+        body.append([row.case, _shape(row), *(_memory(f) for f in found)])
+    return _markdown(["case", "x", *NAMES], body)
+
+
+def sizes(reports: Reports) -> str:
+    """Milliseconds and GB/s against size, and against threads."""
+    by_threads = plots.by_threads(reports)
+    most = by_threads[0][0]
+    header = ["x", "copy, ms"]
+    for mode in (FORWARD, BOTH):
+        header += [f"{mode}, ms", "GB/s", "as found, ms"]
+        header += [f"{n} of {most} threads, ms" for n, _ in by_threads[1:]]
+    body = []
+    for copy in _by_size(reports["sizes-tuned"].only(contestant=COPY).rows):
+        line = [_size(copy.x_bytes), _milliseconds(copy)]
+        for mode in (FORWARD, BOTH):
+            ours = _find(reports["sizes-tuned"], copy.case, mode, OURS)
+            line.append(_milliseconds(ours))
+            line.append("" if ours is None else f"{ours.gigabytes_per_second:.1f}")
+            line.append(_milliseconds(_find(reports["sizes-as-found"], copy.case, mode, OURS)))
+            line += [_milliseconds(_find(r, copy.case, mode, OURS)) for _, r in by_threads[1:]]
+        body.append(line)
+    return _markdown(header, body)
+
+
+def cold(reports: Reports) -> str:
+    """The first call in a new process, and later ones."""
+    body = []
+    for name in COLD:
+        report = reports.get(f"cold-{name.replace(' ', '-')}")
+        if report is not None:
+            row = report.only(contestant=name).rows[0]
+            first, later = row.figures.first, row.figures.milliseconds
+            body.append([name, f"{first:.1f}", f"{later:.1f}"])
+    return _markdown(["contestant", "first call, ms", "later calls, ms"], body)
+
+
+# Section, and the jobs that it needs.
+SECTIONS: dict[str, tuple[Callable[[Reports], str], tuple[str, ...]]] = {
+    "machine": (machine, ()),
+    "ratios": (ratios, ("cases-tuned", "cases-as-found")),
+    **{mode: (of_mode(mode), ("cases-tuned", "cases-as-found")) for mode in MODES},
+    "halves": (halves, ("halves-tuned", "halves-as-found", "cases-tuned")),
+    "small": (small, ("cases-tuned", "cases-as-found")),
+    "compiled": (compiled, ("compiled",)),
+    "memory": (memory, ("cases-tuned",)),
+    "sizes": (sizes, ("sizes-tuned", "sizes-as-found")),
+    "cold": (cold, ("cold-mlx_welford",)),
+}
+
+
+# Parts of tables
+
+
+def _setting(report: Report) -> str:
+    return str(report.environment["setting"])
+
+
+def _by_size(rows: Iterable[Row]) -> list[Row]:
+    return sorted(rows, key=lambda row: row.x_bytes)
+
+
+def _large(report: Report) -> list[Row]:
+    """Whose time is not that of calls."""
+    return [row for row in report.rows if row.x_bytes >= MEBIBYTE]
+
+
+def _find(
+    report: Report, case: str, mode: str, contestant: str, dtype: str = "float32"
+) -> Row | None:
+    rows = report.only(case=case, mode=mode, contestant=contestant, dtype=dtype).rows
+    return rows[0] if rows else None
+
+
+def _copies(report: Report, row: Row, mode: str, name: str, dtype: str = "float32") -> str:
+    found = _find(report, row.case, mode, name, dtype)
+    return "" if found is None else _number(found.copies)
+
+
+def _number(value: float) -> str:
+    return f"{value:.0f}" if value >= 20 else f"{value:.1f}" if value >= 10 else f"{value:.2f}"
+
+
+def _span(values: Iterable[float]) -> str:
+    values = list(values)
+    if not values:
+        return ""
+    low, high = _number(min(values)), _number(max(values))
+    return low if low == high else f"{low} to {high}"
+
+
+def _milliseconds(row: Row | None) -> str:
+    if row is None:
+        return ""
+    ms = row.figures.milliseconds
+    return f"{ms:.3f}" if ms < 1 else f"{ms:.2f}" if ms < 10 else f"{ms:.0f}"
+
+
+def _memory(row: Row | None) -> str:
+    return "" if row is None or row.memory is None else f"{row.memory:.2f}"
+
+
+def _shape(row: Row) -> str:
+    return "x".join(map(str, row.shape))
+
+
+def _size(count: int) -> str:
+    return f"{count >> 10} KB" if count < MEBIBYTE else f"{count >> 20} MB"
+
+
+def _markdown(header: Sequence[str], body: Sequence[Sequence[str]]) -> str:
+    lines = [header, ["---"] * len(header), *body]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+# Files
+
+
+def read(directory: Path) -> dict[str, Report]:
+    """The reports by job."""
+    return {path.stem: Report.read(path) for path in sorted(directory.glob("*.json"))}
+
+
+def refresh(text: str, reports: Reports) -> str:
+    """`text` with what stands between markers made anew; a section without figures stays."""
+
+    def section(match: re.Match[str]) -> str:
+        name = match["name"]
+        if name not in SECTIONS:
+            raise ValueError(
+                f"[refresh] a section must be one of {', '.join(SECTIONS)} but got '{name}'."
+            )
+        make, needed = SECTIONS[name]
+        if not reports or any(job not in reports for job in needed):
+            return match[0]
+        return f"<!-- begin: {name} -->\n\n{make(reports)}\n\n<!-- end: {name} -->"
+
+    pattern = r"<!-- begin: (?P<name>\S+) -->.*?<!-- end: (?P=name) -->"
+    return re.sub(pattern, section, text, flags=re.DOTALL)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    panels = figure.subplots(len(dtypes), len(modes), sharex=True, sharey=True, squeeze=False)
-    for i, dtype in enumerate(dtypes):
-        for j, mode in enumerate(modes):
-            panel = panels[i][j]
-            chosen = [row for row in report.rows if (row.dtype, row.mode) == (dtype, mode)]
-            for name, colour in COLOURS.items():
-                points = [row for row in chosen if row.contestant == name]
-                panel.errorbar(
-                    [row.copies for row in points],
-                    [cases.index(row.case) for row in points],
-                    xerr=np.array([_spread(row) for row in points]).reshape(-1, 2).T,
-                    fmt="o",
-                    markersize=5,
-                    color=colour,
-                    label=name,
-                )
-            panel.axvline(1, color="black", linewidth=0.8, linestyle="--")
-            panel.set_xscale("log")
-            panel.set_yticks(range(len(cases)), cases)
-            panel.set_title(f"{mode}, {dtype}", fontsize=10)
-            panel.grid(axis="x", which="both", linewidth=0.3)
-    panels[0][0].invert_yaxis()
-    for panel in panels[-1]:
-        panel.set_xlabel("time in copies of x")
-    environment = report.environment
-    figure.suptitle(
-        f"{environment['cpu']}, {environment['cores']} cores, mlx {environment['mlx']}", fontsize=9
+    parser.add_argument("--results", type=Path, default=RESULTS, metavar="DIRECTORY")
+    parser.add_argument(
+        "--write", type=Path, nargs="+", default=[], metavar="FILE", help="refresh its tables"
     )
-    handles, labels = panels[0][0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), fontsize=9)
-    figure.savefig(path, dpi=150)
+    options = parser.parse_args(argv)
+
+    reports = read(options.results)
+    if not reports:
+        parser.error(f"no figures in {options.results}: run suite.py")
+    directory = options.results
+    for path in options.write:
+        text = path.read_text(encoding="utf-8")
+        path.write_text(refresh(text, reports), encoding="utf-8")
+    if options.write:
+        directory = options.write[0].with_suffix("")
+    for path in plots.draw(reports, directory):
+        print(f"wrote {path.name}")
+    return 0
 
 
-def _spread(row: Row) -> tuple[float, float]:
-    """How far the percentiles lie from the median, in copies of x."""
-    figures = row.figures
-    unit = row.copies / figures.milliseconds
-    return unit * (figures.milliseconds - figures.low), unit * (figures.high - figures.milliseconds)
-
-
-def _distinct(names: Iterable[str]) -> list[str]:
-    return list(dict.fromkeys(names))
+if __name__ == "__main__":
+    sys.exit(main())

@@ -5,7 +5,10 @@ from dataclasses import dataclass
 from typing import Literal
 
 import mlx.core as mx
+import numpy as np
+import numpy.typing as npt
 
+Values = npt.NDArray[np.float32]
 Norm = Literal["BatchNorm", "InstanceNorm"]
 
 DTYPES = {"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16}
@@ -13,13 +16,14 @@ DTYPES = {"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16}
 
 @dataclass(frozen=True)
 class Case:
-    """One layer and its input, channels last: (N, ..., C)."""
+    """One layer and its input: (N, ..., C), or (N, C, ...) with axis 1."""
 
     name: str
     model: str
     norm: Norm
     shape: tuple[int, ...]
     affine: bool = True
+    axis: int = -1  # of the channels
     quick: bool = False  # part of the quick comparison
     large: bool = False  # only when asked for by name: mlx.nn takes minutes and many GB on a CPU
 
@@ -27,8 +31,21 @@ class Case:
     def elements(self) -> int:
         return math.prod(self.shape)
 
+    @property
+    def channels(self) -> int:
+        return self.shape[self.axis]
 
-CASES = (
+    @property
+    def channels_last(self) -> bool:
+        return self.axis in (-1, len(self.shape) - 1)
+
+
+def first(name: str, model: str, norm: Norm, shape: tuple[int, ...], affine: bool = True) -> Case:
+    """A case with channels first."""
+    return Case(name, model, norm, shape, affine, axis=1)
+
+
+MODELS = (
     Case("resnet50-stem", "ResNet-50, stem", "BatchNorm", (8, 112, 112, 64)),
     Case("resnet50-stage1", "ResNet-50, stage 1", "BatchNorm", (8, 56, 56, 64), quick=True),
     Case("resnet50-stage2", "ResNet-50, stage 2", "BatchNorm", (8, 28, 28, 512)),
@@ -61,3 +78,51 @@ CASES = (
     Case("quartznet", "QuartzNet, 16 s of speech", "BatchNorm", (16, 800, 512)),
     Case("adain-vc", "AdaIN-VC, content encoder", "InstanceNorm", (256, 128, 128), False),
 )
+"""Layers at the batch sizes of their models, for `compare.py`."""
+
+TARGETS = (
+    Case("resnet50-stem-b16", "ResNet-50, stem, batch 16", "BatchNorm", (16, 112, 112, 64)),
+    Case("resnet50-stage2-b32", "ResNet-50, stage 2, batch 32", "BatchNorm", (32, 28, 28, 512)),
+    Case("resnet50-stage4-b128", "ResNet-50, stage 4, batch 128", "BatchNorm", (128, 7, 7, 2048)),
+    Case("dcgan-64px", "DCGAN 64 px, last but one layer", "BatchNorm", (128, 32, 32, 64)),
+    Case("rgb-input", "pictures of 224 px, 3 channels", "BatchNorm", (64, 224, 224, 3)),
+    Case("byol-projector", "BYOL, projector, batch 4096", "BatchNorm", (4096, 4096)),
+    Case(
+        "pointnet-1024",
+        "PointNet, 64 clouds of 1024 points",
+        "BatchNorm",
+        (65536, 1024),
+        large=True,
+    ),
+    first("resnet50-stem-nchw", "ResNet-50, stem, batch 16", "BatchNorm", (16, 64, 112, 112)),
+    Case("stylegan-128px", "StyleGAN, 128 px", "InstanceNorm", (8, 128, 128, 64), False),
+    first("stylegan-128px-nchw", "StyleGAN, 128 px", "InstanceNorm", (8, 64, 128, 128), False),
+    Case("style-256px", "style transfer, 256 px, batch 4", "InstanceNorm", (4, 256, 256, 32)),
+    Case("style-512px", "style transfer, one picture of 512 px", "InstanceNorm", (1, 512, 512, 32)),
+    first("style-512px-nchw", "the same, channels first", "InstanceNorm", (1, 32, 512, 512)),
+    Case("nnunet-3d", "nnU-Net 3-D, level 1", "InstanceNorm", (2, 64, 128, 128, 32), large=True),
+)
+"""Tensors of 32 MB and more in float32, which no cache holds."""
+
+SOME = ("resnet50-stem-b16", "byol-projector", "style-256px", "style-512px-nchw")
+"""Those of them that are measured in 16 bits and under mx.compile, too."""
+
+SMALL = (
+    Case("cifar-resnet-64kb", "CIFAR ResNet-20, stage 3, batch 4", "BatchNorm", (4, 8, 8, 64)),
+    Case("cyclegan-64kb", "CycleGAN 32 px, residual blocks", "InstanceNorm", (1, 8, 8, 256), False),
+)
+"""Tensors of 64 KB in float32, where the time is that of calls."""
+
+SWEEP = tuple(
+    Case(
+        f"sweep-{size >> 10}kb" if size < 2**20 else f"sweep-{size >> 20}mb",
+        "BatchNorm of 64 channels",
+        "BatchNorm",
+        (size // (4 * 64), 64),
+        large=True,
+    )
+    for size in (2**exponent for exponent in (30, 28, 26, 24, 22, 20, 18, 16))
+)
+"""One layer from 1 GB to 64 KB in float32: so the largest finds the memory in one piece."""
+
+CASES = MODELS + TARGETS + SMALL + SWEEP

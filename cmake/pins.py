@@ -51,8 +51,12 @@ def dynamic_metadata(_settings: Mapping[str, Any], _project: Mapping[str, Any]) 
 
 
 def requirements() -> list[str]:
-    """Everything that building, testing, benchmarking and linting need."""
-    extras: dict[str, list[str]] = PYPROJECT["project"]["optional-dependencies"]
+    """Everything that building, testing, benchmarking and linting need.
+
+    torch is no part of it: the benchmarks do without, and on Linux pip would fetch several GB.
+    """
+    extras: dict[str, list[str]] = PYPROJECT["project"]["optional-dependencies"].copy()
+    del extras["torch"]
     groups: dict[str, list[str]] = PYPROJECT["dependency-groups"]
     return [
         *BUILD_REQUIREMENTS,

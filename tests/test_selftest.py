@@ -275,6 +275,21 @@ def test_times_of_a_small_layer(layer: Any, affine: bool) -> None:
         assert row["gigabytes_per_second"] == pytest.approx(row["planned_bytes"] / seconds / 1e9)
 
 
+def test_times_stand_beside_the_bandwidth_of_the_chip() -> None:
+    def text(device: str) -> str:
+        report = selftest.run(cases=CASES[:1], times=False)
+        row = {
+            **{"model": "small", "shape": [2, 3], "dtype": "float32", "mode": "forward"},
+            **dict.fromkeys(("mlx_nn_ms", "mlx_welford_ms", "times_as_fast"), 1.0),
+            "gigabytes_per_second": 80.0,
+        }
+        status = {**report["status"], "device_name": device}
+        return selftest.to_text({**report, "status": status, "times": [row]})
+
+    assert "Apple M2 Pro has 200 GB/s by its data sheet" in text("Apple M2 Pro")
+    assert "data sheet" not in text("AMD EPYC")
+
+
 # ---- The command line ----
 
 

@@ -11,6 +11,7 @@ from mlx_welford._text import table
 from mlx_welford.dispatches import kernels
 from mlx_welford.selftest.cases import CASES, Case, coverage
 from mlx_welford.selftest.check import Outcome, check
+from mlx_welford.selftest.chips import nominal_bandwidth
 from mlx_welford.selftest.times import LAYERS, QUICK_LAYERS, measure
 from mlx_welford.status import describe, status
 
@@ -63,7 +64,7 @@ def to_text(report: dict[str, Any]) -> str:
     """The report as plain text."""
     blocks = [describe(report["status"]), _cases(report["cases"])]
     if report["times"]:
-        blocks.append(_times(report["times"]))
+        blocks.append(_times(report["times"], report["status"]["device_name"]))
     return "\n\n".join([*blocks, _summary(report)])
 
 
@@ -130,7 +131,7 @@ def _number(value: float | str) -> str:
     return value if isinstance(value, str) else f"{value:.1e}"
 
 
-def _times(rows: list[dict[str, Any]]) -> str:
+def _times(rows: list[dict[str, Any]], device: str) -> str:
     """Milliseconds are medians; GB/s are the bytes that the launch plan moves, per our time."""
     lines = [("", "shape", "dtype", "mode", "mlx.nn ms", "ours ms", "times as fast", "GB/s")]
     lines += [
@@ -147,6 +148,9 @@ def _times(rows: list[dict[str, Any]]) -> str:
         for row in rows
     ]
     caption = "medians of runs by turns; GB/s: what the launch plan reads and writes, by our time"
+    nominal = nominal_bandwidth(device)
+    if nominal is not None:
+        caption += f"; {device} has {nominal:g} GB/s by its data sheet"
     return table(lines, numbers=(4, 5, 6, 7)) + "\n" + caption
 
 

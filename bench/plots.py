@@ -1,0 +1,199 @@
+"""The plots of docs/performance.md, of figures that suite.py wrote."""
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib as mpl
+from contestants import BASELINE, BOTH, COPY, FORWARD, OURS, TORCH
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from results import Report, Row
+from settings import AS_FOUND, TUNED
+
+Reports = Mapping[str, Report]
+
+COLOURS = {
+    BASELINE: "#8c8c8c",
+    TORCH: "#c4453c",
+    OURS: "#1f6fb4",
+    COPY: "#222222",
+}
+LINES = {AS_FOUND: "--", TUNED: "-"}
+MEBIBYTE = 2**20
+STYLE: Any = {"svg.fonttype": "path", "svg.hashsalt": "bench", "font.size": 8, "axes.titlesize": 9}
+
+
+def draw(reports: Reports, directory: Path) -> list[Path]:
+    """Those plots for which there are figures."""
+    wanted: dict[str, tuple[Callable[[Reports], Figure], tuple[str, ...]]] = {
+        "cases": (cases, ("cases-tuned", "cases-as-found")),
+        "memory": (memory, ("cases-tuned",)),
+        "bandwidth": (bandwidth, ("sizes-tuned", "sizes-as-found")),
+        "scaling": (scaling, ("sizes-tuned",)),
+    }
+    directory.mkdir(parents=True, exist_ok=True)
+    written = []
+    with mpl.rc_context(STYLE):
+        for name, (make, needed) in wanted.items():
+            if all(job in reports for job in needed):
+                written.append(_save(make(reports), directory / f"{name}.svg"))
+    return written
+
+
+def cases(reports: Reports) -> Figure:
+    """Time relative to the copy: a line for every case, full dots tuned, hollow ones as found."""
+    names = _cases(reports["cases-tuned"])
+    figure = Figure(figsize=(9, 1.1 + 0.24 * len(names)), layout="constrained")
+    panels = figure.subplots(1, 2, sharey=True)
+    for panel, mode in zip(panels, (FORWARD, BOTH), strict=True):
+        for setting, job in ((AS_FOUND, "cases-as-found"), (TUNED, "cases-tuned")):
+            for contestant in (BASELINE, TORCH, OURS):
+                rows = reports[job].only(mode=mode, contestant=contestant).rows
+                rows = [row for row in rows if row.case in names]
+                colour = COLOURS[contestant]
+                panel.scatter(
+                    [row.copies for row in rows],
+                    [names.index(row.case) for row in rows],
+                    s=22,
+                    facecolors=colour if setting == TUNED else "none",
+                    edgecolors=colour,
+                    linewidths=1,
+                    label=contestant if setting == TUNED else None,
+                )
+        ours = reports["cases-tuned"].only(mode=mode, contestant=OURS).rows
+        limits = [row for row in ours if row.case in names]
+        panel.scatter(
+            [row.limit for row in limits],
+            [names.index(row.case) for row in limits],
+            marker="|",
+            s=90,
+            color="black",
+            linewidths=1,
+            label="limit by traffic",
+        )
+        label = "time in copies of x; full: tuned, hollow: as found"
+        panel.set(xscale="log", title=mode, xlabel=label)
+        panel.xaxis.set_major_formatter("{x:g}")
+        panel.grid(axis="x", which="both", linewidth=0.3)
+    panels[0].set_yticks(range(len(names)), names)
+    panels[0].invert_yaxis()
+    _legend(figure, panels[0])
+    return figure
+
+
+def memory(reports: Reports) -> Figure:
+    """Peak above the inputs in forward+backward."""
+    names = _cases(reports["cases-tuned"])
+    figure = Figure(figsize=(6, 1.0 + 0.24 * len(names)), layout="constrained")
+    panel = figure.subplots()
+    for contestant in (BASELINE, TORCH, OURS):
+        rows = reports["cases-tuned"].only(mode=BOTH, contestant=contestant).rows
+        known = [(row.memory, row.case) for row in rows if row.memory is not None]
+        shown = [(peak, names.index(case)) for peak, case in known if case in names]
+        panel.scatter(
+            [peak for peak, _ in shown],
+            [place for _, place in shown],
+            s=22,
+            color=COLOURS[contestant],
+            label=contestant,
+        )
+    panel.set(xlim=(0, None), xlabel=f"peak memory of {BOTH} above the inputs, in sizes of x")
+    panel.set_yticks(range(len(names)), names)
+    panel.invert_yaxis()
+    panel.grid(axis="x", linewidth=0.3)
+    _legend(figure, panel)
+    return figure
+
+
+def bandwidth(reports: Reports) -> Figure:
+    """GB/s of the operation's own traffic against the size of x."""
+    figure = Figure(figsize=(9, 3.4), layout="constrained")
+    panels = figure.subplots(1, 2, sharey=True)
+    for panel, mode in zip(panels, (FORWARD, BOTH), strict=True):
+        for setting, job in ((TUNED, "sizes-tuned"), (AS_FOUND, "sizes-as-found")):
+            for contestant in (COPY, BASELINE, TORCH, OURS):
+                if contestant == COPY and setting == AS_FOUND:
+                    continue  # its buffers are warm in both
+                rows = reports[job].only(
+                    contestant=contestant, mode=COPY if contestant == COPY else mode
+                )
+                _curve(
+                    panel,
+                    rows.rows,
+                    lambda row: row.gigabytes_per_second,
+                    color=COLOURS[contestant],
+                    linestyle=LINES[setting],
+                    label=contestant if setting == TUNED else None,
+                )
+        nominal = reports["sizes-tuned"].environment.get("nominal_gigabytes_per_second")
+        if nominal:
+            panel.axhline(float(nominal), color="black", linewidth=0.6, label="nominal")
+        panel.set(title=mode, ylim=(0, None), xlabel="x, MiB; full: tuned, dashed: as found")
+    panels[0].set_ylabel("GB/s")
+    _legend(figure, panels[0])
+    return figure
+
+
+def scaling(reports: Reports) -> Figure:
+    """Milliseconds against the size of x, with all threads and with fewer."""
+    figure = Figure(figsize=(9, 3.4), layout="constrained")
+    panels = figure.subplots(1, 2, sharey=True)
+    styles = ("-", "--", ":", "-.")
+    counts = by_threads(reports)
+    for panel, mode in zip(panels, (FORWARD, BOTH), strict=True):
+        for style, (threads, report) in zip(styles, counts, strict=False):
+            for contestant in (COPY, BASELINE, TORCH, OURS):
+                rows = report.only(contestant=contestant, mode=COPY if contestant == COPY else mode)
+                _curve(
+                    panel,
+                    rows.rows,
+                    lambda row: row.figures.milliseconds,
+                    color=COLOURS[contestant],
+                    linestyle=style,
+                    label=f"{contestant}, {threads} thread{'s' if threads > 1 else ''}",
+                )
+        panel.set(yscale="log", title=f"{mode}, tuned", xlabel="x, MiB")
+        panel.grid(which="major", linewidth=0.3)
+    panels[0].set_ylabel("ms")
+    _legend(figure, panels[0], columns=4)
+    return figure
+
+
+def by_threads(reports: Reports) -> list[tuple[int, Report]]:
+    """From most to fewest."""
+    jobs = [job for job in reports if job == "sizes-tuned" or job.startswith("threads-")]
+    counted = [(int(str(reports[job].environment["threads"])), reports[job]) for job in jobs]
+    return sorted(counted, key=lambda pair: -pair[0])
+
+
+def _curve(panel: Axes, rows: Sequence[Row], value: Callable[[Row], float], **style: Any) -> None:
+    rows = sorted(rows, key=lambda row: row.x_bytes)
+    panel.plot(
+        [row.x_bytes / MEBIBYTE for row in rows],
+        [value(row) for row in rows],
+        marker="o",
+        markersize=2.5,
+        linewidth=1.2,
+        **style,
+    )
+    panel.set_xscale("log", base=2)
+    panel.xaxis.set_major_formatter("{x:g}")
+    panel.grid(axis="y", linewidth=0.3)
+
+
+def _cases(report: Report) -> list[str]:
+    """Those whose time is not that of calls: of 1 MiB and more."""
+    return list(dict.fromkeys(row.case for row in report.rows if row.x_bytes >= MEBIBYTE))
+
+
+def _legend(figure: Figure, panel: Axes, columns: int = 6) -> None:
+    handles, labels = panel.get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=columns, fontsize=8)
+
+
+def _save(figure: Figure, path: Path) -> Path:
+    figure.savefig(path, metadata={"Date": None})
+    lines = path.read_text(encoding="utf-8").splitlines()
+    path.write_text("\n".join(line.rstrip() for line in lines) + "\n", encoding="utf-8")
+    return path

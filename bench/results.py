@@ -1,0 +1,128 @@
+"""The figures of a comparison with their ratios, and the file that keeps them."""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+from contestants import BACKWARD, BASELINE, BOTH, COPY, EVALUATION, FORWARD, Key, note
+from environment import Environment
+from harness import Figures, Samples, net
+from mlx_welford.dispatches import normalization_plans, traffic
+from workloads import DTYPES, Case
+
+SCHEMA = 2
+"""Of the file; another number means that fields have other names or meanings."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One contestant in one case, dtype and mode."""
+
+    case: str
+    model: str
+    norm: str
+    shape: tuple[int, ...]
+    channels_last: bool
+    dtype: str
+    mode: str
+    contestant: str
+    figures: Figures
+    x_bytes: int
+    copies: float  # time in copies of x
+    speed: float | None  # how many times as fast as mlx.nn, where that takes part
+    memory: float | None  # peak above the inputs in sizes of x, where it is known
+    moved_bytes: int  # that the operation reads and writes of arrays of the size of x
+    gigabytes_per_second: float  # those, by the time
+    note: str
+
+    @property
+    def limit(self) -> float:
+        """The copies that this traffic takes at the speed of a copy."""
+        return self.moved_bytes / (2 * self.x_bytes)
+
+
+def rows(case: Case, dtype: str, samples: Mapping[Key, Samples], modes: Sequence[str]) -> list[Row]:
+    """All contestants by turns of the modes, the copy last, with their ratios."""
+    figures = {key: of_key.figures() for key, of_key in samples.items()}
+    for name in dict.fromkeys(name for name, _ in samples):
+        if (name, FORWARD) in samples and (name, BOTH) in samples:
+            figures[name, BACKWARD] = net(samples[name, BOTH], samples[name, FORWARD])
+    x_bytes = case.elements * DTYPES[dtype].size
+    copy = figures[COPY, COPY].milliseconds
+
+    def row(name: str, mode: str) -> Row:
+        own = figures[name, mode]
+        baseline = figures.get((BASELINE, mode))
+        moved = 2 * x_bytes if mode == COPY else moved_bytes(case, dtype, mode)
+        return Row(
+            case=case.name,
+            model=case.model,
+            norm=case.norm,
+            shape=case.shape,
+            channels_last=case.channels_last,
+            dtype=dtype,
+            mode=mode,
+            contestant=name,
+            figures=own,
+            x_bytes=x_bytes,
+            copies=own.milliseconds / copy,
+            speed=None if baseline is None else baseline.milliseconds / own.milliseconds,
+            memory=None if own.peak_bytes is None else own.peak_bytes / x_bytes,
+            moved_bytes=moved,
+            gigabytes_per_second=moved / own.milliseconds / 1e6,
+            note=note(case, name),
+        )
+
+    order = [*modes, COPY]
+    keys = sorted((key for key in figures if key[1] in order), key=lambda key: order.index(key[1]))
+    return [row(*key) for key in keys]
+
+
+def moved_bytes(case: Case, dtype: str, mode: str) -> int:
+    """Bytes that the launch plan of the operation reads and writes, small arrays left out."""
+    if mode == BACKWARD:
+        return moved_bytes(case, dtype, BOTH) - moved_bytes(case, dtype, FORWARD)
+    plans = normalization_plans(
+        "batch" if case.norm == "BatchNorm" else "instance",
+        case.shape,
+        axis=case.axis,
+        dtype=dtype,
+        weight=case.affine,
+        bias=case.affine,
+        given=mode == EVALUATION,
+        wanted=("x", "weight", "bias") if mode == BOTH else (),
+    )
+    return traffic(plans, case.elements * DTYPES[dtype].size)
+
+
+@dataclass(frozen=True)
+class Report:
+    environment: Environment
+    rows: list[Row]
+    left_out: tuple[str, ...] = ()  # what did not take part, and why
+
+    def write(self, path: Path) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps({"schema": SCHEMA, **asdict(self)}, indent=1) + "\n")
+
+    @staticmethod
+    def read(path: Path) -> "Report":
+        data = json.loads(path.read_text())
+        if data.get("schema") != SCHEMA:
+            raise ValueError(
+                f"[Report] '{path.name}' must have schema {SCHEMA} but got {data.get('schema')}."
+            )
+        return Report(
+            data["environment"],
+            [
+                Row(**{**row, "shape": tuple(row["shape"]), "figures": Figures(**row["figures"])})
+                for row in data["rows"]
+            ],
+            tuple(data["left_out"]),
+        )
+
+    def only(self, **fields: object) -> "Report":
+        """The rows whose fields have these values."""
+        chosen = [row for row in self.rows if all(getattr(row, f) == v for f, v in fields.items())]
+        return replace(self, rows=chosen)

@@ -1,0 +1,174 @@
+"""Every measurement of docs/performance.md, each in a process of its own, into build/bench.
+
+`report.py` makes the tables and plots of what this writes.
+"""
+
+import argparse
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import mlx.core as mx
+import settings
+from contestants import BASELINE, BOTH, COMPILED, EVALUATION, FORWARD, OURS, TORCH
+from environment import cores
+from settings import AS_FOUND, TUNED
+from workloads import SMALL, SOME, SWEEP, TARGETS, Case
+
+BENCH = Path(__file__).parent
+RESULTS = BENCH.parent / "build" / "bench"
+
+COLD_CASE = "resnet50-stage1"
+COLD = (BASELINE, COMPILED, TORCH, OURS)
+SCALED = (2**24, 2**26, 2**28)  # bytes, for which threads are varied
+
+
+@dataclass(frozen=True)
+class Job:
+    """One call of compare.py."""
+
+    name: str
+    cases: Sequence[str]
+    seconds: float
+    setting: str
+    dtypes: Sequence[str] = ("float32",)
+    modes: Sequence[str] = (FORWARD, BOTH, EVALUATION)
+    contestants: Sequence[str] = ()  # all but what takes too long
+    threads: int | None = None
+
+    def arguments(self, results: Path) -> list[str]:
+        contestants = ["--contestants", *self.contestants] if self.contestants else []
+        threads = [] if self.threads is None else ["--threads", str(self.threads)]
+        return [
+            *("--cases", *self.cases),
+            *("--dtypes", *self.dtypes),
+            *("--modes", *self.modes),
+            *("--seconds", str(self.seconds)),
+            *("--setting", self.setting),
+            *contestants,
+            *threads,
+            *("--json", str(results / f"{self.name}.json")),
+        ]
+
+
+def jobs() -> list[Job]:
+    """All measurements, those first whose figures depend most on a quiet machine."""
+    result = []
+    for setting in (TUNED, AS_FOUND):
+        suffix = setting.replace(" ", "-")
+        result += [
+            Job(
+                f"cases-{suffix}",
+                _names(TARGETS + SMALL),
+                0.15,
+                setting,
+                contestants=(BASELINE, TORCH, OURS),
+            ),
+            Job(
+                f"halves-{suffix}",
+                SOME,
+                0.1,
+                setting,
+                dtypes=("float16", "bfloat16"),
+                contestants=(BASELINE, TORCH, OURS),
+            ),
+            Job(
+                f"sizes-{suffix}",
+                _names(SWEEP),
+                0.1,
+                setting,
+                modes=(FORWARD, BOTH),
+                contestants=(BASELINE, TORCH, OURS),
+            ),
+        ]
+    return [*result, _compiled(), *_fewer_threads(), *_cold()]
+
+
+def _compiled() -> Job:
+    """A few cases: compiled, mlx.nn is about as slow, and the compiler takes its time."""
+    names = (BASELINE, COMPILED, OURS)
+    return Job("compiled", [*SOME, *_names(SMALL)], 0.1, TUNED, contestants=names)
+
+
+def _fewer_threads() -> list[Job]:
+    """1, 2, 4, ... threads, as far as there are fewer than cores; a GPU has nothing to vary."""
+    if mx.default_device() == mx.gpu:
+        return []
+    counts = [2**i for i in range(cores().bit_length()) if 2**i < cores()]
+    cases = _names([case for case in SWEEP if 4 * case.elements in SCALED])
+    return [
+        Job(
+            f"threads-{n}",
+            cases,
+            0.15,
+            TUNED,
+            modes=(FORWARD, BOTH),
+            contestants=(TORCH, OURS),
+            threads=n,
+        )
+        for n in counts
+    ]
+
+
+def _cold() -> list[Job]:
+    """Each contestant alone in a new process."""
+    return [
+        Job(
+            f"cold-{name.replace(' ', '-')}",
+            [COLD_CASE],
+            0.1,
+            AS_FOUND,
+            modes=(BOTH,),
+            contestants=(name,),
+        )
+        for name in COLD
+    ]
+
+
+def _names(cases: Sequence[Case]) -> list[str]:
+    return [case.name for case in cases]
+
+
+def run(job: Job, results: Path) -> int:
+    """Its exit status. mx.compile keeps on disk what it compiled: here it starts with nothing."""
+    with tempfile.TemporaryDirectory() as directory:
+        return settings.run_in_child(
+            BENCH / "compare.py",
+            job.arguments(results),
+            job.setting,
+            job.threads,
+            variables={"TMPDIR": directory},
+        )
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--results", type=Path, default=RESULTS, metavar="DIRECTORY")
+    parser.add_argument("--only", nargs="+", metavar="JOB", help="of those that --list shows")
+    parser.add_argument("--list", action="store_true", help="show the jobs and do nothing")
+    options = parser.parse_args(argv)
+
+    chosen = [job for job in jobs() if options.only is None or job.name in options.only]
+    if not chosen:
+        parser.error(f"no job is called {' or '.join(options.only)}")
+    if options.list:
+        print("\n".join(job.name for job in chosen))
+        return 0
+    start = time.perf_counter()
+    failed = []
+    for job in chosen:
+        elapsed = time.perf_counter() - start
+        print(f"\n===== {job.name} ({elapsed:.0f} s since the start)", flush=True)
+        if run(job, options.results) != 0:
+            failed.append(job.name)
+    print(f"\n===== {time.perf_counter() - start:.0f} s in all", flush=True)
+    if failed:
+        print(f"Nothing came of {', '.join(failed)}.", file=sys.stderr)
+    return len(failed) > 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

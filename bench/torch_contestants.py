@@ -1,0 +1,123 @@
+"""torch's layers as contestants, where torch is installed: `pip install '.[bench]'`."""
+
+from __future__ import annotations
+
+import os
+from itertools import accumulate
+from typing import TYPE_CHECKING, Any
+
+from harness import Run, Step
+from workloads import Case, Values
+
+if TYPE_CHECKING:
+    import torch
+
+
+def missing(device: str = "cpu") -> str | None:
+    """Why torch cannot take part, None if it can."""
+    os.environ.setdefault("KINETO_LOG_LEVEL", "9")  # its profiler talks
+    try:
+        import torch
+    except ImportError:
+        return "torch is not installed"
+    if device == "mps" and not torch.backends.mps.is_available():
+        return "torch has no Metal device here"
+    return None
+
+
+def set_threads(count: int) -> None:
+    import torch
+
+    torch.set_num_threads(count)
+
+
+class TorchContestant:
+    """A layer of torch.nn on a device, given x and the cotangent as they lie in memory.
+
+    Torch's arrays are channels first; where the case is channels last they are views whose strides
+    say so, which torch calls the memory format `channels_last`.
+    """
+
+    def __init__(
+        self, case: Case, dtype: str, x: Values, cotangent: Values, *, device: str = "cpu"
+    ) -> None:
+        import torch
+
+        self._case = case
+        self._dtype: torch.dtype = getattr(torch, dtype)
+        self._device = device
+        self._x = self._array(x).requires_grad_()
+        self._cotangent = self._array(cotangent)
+
+    def step(self, mode: str) -> Step:
+        import torch
+
+        layer = self._layer()
+        layer.train(mode != "evaluation")
+        parameters = list(layer.parameters())
+
+        def forward() -> object:
+            with torch.no_grad():
+                return layer(self._x)
+
+        def train_and_differentiate() -> object:
+            y = layer(self._x)
+            return y, torch.autograd.grad(y, [self._x, *parameters], self._cotangent)
+
+        run: Run = train_and_differentiate if mode == "forward+backward" else forward
+        if self._device == "cpu":
+            return Step(run, peak_above_inputs, every_round=False)
+        return Step(_synchronized(run), _no_memory, every_round=False)
+
+    def _array(self, values: Values) -> torch.Tensor:
+        import torch
+
+        array = torch.from_numpy(values)
+        if self._case.channels_last:
+            array = array.movedim(-1, 1)
+        # A copy, so that nothing is shared with NumPy, in the order that the values have in memory.
+        return torch.empty_like(array, dtype=self._dtype, device=self._device).copy_(array)
+
+    def _layer(self) -> torch.nn.Module:
+        import torch
+
+        dimensions = max(1, len(self._case.shape) - 2)
+        kind = getattr(torch.nn, f"{self._case.norm}{dimensions}d")
+        layer: torch.nn.Module = kind(self._case.channels, affine=self._case.affine)
+        return layer.to(device=self._device, dtype=self._dtype)
+
+
+def peak_above_inputs(run: Run) -> int:
+    """Bytes by which `run` raises what torch has allocated on the CPU at its highest point.
+
+    Runs it twice: first as it is, and then with torch's profiler, which slows it down.
+    """
+    from torch.profiler import ProfilerActivity, profile
+
+    run()
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        results = run()
+    del results
+    # The profiler's public list leaves out what is allocated within an operation.
+    events: list[Any] = list(profiler.profiler.kineto_results.events())
+    changes = [
+        event.nbytes()
+        for event in sorted(events, key=lambda event: event.start_ns())
+        if event.name() == "[memory]"
+    ]
+    return max(accumulate(changes), default=0)
+
+
+def _no_memory(run: Run) -> None:
+    run()
+
+
+def _synchronized(run: Run) -> Run:
+    import torch
+
+    def complete() -> object:
+        results = run()
+        torch.mps.synchronize()
+        return results
+
+    return complete
