@@ -3,6 +3,7 @@
 import gc
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -17,6 +18,7 @@ from xml.etree import ElementTree
 import compare
 import contestants
 import harness
+import instructions
 import mlx.core as mx
 import numpy as np
 import pytest
@@ -144,6 +146,7 @@ def not_counted(run: harness.Run) -> None:
 def test_a_step_sits_out_once_it_has_had_its_time(monkeypatch: pytest.MonkeyPatch) -> None:
     now = 0.0
     monkeypatch.setattr(time, "perf_counter", lambda: now)
+    monkeypatch.setattr(harness, "SLOW", 1.0)
 
     def takes(seconds: float) -> Step:
         def run() -> None:
@@ -671,6 +674,53 @@ def test_large_cases_are_not_compiled_unless_asked_for(
     found = Report.read(path)
     assert [row.contestant for row in found.rows] == [BASELINE, COPY]
     assert found.left_out == (f"{COMPILED} in tiny: takes too long",)
+
+
+# Instructions
+
+
+def test_instructions_are_read_from_the_report() -> None:
+    assert instructions.count("==1== \n==1== I   refs:      1,234,567\n") == 1234567
+    with pytest.raises(ValueError, match="must report 'I refs' but reported:\nnothing"):
+        instructions.count("nothing")
+
+
+def test_instructions_are_of_the_calls_beyond_the_first_ones(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(instructions, "CASES", (TINY,))
+    monkeypatch.setattr(instructions, "CASE", TINY.name)
+    monkeypatch.setattr(shutil, "which", lambda _: "valgrind")
+    monkeypatch.setattr(
+        instructions, "instructions", lambda *what: 10_000 + what[-1] * 7 * TINY.elements
+    )
+    assert instructions.main(["--modes", FORWARD]) == 0
+    assert capsys.readouterr().out == f"tiny float32 forward {OURS}: 7.00 per element\n"
+
+
+def test_instructions_without_valgrind(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(shutil, "which", lambda _: None)
+    with pytest.raises(SystemExit):
+        instructions.main([])
+    assert "valgrind is not installed" in capsys.readouterr().err
+
+
+def test_work_calls_the_step_as_often_as_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = 0
+
+    def run() -> None:
+        nonlocal calls
+        calls += 1
+
+    step = Step(run, not_counted)
+    monkeypatch.setattr(instructions, "CASES", (TINY,))
+    monkeypatch.setattr(
+        instructions, "steps", lambda *_, **__: {(OURS, FORWARD): step, (COPY, COPY): step}
+    )
+    instructions.work("tiny", "float32", FORWARD, OURS, calls=3)
+    assert calls == 3
 
 
 # The suite and its report
