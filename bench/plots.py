@@ -168,6 +168,8 @@ def by_threads(reports: Reports) -> list[tuple[int, Report]]:
 
 
 def _curve(panel: Axes, rows: Sequence[Row], value: Callable[[Row], float], **style: Any) -> None:
+    if not rows:
+        return  # nor a line in the legend
     rows = sorted(rows, key=lambda row: row.x_bytes)
     panel.plot(
         [row.x_bytes / MEBIBYTE for row in rows],
