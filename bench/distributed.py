@@ -28,7 +28,7 @@ import mlx.core as mx
 import mlx_welford as mw
 import numpy as np
 from environment import Environment, environment
-from harness import Step, milliseconds
+from harness import Run, milliseconds
 
 CHANNELS = (16, 64, 256, 1024, 4096)
 RANKS = (1, 2, 3, 4)
@@ -114,12 +114,12 @@ class Measured:
     collectives: list[Collective]
 
 
-def median(step: Step, rounds: int) -> float:
+def median(step: Run, rounds: int) -> float:
     """Of a fixed number of rounds, since ranks have to agree about it. The first does not count."""
     return statistics.median([milliseconds(step) for _ in range(rounds + 1)][1:])
 
 
-def layer_step(layer: mw.BatchNorm, x: mx.array, g: mx.array) -> Step:
+def layer_step(layer: mw.BatchNorm, x: mx.array, g: mx.array) -> Run:
     def step() -> list[mx.array]:
         y, gradients = mx.vjp(lambda x: [layer(x)], [x], [g])
         return [*y, *gradients, layer.running_mean, layer.running_var]

@@ -20,8 +20,8 @@ Name = TypeVar("Name")
 PAUSE = 0.002
 """Seconds between contestants: threads of the last one may still spin, waiting for more work."""
 
-SLOW = 0.1
-"""Seconds from which on a run is not preceded by an untimed one, which would change little."""
+SLOW = 0.2
+"""Seconds of a run before which no untimed one is needed: it would change little."""
 
 
 @dataclass(frozen=True)
@@ -121,8 +121,8 @@ def measure(
 
     In a round every step runs twice in a row, the first time for its memory, the second for its
     time, so that it finds its own buffers in the caches, as in a training loop, and none of its
-    competitors'. (Steps slower than `SLOW` run once.) The step that begins moves on with each
-    round. A step that has had its seconds sits out, but not in the first `least_rounds`; after
+    competitors'. (Once slower than `SLOW`, it runs once a round.) The step that begins moves on
+    with each round. A step that has had its seconds sits out, but not in the first `least_rounds`; after
     `most_rounds` all are done.
     """
     if not steps:
@@ -166,7 +166,7 @@ def _first_run(step: Step, samples: Samples) -> None:
 
 def _round(step: Step, samples: Samples) -> None:
     start = time.perf_counter()
-    if samples.first >= 1e3 * SLOW:
+    if samples.times and samples.times[-1] >= 1e3 * SLOW:
         pass
     elif step.every_round:
         _note_peak(step, step.run, samples)

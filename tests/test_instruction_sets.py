@@ -16,10 +16,7 @@ def by_default(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Array]:
 
 def skip_unless_present(isa: str) -> None:
     try:
-        run(
-            "import mlx.core as mx, mlx_welford as mw; mx.eval(mw.moments(mx.ones((4,)), 0))",
-            isa=isa,
-        )
+        run(SMALL, isa=isa)
     except AssertionError as error:
         if f"MLX_WELFORD_ISA={isa} is not an instruction set" in str(error):
             pytest.skip(f"this build or this processor lacks {isa}")
@@ -32,6 +29,21 @@ def test_results_do_not_depend_on_the_instruction_set(
 ) -> None:
     skip_unless_present(isa)
     assert_equal_within_rounding(compute(tmp_path, isa=isa), by_default)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("isa", ["baseline", "x86_64_v3"])
+def test_outputs_past_the_caches(isa: str) -> None:
+    """Narrow columns and all the lines, in 16 bits: where instruction sets differ most."""
+    skip_unless_present(isa)
+    tests = Path(__file__).with_name("test_past_caches.py")
+    run(
+        f"""
+        import sys, pytest
+        sys.exit(pytest.main(["-q", {str(tests)!r}, "-k", "[1 and float16"]))
+        """,
+        isa=isa,
+    )
 
 
 def test_an_unknown_instruction_set_is_an_error() -> None:

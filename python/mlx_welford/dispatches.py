@@ -139,6 +139,24 @@ def moments_plans(
     }
 
 
+def share_plans(
+    shape: Sequence[int], axis: int, *, dtype: str = "float32", weight: bool = True
+) -> Plans:
+    """The dispatches of a rank's part in ``SyncBatchNorm``, besides those of ``given`` statistics.
+
+    Raises ValueError if there are no shaders for the dtype or nothing to reduce.
+    """
+    channel_axis = axis % len(shape)
+    axes = [a for a in range(len(shape)) if a != channel_axis]
+    channels = shape[channel_axis]
+    return {
+        "forward": _plan("partial_moments", shape, axes, dtype, aligned=True),
+        "backward": _plan(
+            "input_gradient", shape, axes, dtype, aligned=True, channels=channels, weight=weight
+        ),
+    }
+
+
 def kernels(plans: Plans) -> list[str]:
     """Host names of the kernels that the plans dispatch, each once, in order."""
     parts = [plans["forward"], *([plans["backward"]] if "backward" in plans else [])]

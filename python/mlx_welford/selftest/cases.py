@@ -5,11 +5,19 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Literal
 
-from mlx_welford.dispatches import DTYPES, Plans, kernels, moments_plans, normalization_plans
+from mlx_welford.dispatches import (
+    DTYPES,
+    Plans,
+    kernels,
+    moments_plans,
+    normalization_plans,
+    share_plans,
+)
 
 __all__ = ["CASES", "PATHS", "Case", "coverage"]
 
-Operation = Literal["batch", "instance", "evaluation", "moments"]
+Operation = Literal["batch", "instance", "evaluation", "moments", "share"]
+# "share" is what a rank computes for SyncBatchNorm, which merges its own share alone here.
 
 
 @dataclass(frozen=True)
@@ -35,7 +43,7 @@ class Case:
         parts.append(f"axes {','.join(map(str, self.axes))}" if self.axes else f"axis {self.axis}")
         if not self.axes and not (self.weight and self.bias):
             parts.append("weight" if self.weight else "bias" if self.bias else "not affine")
-        if len(self.wanted) < 4:
+        if len(self.wanted) < 4 and self.operation != "share":
             parts.append(f"grad {','.join(self.wanted)} only")
         parts += [] if self.aligned else ["unaligned"]
         parts += [f"mean {self.mean:g}"] if self.mean else []
@@ -48,6 +56,8 @@ class Case:
         """What the shaders would dispatch for it, whatever it runs on."""
         if self.operation == "moments":
             return moments_plans(self.shape, self.axes, dtype=self.dtype, aligned=self.aligned)
+        if self.operation == "share":
+            return share_plans(self.shape, self.axis, dtype=self.dtype, weight=self.weight)
         return normalization_plans(
             "instance" if self.operation == "instance" else "batch",
             self.shape,
@@ -115,9 +125,15 @@ _SPECIAL = (
     Case("instance", (3, 9, 50), axis=1, temporary=True, dtype="float16"),
     Case("evaluation", (3, 50, 8), temporary=True, dtype="bfloat16"),
     Case("moments", (3, 50, 8), axes=(1,), temporary=True),
+    # a share of a batch
+    Case("share", (6, 3, 130), axis=1, bias=False, wanted=("x",), dtype="float16"),
+    Case("share", (2, 1100, 16), mean=1e5, weight=False, bias=False, wanted=("x",)),
 )
 
-PATHS = tuple(replace(case, dtype=dtype) for dtype in DTYPES for case in _PATHS)
+PATHS = (
+    *(replace(case, dtype=dtype) for dtype in DTYPES for case in _PATHS),
+    Case("share", (2, 1100, 64), bias=False, wanted=("x",)),
+)
 """As few cases as have every kernel in their plans: four for each way to walk over memory."""
 
 CASES = PATHS + _SPECIAL

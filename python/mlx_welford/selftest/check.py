@@ -8,6 +8,7 @@ from typing import NamedTuple
 import mlx.core as mx
 
 import mlx_welford as mw
+from mlx_welford import _ext
 from mlx_welford.dispatches import DTYPES
 from mlx_welford.selftest import truth
 from mlx_welford.selftest.cases import Case
@@ -84,7 +85,7 @@ def check(case: Case) -> Outcome:
 def _data(case: Case) -> tuple[Arguments, Arguments]:
     """Arguments and cotangents by name, the same on every device."""
     dtype = DTYPES[case.dtype]
-    of_batch = case.operation in ("batch", "evaluation")
+    of_batch = case.operation in ("batch", "evaluation", "share")
     if case.operation == "moments":
         kept = tuple(n for a, n in enumerate(case.shape) if a not in case.axes)
         channels = 1
@@ -141,11 +142,15 @@ def _truth(case: Case, arguments: Arguments, cotangents: Arguments) -> Truth:
         return truth.evaluation(arguments, cotangents, case.axis, EPS)
     kept = {case.axis % len(case.shape)} | ({0} if case.operation == "instance" else set())
     axes = [a for a in range(len(case.shape)) if a not in kept]
+    if case.operation == "share":
+        return truth.share(arguments, cotangents, axes, case.axis, EPS)
     return truth.normalization(arguments, cotangents, axes, case.axis, EPS)
 
 
 def _run(case: Case, arguments: Arguments, cotangents: Arguments) -> Arguments:
     """Outputs and gradients by name, not yet evaluated."""
+    if case.operation == "share":
+        return _run_share(case, arguments, cotangents)
     outputs = {
         "batch": ["y", "mean", "var"],
         "instance": ["y"],
@@ -169,6 +174,18 @@ def _run(case: Case, arguments: Arguments, cotangents: Arguments) -> Arguments:
     values, grads = mx.vjp(f, [arguments[name] for name in names], list(cotangents.values()))
     named = dict(zip(outputs, values, strict=True))
     return named | {f"grad {name}": g for name, g in zip(names, grads, strict=True)}
+
+
+def _run_share(case: Case, arguments: Arguments, cotangents: Arguments) -> Arguments:
+    x, weight = arguments["x"], arguments.get("weight")
+    caller = "SyncBatchNorm"
+    message = _ext.rank_moments(x, caller, case.axis)
+    mean, var, count = _ext.merge_ranks(message, 1, 0, caller)
+    g_mean, g_var = (cotangents[name] / count for name in ("mean", "var"))
+    gradient = _ext.input_gradient(
+        x, cotangents["y"], mean, var, weight, EPS, g_mean, g_var, caller, case.axis
+    )
+    return {"mean": mean, "var": var, "grad x": gradient}
 
 
 def _run_on_temporaries(case: Case, arguments: Arguments, cotangents: Arguments) -> Arguments:

@@ -27,6 +27,7 @@ __all__ = [
     "largest",
     "moments",
     "normalization",
+    "share",
     "wide",
 ]
 
@@ -157,6 +158,36 @@ def moments(arguments: Arguments, cotangents: Arguments, axes: list[int]) -> Tru
             "grad x": 16 * U * grad,
         }
     return Truth(_named(["mean", "var"], outputs, ["x"], grads), accumulation)
+
+
+def share(
+    arguments: Arguments, cotangents: Arguments, axes: list[int], axis: int, eps: float
+) -> Truth:
+    """Of mean and var, and grad x = weight r g + (grad_mean + 2 grad_var (x - mean)) / n."""
+    with mx.stream(mx.cpu):
+        x, g = wide(arguments["x"]), wide(cotangents["y"])
+        mean, var = _moments(x, axes)
+        r = 1 / mx.sqrt(var + eps)
+        d = x - mean
+        n = _count(x, axes)
+        g_mean, g_var = (_along(wide(cotangents[v]), axis, x.ndim) for v in ("mean", "var"))
+        scale = r * (
+            _along(wide(arguments["weight"]), axis, x.ndim) if "weight" in arguments else 1
+        )
+        statistics = (g_mean + 2 * g_var * d) / n
+        values = {
+            "mean": mean.squeeze(axes),
+            "var": var.squeeze(axes),
+            "grad x": scale * g + statistics,
+        }
+        mx.eval(values)
+        shift = U * largest(mean * r)  # of x - mean, in standard deviations
+        accumulation = {
+            "mean": 4 * U * largest(d),
+            "var": 16 * U * largest(var),
+            "grad x": (16 * U + 2 * shift) * (largest(scale * g) + largest(statistics)),
+        }
+    return Truth(values, accumulation)
 
 
 class _Sizes:
