@@ -122,8 +122,8 @@ def measure(
     In a round every step runs twice in a row, the first time for its memory, the second for its
     time, so that it finds its own buffers in the caches, as in a training loop, and none of its
     competitors'. (Once slower than `SLOW`, it runs once a round.) The step that begins moves on
-    with each round. A step that has had its seconds sits out, but not in the first `least_rounds`; after
-    `most_rounds` all are done.
+    with each round. A step that has had its seconds sits out, but not in the first `least_rounds`;
+    after `most_rounds` all are done.
     """
     if not steps:
         raise ValueError("[measure] expected at least one step.")

@@ -17,6 +17,9 @@ namespace {
 template <typename T>
 void moments(const void* x_, Panel panel, double* mean, double* m2) {
   const T* x = static_cast<const T*>(x_);
+  if (panel.stride == 1 && panel.positions <= kFirstChunk) {
+    return short_line_moments(x, panel.count, panel.positions, mean, m2);
+  }
   for (int64_t i = 0; i < panel.count; ++i) {
     const T* xi = x + i * panel.positions * panel.width;
     if (panel.stride == 1) {

@@ -91,6 +91,35 @@ inline __attribute__((always_inline)) void line_moments(const T* x, int64_t n, d
   *m2 = total_m2;
 }
 
+/// The moments of `count` lines of n <= kFirstChunk elements. Some lines at a time take each step
+/// together: what one line has to wait for in it, the others use.
+template <typename T>
+void short_line_moments(const T* x, int64_t count, int64_t n, double* mean, double* m2) {
+  constexpr int64_t kAtOnce = 16;
+  const int64_t first = n < kLanes ? n : kLanes;
+  const float inverse_first = 1 / static_cast<float>(first);
+  const double inverse = 1 / static_cast<double>(n);
+  for (int64_t begin = 0; begin < count; begin += kAtOnce) {
+    const int64_t lines = count - begin < kAtOnce ? count - begin : kAtOnce;
+    float origin[kAtOnce];
+    LineSums sums[kAtOnce];
+    for (int64_t l = 0; l < lines; ++l) {
+      const T* line = x + (begin + l) * n;
+      const float start = load<float>(line);
+      origin[l] = start + line_sums(line, 0, first, start).first * inverse_first;
+    }
+    for (int64_t l = 0; l < lines; ++l) {
+      sums[l] = line_sums(x + (begin + l) * n, 0, n, origin[l]);
+    }
+    for (int64_t l = 0; l < lines; ++l) {
+      const double from_origin = sums[l].first * inverse;
+      const double line_m2 = sums[l].second - sums[l].first * from_origin;
+      mean[begin + l] = origin[l] + from_origin;
+      m2[begin + l] = line_m2 < 0 ? 0 : line_m2;
+    }
+  }
+}
+
 template <typename T>
 inline __attribute__((always_inline)) void line_reduce(const T* x, const T* g, int64_t n,
                                                        float mean, double* sum_g, double* sum_gd) {
