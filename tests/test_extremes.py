@@ -1,6 +1,7 @@
 """Where naive formulas fail: large means, overflow, degenerate and empty groups, NaN and inf."""
 
 import math
+from collections.abc import Callable
 
 import mlx.core as mx
 import mlx_welford as mw
@@ -315,3 +316,39 @@ def test_reference_of_large_means_is_exact_enough() -> None:
     a = reference.forward("batch", x, None, None, 1e-5, -1)
     b = reference.forward("batch", x.astype(np.longdouble), None, None, 1e-5, -1)
     assert largest(a.y - b.y) <= 1e-9
+
+
+def far_first_value(x: Array) -> None:
+    x[:, 0] = 1e4
+
+
+def far_first_values(x: Array) -> None:
+    x[:, :16] += 1e4
+
+
+def step_in_the_middle(x: Array) -> None:
+    x[:, x.shape[1] // 2 :] += 1e4
+
+
+def slope(x: Array) -> None:
+    x += np.linspace(0, 1e4, x.shape[1])[None, :, None]
+
+
+@pytest.mark.parametrize("order", ["last", "first"], ids=["channels last", "channels first"])
+@pytest.mark.parametrize("size", [(2, 49, 5), (2, 700, 64), (1, 20001, 3)], ids=str)
+@pytest.mark.parametrize(
+    "disturb",
+    [far_first_value, far_first_values, step_in_the_middle, slope],
+    ids=lambda f: f.__name__,
+)
+def test_variance_whatever_comes_first(
+    disturb: Callable[[Array], None], size: tuple[int, int, int], order: str
+) -> None:
+    """A single pass starts from the first values: where they are far off, it must not matter."""
+    x = np.random.default_rng(0).normal(size=size)
+    disturb(x)
+    x = x.astype(np.float32).astype(np.float64)
+    want = x.var(axis=1)
+    given = x if order == "last" else x.transpose(0, 2, 1)
+    _, var = mw.moments(mx.array(given, mx.float32), 1 if order == "last" else 2)
+    np.testing.assert_allclose(np.array(var, dtype=np.float64), want, rtol=8e-6)
