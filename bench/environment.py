@@ -22,13 +22,14 @@ Environment = dict[str, str | int | float | None]
 
 def environment() -> Environment:
     """Machine, versions and the settings that change the figures, ready for JSON."""
+    kernel = platform.release().split("-")[0]
     return {
         "date": datetime.now(UTC).date().isoformat(),
         "cpu": cpu(),
         "cores": cores(),
         "load_average": round(os.getloadavg()[0], 2),
         "memory_bytes": memory_bytes(),
-        "system": f"{platform.system()} {platform.release()} {platform.machine()}",
+        "system": f"{platform.system()} {kernel} {platform.machine()}",
         "device": str(mx.default_device()),
         "nominal_gigabytes_per_second": nominal_bandwidth(cpu()),
         "python": platform.python_version(),
