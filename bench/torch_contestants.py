@@ -1,4 +1,4 @@
-"""torch's layers as contestants, where torch is installed: `pip install '.[bench]'`."""
+"""torch's layers as contestants, where torch is installed: `pip install '.[torch]'`."""
 
 from __future__ import annotations
 

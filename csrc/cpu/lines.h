@@ -60,13 +60,13 @@ inline __attribute__((always_inline)) LineSums line_sums(const T* x, int64_t beg
           sum_of_lanes((square[0] + square[1]) + (square[2] + square[3]))};
 }
 
-/// As column_moments, with chunks in place of blocks.
+/// As column_moments, with chunks in place of blocks, for n > kFirstChunk; short_line_moments has the
+/// others.
 template <typename T>
 inline __attribute__((always_inline)) void line_moments(const T* x, int64_t n, double* mean,
                                                         double* m2) {
   const float start = load<float>(x);
-  const int64_t first = n < kFirstChunk ? n : kFirstChunk;
-  float centre = start + line_sums(x, 0, first, start).first / static_cast<float>(first);
+  float centre = start + line_sums(x, 0, kFirstChunk, start).first / kFirstChunk;
   const double origin = centre;
   double relative_mean = 0;
   double total_m2 = 0;
