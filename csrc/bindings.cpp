@@ -71,6 +71,16 @@ NB_MODULE(_ext, m) {
       "x"_a, "axes"_a, "keepdims"_a = false, "stream"_a = nb::none());
 
   m.def(
+      "next_running_statistics",
+      [](const mx::array& running_mean, const mx::array& running_var, const mx::array& mean,
+         const mx::array& var, const mw::Number& momentum, const mw::Number& count,
+         const std::string& caller) {
+        return mw::next_running_statistics(running_mean, running_var, mean, var, momentum, count,
+                                           {caller});
+      },
+      "running_mean"_a, "running_var"_a, "mean"_a, "var"_a, "momentum"_a, "count"_a, "caller"_a);
+
+  m.def(
       "input_gradient",
       [](const mx::array& x, const mx::array& g, const mx::array& mean, const mx::array& var,
          const std::optional<mx::array>& weight, double eps, const mx::array& grad_mean,

@@ -54,6 +54,7 @@ nb::dict to_dict(const Merge& s) {
   d["has_weight"] = s.has_weight;
   d["has_bias"] = s.has_bias;
   d["eps"] = s.eps;
+  d["padding"] = s.padding;
   return d;
 }
 
@@ -97,6 +98,9 @@ Operation operation_of(const std::string& name) {
   }
   if (name == "input_gradient") {
     return Operation::input_gradient;
+  }
+  if (name == "running_statistics") {
+    return Operation::running_statistics;
   }
   throw std::invalid_argument("[launch_plan] no operation '" + name + "'.");
 }
@@ -158,7 +162,7 @@ void bind_launch(nb::module_& m) {
         if (!geometry || geometry->size() == 0) {
           throw std::invalid_argument("[launch_plan] no kernels for this shape and these axes.");
         }
-        if (dtype != mx::float32 && dtype != mx::float16 && dtype != mx::bfloat16) {
+        if (!has_elements(dtype)) {
           throw std::invalid_argument("[launch_plan] no kernels for this dtype.");
         }
         const Problem problem{.operation = operation_of(operation),

@@ -176,4 +176,22 @@ array input_gradient(const array& x, const array& mean, const array& var, const 
   return mx::astype(mx::add(direct, mx::add(through_mean, through_var, s), s), x.dtype(), s);
 }
 
+std::pair<array, array> running_statistics(const array& running_mean, const array& running_var,
+                                           const array& mean, const array& var, const array& update,
+                                           Stream s) {
+  auto coefficient = [&](int i) { return mx::take(update, i, s); };
+  auto of_batch = [&](const array& a) { return a.ndim() == 2 ? mx::mean(a, 0, false, s) : a; };
+  auto next = [&](const array& running, const array& batch) {
+    array kept = mx::multiply(coefficient(0), mx::astype(running, batch.dtype(), s), s);
+    array sum = mx::add(kept, mx::multiply(coefficient(1), batch, s), s);
+    if (running.dtype() == mx::float16) {  // inf would stay for ever
+      const array largest = constant(65504, sum);
+      sum = mx::clip(sum, mx::negative(largest, s), largest, s);
+    }
+    return mx::stop_gradient(mx::astype(sum, running.dtype(), s), s);
+  };
+  array unbiased = mx::multiply(of_batch(var), coefficient(2), s);
+  return {next(running_mean, of_batch(mean)), next(running_var, unbiased)};
+}
+
 }  // namespace mlx_welford::composed

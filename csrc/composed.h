@@ -77,4 +77,12 @@ array input_gradient(const array& x, const array& mean, const array& var, const 
                      const array& grad_mean, const array& grad_var,
                      const std::optional<array>& weight, double eps, int channel_axis, Stream s);
 
+/// (1 - momentum) * running + momentum * batch, of mean and unbiased variance, in the running ones'
+/// types. `mean` and `var` are of the batch (C) or its instances (N, C), which are averaged;
+/// `update` (3) is 1 - momentum, momentum, and what makes the variance unbiased. Constants to
+/// derivatives.
+std::pair<array, array> running_statistics(const array& running_mean, const array& running_var,
+                                           const array& mean, const array& var, const array& update,
+                                           Stream s);
+
 }  // namespace mlx_welford::composed

@@ -106,6 +106,25 @@ mx::Dtype statistics_dtype(mx::Dtype dtype) {
   return dtype == mx::float64 ? mx::float64 : mx::float32;
 }
 
+/// 1 - momentum, momentum, and count / (count - 1), which makes a variance unbiased; all in double
+/// where they are known, since a momentum near 1 has no more digits to lose.
+array update_coefficients(const Number& momentum, const Number& count, mx::Dtype dtype,
+                          mx::Stream s) {
+  const auto* known_momentum = std::get_if<double>(&momentum);
+  const auto* known_count = std::get_if<double>(&count);
+  if (known_momentum && known_count) {
+    return array({1 - *known_momentum, *known_momentum, *known_count / (*known_count - 1)}, dtype);
+  }
+  auto of = [&](const Number& n) {
+    const auto* known = std::get_if<double>(&n);
+    return known ? array(*known, dtype) : mx::astype(std::get<array>(n), dtype, s);
+  };
+  const array one(1, dtype);
+  const array m = of(momentum);
+  const array n = of(count);
+  return mx::stack({mx::subtract(one, m, s), m, mx::divide(n, mx::subtract(n, one, s), s)}, s);
+}
+
 void append(std::vector<array>& arrays, const std::optional<array>& a) {
   if (a) {
     arrays.push_back(*a);
@@ -197,6 +216,21 @@ Merged merge_ranks(const array& messages, int ranks, int rank, const Caller& cal
   auto outputs = outputs_of(std::make_shared<MergeRanks>(s, ranks, rank, caller.name), {messages},
                             {dtype, dtype, dtype});
   return {outputs[0], outputs[1], outputs[2]};
+}
+
+std::pair<array, array> next_running_statistics(const array& running_mean, const array& running_var,
+                                                const array& mean, const array& var,
+                                                const Number& momentum, const Number& count,
+                                                const Caller& caller, mx::StreamOrDevice s_) {
+  const int channels = mean.shape(-1);
+  check_vector(running_mean, "running_mean", channels, caller);
+  check_vector(running_var, "running_var", channels, caller);
+  const auto s = mx::to_stream(s_);
+  array update = update_coefficients(momentum, count, mean.dtype(), s);
+  auto outputs = outputs_of(std::make_shared<RunningStatistics>(s),
+                            {running_mean, running_var, mean, var, update},
+                            {running_mean.dtype(), running_var.dtype()});
+  return {outputs[0], outputs[1]};
 }
 
 std::pair<array, array> moments(const array& x_, std::vector<int> axes, bool keepdims,

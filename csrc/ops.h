@@ -8,6 +8,7 @@
 #include <stdexcept>
 #include <string>
 #include <utility>
+#include <variant>
 #include <vector>
 
 #include "geometry.h"
@@ -66,6 +67,18 @@ struct Merged {
 /// The moments of the whole batch from the messages of all ranks, (ranks * (1 + C), 4).
 Merged merge_ranks(const array& messages, int ranks, int rank, const Caller& caller,
                    mlx::core::StreamOrDevice s = {});
+
+/// A number that is known, or an array of one that is not yet.
+using Number = std::variant<double, array>;
+
+/// (1 - momentum) * running + momentum * batch, for the mean and the unbiased variance of a batch
+/// from what `normalize` or `merge_ranks` has found: `mean` and biased `var` of `count` values each.
+/// Those of instances (N, C) are averaged first. What float16 cannot hold becomes its largest number.
+std::pair<array, array> next_running_statistics(const array& running_mean, const array& running_var,
+                                                const array& mean, const array& var,
+                                                const Number& momentum, const Number& count,
+                                                const Caller& caller,
+                                                mlx::core::StreamOrDevice s = {});
 
 /// Mean and biased variance over `axes`, in float32.
 std::pair<array, array> moments(const array& x, std::vector<int> axes, bool keepdims,

@@ -120,7 +120,7 @@ bool Solved::has_kernels(const Arrays& inputs) {
   if (composing || x.dtype() == mx::float64) {
     return false;
   }
-  return x.size() > 0 ? can_run(stream(), problem(x)) : is_zero_if_empty();
+  return x.size() > 0 ? can_run(stream(), problem(inputs)) : is_zero_if_empty();
 }
 
 void Solved::solve(const Arrays& inputs, Arrays& outputs) {
@@ -154,7 +154,8 @@ Arrays Moments::compose(const Arrays& inputs) {
   return {mean, var};
 }
 
-Problem Moments::problem(const array& x) const {
+Problem Moments::problem(const Arrays& inputs) const {
+  const array& x = inputs[0];
   return {.operation = Operation::moments,
           .element = element_of(x.dtype()),
           .geometry = geometry(x, axes_)};
@@ -167,7 +168,7 @@ void Moments::evaluate(const Arrays& inputs, Arrays& outputs) {
   arrays.set(kX, inputs[0]);
   arrays.set(kMean, outputs[0]);
   arrays.set(kVar, outputs[1]);
-  run(stream(), problem(inputs[0]), arrays);
+  run(stream(), problem(inputs), arrays);
 }
 
 Arrays Moments::vjp(const Arrays& primals, const Arrays& cotangents, const std::vector<int>&,
@@ -191,7 +192,8 @@ Arrays MomentsGradient::compose(const Arrays& inputs) {
   return {composed::moments_gradient(inputs[0], inputs[1], inputs[2], inputs[3], axes_, stream())};
 }
 
-Problem MomentsGradient::problem(const array& x) const {
+Problem MomentsGradient::problem(const Arrays& inputs) const {
+  const array& x = inputs[0];
   return {.operation = Operation::moments_gradient,
           .element = element_of(x.dtype()),
           .geometry = geometry(x, axes_)};
@@ -205,7 +207,7 @@ void MomentsGradient::evaluate(const Arrays& inputs, Arrays& outputs) {
   arrays.set(kGradMean, inputs[2]);
   arrays.set(kGradVar, inputs[3]);
   arrays.set(kOut, outputs[0]);
-  run(stream(), problem(inputs[0]), arrays);
+  run(stream(), problem(inputs), arrays);
 }
 
 std::vector<mx::Shape> MomentsGradient::output_shapes(const Arrays& inputs) {
@@ -220,7 +222,8 @@ Arrays PartialMoments::compose(const Arrays& inputs) {
   return {composed::partial_moments(inputs[0], axes_, stream())};
 }
 
-Problem PartialMoments::problem(const array& x) const {
+Problem PartialMoments::problem(const Arrays& inputs) const {
+  const array& x = inputs[0];
   return {.operation = Operation::partial_moments,
           .element = element_of(x.dtype()),
           .geometry = geometry(x, axes_)};
@@ -231,7 +234,7 @@ void PartialMoments::evaluate(const Arrays& inputs, Arrays& outputs) {
   BoundArrays arrays;
   arrays.set(kX, inputs[0]);
   arrays.set(kMoments, outputs[0]);
-  run(stream(), problem(inputs[0]), arrays);
+  run(stream(), problem(inputs), arrays);
 }
 
 std::vector<mx::Shape> PartialMoments::output_shapes(const Arrays& inputs) {
@@ -277,7 +280,9 @@ Problem Normalization::problem(Operation operation, const array& x) const {
           .has_bias = has_bias};
 }
 
-Problem Normalize::problem(const array& x) const { return n_.problem(Operation::normalize, x); }
+Problem Normalize::problem(const Arrays& inputs) const {
+  return n_.problem(Operation::normalize, inputs[0]);
+}
 
 void Normalize::evaluate(const Arrays& inputs, Arrays& outputs) {
   release_inputs_of_siblings(inputs, outputs);
@@ -297,7 +302,7 @@ void Normalize::evaluate(const Arrays& inputs, Arrays& outputs) {
     arrays.set(kBias, in.next());
   }
   arrays.set(kOut, outputs[0]);
-  run(stream(), problem(inputs[0]), arrays);
+  run(stream(), problem(inputs), arrays);
 }
 
 Arrays Normalize::vjp(const Arrays& primals, const Arrays& cotangents,
@@ -396,8 +401,8 @@ Arrays NormalizeGradient::compose(const Arrays& inputs) {
   return outputs;
 }
 
-Problem NormalizeGradient::problem(const array& x) const {
-  Problem problem = n_.problem(Operation::normalize_gradient, x);
+Problem NormalizeGradient::problem(const Arrays& inputs) const {
+  Problem problem = n_.problem(Operation::normalize_gradient, inputs[0]);
   problem.wanted = wanted_;
   return problem;
 }
@@ -438,7 +443,7 @@ void NormalizeGradient::evaluate(const Arrays& inputs, Arrays& outputs) {
   if (wanted_.bias) {
     arrays.set(kGradBias, out.next());
   }
-  run(stream(), problem(x), arrays);
+  run(stream(), problem(inputs), arrays);
 }
 
 std::vector<mx::Shape> NormalizeGradient::output_shapes(const Arrays& inputs) {
@@ -469,8 +474,8 @@ Arrays InputGradient::compose(const Arrays& inputs) {
                                    n_.eps, n_.channel_axis, stream())};
 }
 
-Problem InputGradient::problem(const array& x) const {
-  return n_.problem(Operation::input_gradient, x);
+Problem InputGradient::problem(const Arrays& inputs) const {
+  return n_.problem(Operation::input_gradient, inputs[0]);
 }
 
 void InputGradient::evaluate(const Arrays& inputs, Arrays& outputs) {
@@ -484,7 +489,7 @@ void InputGradient::evaluate(const Arrays& inputs, Arrays& outputs) {
     arrays.set(kWeight, in.next());
   }
   arrays.set(kOut, outputs[0]);
-  run(stream(), problem(inputs[0]), arrays);
+  run(stream(), problem(inputs), arrays);
 }
 
 std::vector<mx::Shape> InputGradient::output_shapes(const Arrays& inputs) {
@@ -494,5 +499,63 @@ std::vector<mx::Shape> InputGradient::output_shapes(const Arrays& inputs) {
 bool InputGradient::is_equivalent(const Primitive& other) const {
   return n_ == static_cast<const InputGradient&>(other).n_;
 }
+
+// ---- Running statistics -------------------------------------------------------------------------
+
+Arrays RunningStatistics::compose(const Arrays& inputs) {
+  auto [mean, var] =
+      composed::running_statistics(inputs[0], inputs[1], inputs[2], inputs[3], inputs[4], stream());
+  return {mean, var};
+}
+
+bool RunningStatistics::has_kernels(const Arrays& inputs) {
+  const mx::Dtype dtype = inputs[0].dtype();
+  return has_elements(dtype) && inputs[1].dtype() == dtype && inputs[2].dtype() == mx::float32 &&
+         Solved::has_kernels(inputs);
+}
+
+Problem RunningStatistics::problem(const Arrays& inputs) const {
+  const array& running_mean = inputs[0];
+  const array& mean = inputs[2];
+  const int64_t channels = running_mean.size();
+  return {.operation = Operation::running_statistics,
+          .element = element_of(running_mean.dtype()),
+          .geometry = {.outer = static_cast<int64_t>(mean.size()) / channels, .inner = channels},
+          .channels = channels};
+}
+
+void RunningStatistics::evaluate(const Arrays& inputs, Arrays& outputs) {
+  release_inputs_of_siblings(inputs, outputs);
+  BoundArrays arrays;
+  for (int i = 0; i < 2; ++i) {
+    allocate_or_donate(outputs[i], {&inputs[i]});
+  }
+  Reader in(inputs);
+  for (BufferIndex i : {kRunningMean, kRunningVar, kMean, kVar, kUpdate}) {
+    arrays.set(i, in.next());
+  }
+  arrays.set(kNextMean, outputs[0]);
+  arrays.set(kNextVar, outputs[1]);
+  run(stream(), problem(inputs), arrays);
+}
+
+Arrays RunningStatistics::jvp(const Arrays& primals, const Arrays&, const std::vector<int>&) {
+  return {mx::zeros_like(primals[0], stream()), mx::zeros_like(primals[1], stream())};
+}
+
+Arrays RunningStatistics::vjp(const Arrays& primals, const Arrays&, const std::vector<int>& argnums,
+                              const Arrays&) {
+  Arrays zeros;
+  for (int argnum : argnums) {
+    zeros.push_back(mx::zeros_like(primals[argnum], stream()));
+  }
+  return zeros;
+}
+
+std::vector<mx::Shape> RunningStatistics::output_shapes(const Arrays& inputs) {
+  return {inputs[0].shape(), inputs[1].shape()};
+}
+
+bool RunningStatistics::is_equivalent(const Primitive&) const { return true; }
 
 }  // namespace mlx_welford

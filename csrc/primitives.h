@@ -53,8 +53,8 @@ class Solved : public Composed {
   /// communicates with, since the order of what is evaluated depends on the graph.
   virtual bool is_zero_if_empty() const { return false; }
 
-  /// What the kernels are asked to solve, once x is known. All first inputs are x.
-  virtual Problem problem(const array& x) const = 0;
+  /// What the kernels are asked to solve, once the inputs are known.
+  virtual Problem problem(const Arrays& inputs) const = 0;
 
   /// Gives the outputs memory and has their problem run.
   virtual void evaluate(const Arrays& inputs, Arrays& outputs) = 0;
@@ -86,7 +86,7 @@ class Moments : public Solved {
   const char* name() const override { return "WelfordMoments"; }
 
  protected:
-  Problem problem(const array& x) const override;
+  Problem problem(const Arrays& inputs) const override;
   void evaluate(const Arrays& inputs, Arrays& outputs) override;
 
  private:
@@ -104,7 +104,7 @@ class MomentsGradient : public Solved {
   const char* name() const override { return "WelfordMomentsGradient"; }
 
  protected:
-  Problem problem(const array& x) const override;
+  Problem problem(const Arrays& inputs) const override;
   void evaluate(const Arrays& inputs, Arrays& outputs) override;
 
  private:
@@ -125,7 +125,7 @@ class PartialMoments : public Solved {
 
  protected:
   bool is_zero_if_empty() const override { return true; }
-  Problem problem(const array& x) const override;
+  Problem problem(const Arrays& inputs) const override;
   void evaluate(const Arrays& inputs, Arrays& outputs) override;
 
  private:
@@ -165,7 +165,7 @@ class Normalize : public Solved {
 
  protected:
   bool is_zero_if_empty() const override { return n_.given(); }
-  Problem problem(const array& x) const override;
+  Problem problem(const Arrays& inputs) const override;
   void evaluate(const Arrays& inputs, Arrays& outputs) override;
 
  private:
@@ -187,7 +187,7 @@ class NormalizeGradient : public Solved {
 
  protected:
   bool is_zero_if_empty() const override { return n_.given(); }
-  Problem problem(const array& x) const override;
+  Problem problem(const Arrays& inputs) const override;
   void evaluate(const Arrays& inputs, Arrays& outputs) override;
 
  private:
@@ -210,11 +210,33 @@ class InputGradient : public Solved {
 
  protected:
   bool is_zero_if_empty() const override { return true; }
-  Problem problem(const array& x) const override;
+  Problem problem(const Arrays& inputs) const override;
   void evaluate(const Arrays& inputs, Arrays& outputs) override;
 
  private:
   Normalization n_;
+};
+
+/// (running_mean, running_var, mean, var, update) -> (next_mean, next_var), each of shape (C) but for
+/// those of instances (N, C) and the coefficients `update` (3); see composed::running_statistics.
+/// Nothing is differentiated through them.
+class RunningStatistics : public Solved {
+ public:
+  using Solved::Solved;
+
+  Arrays compose(const Arrays& inputs) override;
+  bool has_kernels(const Arrays& inputs) override;
+  Arrays jvp(const Arrays& primals, const Arrays& tangents,
+             const std::vector<int>& argnums) override;
+  Arrays vjp(const Arrays& primals, const Arrays& cotangents, const std::vector<int>& argnums,
+             const Arrays& outputs) override;
+  std::vector<mlx::core::Shape> output_shapes(const Arrays& inputs) override;
+  bool is_equivalent(const Primitive& other) const override;
+  const char* name() const override { return "WelfordRunningStatistics"; }
+
+ protected:
+  Problem problem(const Arrays& inputs) const override;
+  void evaluate(const Arrays& inputs, Arrays& outputs) override;
 };
 
 /// (messages) -> (mean, var, count), of shape (C), (C) and (): Chan's merge over ranks.

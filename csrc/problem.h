@@ -17,10 +17,15 @@ enum class Operation {
   normalize,
   normalize_gradient,
   input_gradient,
+  running_statistics,
 };
 
 /// The types of elements that there are kernels for.
 enum class Element { float32, float16, bfloat16 };
+
+inline bool has_elements(mlx::core::Dtype dtype) {
+  return dtype == mlx::core::float32 || dtype == mlx::core::float16 || dtype == mlx::core::bfloat16;
+}
 
 inline Element element_of(mlx::core::Dtype dtype) {
   return dtype == mlx::core::float32   ? Element::float32

@@ -27,22 +27,27 @@ enum Limit {
 /// Buffer indices, the same in every kernel that has the buffer. An absent weight or bias, or absent
 /// sums, are bound to var and never read.
 enum BufferIndex {
-  kParameters = 0,   // Sweep or Merge
-  kX = 1,            // x
-  kMean = 2,         // float, per statistic
-  kVar = 3,          // float, per statistic
-  kWeight = 4,       // per channel
-  kBias = 5,         // per channel
-  kOut = 6,          // y or gradient of x
-  kG = 7,            // cotangent of y
-  kGradMean = 8,     // float, per statistic: cotangent of mean, or gradient of the given mean
-  kGradVar = 9,      // float, per statistic: likewise of var
-  kPartials = 10,    // Moments or Sums, (part, statistic)
-  kSums = 11,        // Sums, per statistic
-  kGradWeight = 12,  // per channel
-  kGradBias = 13,    // per channel
-  kMoments = 14,     // Moments, per statistic
-  kBuffers = 15,
+  kParameters = 0,    // Sweep or Merge
+  kX = 1,             // x
+  kMean = 2,          // float, per statistic
+  kVar = 3,           // float, per statistic
+  kWeight = 4,        // per channel
+  kBias = 5,          // per channel
+  kOut = 6,           // y or gradient of x
+  kG = 7,             // cotangent of y
+  kGradMean = 8,      // float, per statistic: cotangent of mean, or gradient of the given mean
+  kGradVar = 9,       // float, per statistic: likewise of var
+  kPartials = 10,     // Moments or Sums, (part, statistic)
+  kSums = 11,         // Sums, per statistic
+  kGradWeight = 12,   // per channel
+  kGradBias = 13,     // per channel
+  kMoments = 14,      // Moments, per statistic
+  kUpdate = 15,       // float, 3: 1 - momentum, momentum, unbiased by biased variance
+  kRunningMean = 16,  // per channel
+  kRunningVar = 17,   // per channel
+  kNextMean = 18,     // per channel: the running mean after this batch
+  kNextVar = 19,      // per channel
+  kBuffers = 20,
 };
 
 /// A walk over an array that is row-contiguous as (segments = merge * outer, reduce, inner).
@@ -78,6 +83,7 @@ struct Merge {
   shared_uint has_weight;
   shared_uint has_bias;
   float eps;
+  shared_uint padding;  // as in Sweep
 };
 
 #ifndef __METAL_VERSION__

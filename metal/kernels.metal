@@ -196,6 +196,49 @@ template <typename T>
   }
 }
 
+/// A float in a type: what half cannot hold becomes its largest number.
+template <typename T>
+inline T finite(float v) {
+  return T(v);
+}
+
+template <>
+inline half finite<half>(float v) {
+  const float largest = 65504.0f;  // comparisons let NaN through; clamp need not
+  return half(v > largest ? largest : (v < -largest ? -largest : v));
+}
+
+/// The next running statistics (channel) from those of a batch: mean and var (part, channel) of
+/// instances, or of the whole as a single part. Inf would stay in them for ever.
+template <typename T>
+[[kernel]] void update_running_statistics(
+    constant Merge& merging [[buffer(kParameters)]], const device float* mean [[buffer(kMean)]],
+    const device float* var [[buffer(kVar)]], const device float* update [[buffer(kUpdate)]],
+    const device T* running_mean [[buffer(kRunningMean)]],
+    const device T* running_var [[buffer(kRunningVar)]], device T* next_mean [[buffer(kNextMean)]],
+    device T* next_var [[buffer(kNextVar)]], uint group [[threadgroup_position_in_grid]],
+    uint thread_index [[thread_position_in_threadgroup]]) {
+  threadgroup Sums entries[kEntries];
+  const Place p = place_across(thread_index, merging.across, merging.along);
+  const long channel = long(group) * merging.across + p.across;
+  Sums all[1] = {Sums{0.0f, 0.0f}};  // of means and variances
+  if (channel < merging.columns) {
+    for (long part = p.along; part < merging.parts; part += merging.along) {
+      const long i = part * merging.columns + channel;
+      all[0] = merge(all[0], Sums{mean[i], var[i]});
+    }
+  }
+  merge_along<Sums, 1>(all, p, entries);
+  if (p.along == 0 && channel < merging.columns) {
+    const float n = float(merging.parts);
+    const float keep = update[0];
+    const float take = update[1];
+    const float unbiased = all[0].gd / n * update[2];
+    next_mean[channel] = finite<T>(keep * float(running_mean[channel]) + take * (all[0].g / n));
+    next_var[channel] = finite<T>(keep * float(running_var[channel]) + take * unbiased);
+  }
+}
+
 // ---- What may be absent, and channels ------------------------------------------------------------
 
 template <typename T>

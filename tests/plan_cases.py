@@ -40,7 +40,12 @@ def table(dtype: str, access: str, *, longer: int = 1, max_threads: int = 32) ->
             replace(forward, given=True),
             replace(backward, given=True, wanted="x statistics weight bias"),
         ]
+    found.append(replace(running_statistics(dtype), max_threads=max_threads))
     return found
+
+
+def running_statistics(dtype: str = "float32", instances: int = 5, channels: int = 37) -> Problem:
+    return Problem("running_statistics", (1, instances, 1, channels), dtype, channels)
 
 
 def whole_table(*, longer: int = 1, max_threads: int = 32) -> list[Problem]:
@@ -81,4 +86,6 @@ SOME = [
     Problem("partial_moments", (3, 4, 29, 9)),
     Problem("partial_moments", (1, 3, 503, 1), "float16", max_threads=32),
     Problem("input_gradient", (3, 5, 77, 1), "bfloat16", channels=5, weight=True),
+    running_statistics(instances=1),
+    running_statistics("float16", instances=300),
 ]

@@ -305,7 +305,9 @@ def exact(a: Array, dtype: str) -> Array:
 
 
 # The arrays that have the elements' type; the others are float32.
-OF_ELEMENTS = {"x", "g", "out", "weight", "bias", "grad_weight", "grad_bias"}
+OF_CHANNELS = {"weight", "bias", "grad_weight", "grad_bias"}
+OF_CHANNELS |= {"running_mean", "running_var", "next_mean", "next_var"}
+OF_ELEMENTS = {"x", "g", "out"} | OF_CHANNELS
 
 
 def dtype_of(name: str, dtype: str) -> str:
@@ -321,6 +323,8 @@ class Example:
         p = problem
         merge, outer, reduce, inner = p.geometry
         self.inputs: Arrays = {}
+        self.truth: Arrays = {}
+        self.terms: dict[str, float] = {}  # the largest that an output adds up, if larger than it
 
         def put(name: str, values: Array) -> Array:
             a = rounded(np.asarray(values), dtype_of(name, p.dtype))
@@ -346,6 +350,16 @@ class Example:
             sums: Array = add_up(v).reshape(-1, p.channels).sum(0)
             return sums
 
+        if p.operation == "running_statistics":
+            momentum = rng.uniform(0.1, 0.9)
+            update = put("update", np.array([1 - momentum, momentum, rng.uniform(1, 2)]))
+            for name, unbiased in (("mean", 1.0), ("var", update[2])):
+                batch = put(name, rng.uniform(0.5, 2, size=p.statistics))
+                running = put(f"running_{name}", rng.uniform(0.5, 2, size=p.channels))
+                batch = batch.reshape(-1, p.channels).mean(0) * unbiased
+                self.truth[f"next_{name}"] = update[0] * running + update[1] * batch
+            return
+
         count = merge * reduce
         gradient = p.operation.endswith("_gradient")
         given = p.given or p.operation == "input_gradient"
@@ -369,8 +383,6 @@ class Example:
 
         d = x - per_statistic(mean)
         r = 1 / np.sqrt(per_statistic(var) + p.eps)
-        self.truth: Arrays = {}
-        self.terms: dict[str, float] = {}  # the largest that an output adds up, if larger than it
         if p.operation == "moments":
             self.truth = {"mean": mean, "var": var}
         elif p.operation == "partial_moments":
@@ -480,16 +492,20 @@ def problems(draw: st.DrawFn, most_elements: int = 300_000) -> Problem:
                 "normalize",
                 "normalize_gradient",
                 "input_gradient",
+                "running_statistics",
             ]
         )
     )
     inner = draw(st.one_of(st.just(1), st.integers(2, 70), st.integers(1, 20).map(lambda n: 8 * n)))
     room = most_elements // inner
-    merge = draw(st.one_of(st.just(1), st.integers(2, min(6, room))))
+    of_values = operation != "running_statistics"  # not of what there is one of for all of them
+    merge = draw(st.one_of(st.just(1), st.integers(2, min(6, room)))) if of_values else 1
     room //= merge
     outer = draw(st.integers(1, min(40, room)))
     room = min(room // outer, (1 << 31) - 1)
-    reduce = draw(st.one_of(st.integers(1, min(100, room)), st.integers(1, room)))
+    reduce = (
+        draw(st.one_of(st.integers(1, min(100, room)), st.integers(1, room))) if of_values else 1
+    )
     statistics = outer * inner
     given = operation.startswith("normalize") and draw(st.booleans())
     if merge > 1 or given or operation == "input_gradient":
@@ -498,7 +514,7 @@ def problems(draw: st.DrawFn, most_elements: int = 300_000) -> Problem:
         channels = draw(
             st.sampled_from([c for c in range(1, statistics + 1) if not statistics % c])
         )
-    weight = "moments" not in operation and draw(st.booleans())
+    weight = "moments" not in operation and of_values and draw(st.booleans())
     wanted = []
     if operation == "normalize_gradient":
         possible = [

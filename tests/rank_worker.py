@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import io
 import os
-import re
 import signal
 import sys
 import time
@@ -18,6 +16,7 @@ import mlx.nn as nn
 import mlx_welford as mw
 import numpy as np
 import shares
+from graphs import nodes
 from mlx_welford import _ext
 from mlx_welford.compat import torch as compat
 from reference import Array
@@ -94,13 +93,6 @@ def derivatives() -> dict[str, Array]:
 # ---- Graphs --------------------------------------------------------------------------------------
 
 
-def nodes(*outputs: mx.array) -> Counter[str]:
-    """How many operations of each kind a graph holds."""
-    file = io.StringIO()
-    mx.export_to_dot(file, *outputs)
-    return Counter(re.findall(r'label ="([^"]+)", shape=rectangle', file.getvalue()))
-
-
 def counted(network: nn.Module, x: mx.array, *, training: bool = True) -> Counter[str]:
     """The nodes of a network's output and all gradients, those of x among them."""
     network.train(training)
@@ -112,7 +104,7 @@ def counted(network: nn.Module, x: mx.array, *, training: bool = True) -> Counte
     parameters = network.trainable_parameters()
     value, (of_parameters, of_x) = mx.value_and_grad(loss, argnums=(0, 1))(parameters, x)
     arrays = leaves(of_parameters).values()
-    found = nodes(value, of_x, *arrays)
+    found = Counter(nodes(value, of_x, *arrays))
     network.update(parameters)
     mx.eval(value, of_x, *arrays)
     return found

@@ -35,7 +35,7 @@ from cuda_twin.shaders import shader_program
 from cuda_twin.source import enumerators, translate
 from hypothesis import given
 from mlx_welford import _ext
-from plan_cases import SOME, full_groups, whole_table
+from plan_cases import SOME, full_groups, running_statistics, whole_table
 from plans import (
     DTYPES,
     LIMITS,
@@ -100,6 +100,7 @@ def test_threadgroup_memory(program: Program) -> None:
         "partial_sums": sums,
         "merge_sums": sums,
         "parameter_gradients": sums,
+        "update_running_statistics": sums,
         "fused_gradient": sums,
     }
     for name, resources in program.resources.items():
@@ -158,6 +159,7 @@ def plans_of(p: Problem) -> Iterator[Any]:
         replace(backward, given=True, wanted="x statistics weight"),
         replace(p, operation="moments", geometry=(1, *p.geometry[1:])),
         replace(p, operation="partial_moments"),
+        running_statistics(p.dtype, instances=1000),
     ):
         yield from problem.plan().dispatches
 

@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from mlx_welford import _ext
+from plan_cases import running_statistics
 from plans import (
     BUFFER_INDICES,
     BUFFER_NAMES,
@@ -70,6 +71,7 @@ MERGE_SUMS = "partials >sums"
 GRADIENT = "x g mean var weight sums grad_mean grad_var >out"
 FUSED_GRADIENT = "x g mean var weight grad_mean grad_var >sums >out"
 GIVEN_GRADIENT = "g var weight >out"
+OF_RUNNING = "mean var update running_mean running_var >next_mean >next_var"
 OF_GIVEN = "sums var weight >grad_mean >grad_var"
 WITHOUT_SUMS = "x g mean var weight sums=var grad_mean grad_var >out"
 OF_BOTH = "sums var >grad_weight >grad_bias"
@@ -564,6 +566,21 @@ TABLE: list[tuple[str, Problem, list[Expected], int, int]] = [
         0,
         0,
     ),
+    # -- Running statistics
+    (
+        "running statistics of a batch",
+        running_statistics(instances=1, channels=100),
+        [Expected("update_running_statistics_float", 4, 32, OF_RUNNING, parts(1, 100, 32, 1))],
+        0,
+        0,
+    ),
+    (
+        "running statistics of instances",
+        running_statistics("float16", instances=100, channels=12),
+        [Expected("update_running_statistics_half", 1, 256, OF_RUNNING, parts(100, 12, 16, 16))],
+        0,
+        0,
+    ),
     # -- Given statistics
     (
         "evaluation",
@@ -901,6 +918,9 @@ def test_parameters_describe_the_problem(problem: Problem) -> None:
             assert d["pieces"] == -(-d["reduce"] // d["piece"])
             assert (d["has_weight"], d["has_bias"]) == (problem.weight, problem.bias)
             assert d["channels"] == problem.channels
+        elif d.kernel == "update_running_statistics":
+            assert d["columns"] == problem.channels
+            assert d["parts"] == problem.statistics // problem.channels
         elif d.kernel == "parameter_gradients":
             assert d["columns"] == problem.channels
             assert d["parts"] == problem.statistics // problem.channels
@@ -945,6 +965,7 @@ def test_arrays_are_written_before_they_are_read(problem: Problem) -> None:
         "moments_gradient": {"out"},
         "partial_moments": {"moments"},
         "input_gradient": {"out"},
+        "running_statistics": {"next_mean", "next_var"},
         "normalize": {"out"} if problem.given else {"out", "mean", "var"},
         "normalize_gradient": {
             *(["out"] if problem.wants["x"] else []),

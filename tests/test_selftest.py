@@ -157,6 +157,19 @@ def test_truth_of_a_share() -> None:
     )
 
 
+def test_truth_of_running_statistics() -> None:
+    arguments, cotangents = _data(Case("running", (3, 5)))
+    a = numbers(arguments)
+    assert not cotangents
+    assert_true(
+        truth.running(arguments, 0.3, 7).values,
+        {
+            "running_mean": 0.7 * a["running_mean"] + 0.3 * a["mean"].mean(0),
+            "running_var": 0.7 * a["running_var"] + 0.3 * 7 / 6 * a["var"].mean(0),
+        },
+    )
+
+
 def test_errors_of_arrays() -> None:
     nan = float("nan")
     true = mx.array([1.0, nan, 3.0])

@@ -3,7 +3,6 @@
 What ranks would send each other is put together here, so that there can be a thousand of them.
 """
 
-import io
 import re
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
@@ -13,6 +12,7 @@ import mlx_welford as mw
 import numpy as np
 import pytest
 import reference
+from graphs import nodes
 from mlx_welford import _ext
 from problems import DTYPES
 from reference import Array
@@ -268,7 +268,7 @@ def test_an_empty_part_has_the_nodes_of_any_other(axis: int) -> None:
             x, mx.ones_like(x), ones, ones, None, EPS, ones, ones, "test", axis
         )
         outputs = [message, y, *sums, gx]
-        names = nodes(outputs)
+        names = nodes(*outputs)
         mx.eval(outputs)
         for name, a in zip(("message", "y"), outputs, strict=False):
             assert np.isfinite(np.array(a)).all(), name
@@ -283,10 +283,3 @@ def test_an_empty_part_has_the_nodes_of_any_other(axis: int) -> None:
     none = mx.zeros((0, *shape[1:]))
     mx.eval(some, none)
     assert graph(none) == graph(some)
-
-
-def nodes(outputs: Sequence[mx.array]) -> list[str]:
-    """The kinds of operations in the order of a graph's description."""
-    file = io.StringIO()
-    mx.export_to_dot(file, *outputs)
-    return re.findall(r'label ="([^"]+)", shape=rectangle', file.getvalue())

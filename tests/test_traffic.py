@@ -11,11 +11,12 @@ from dataclasses import replace
 
 import pytest
 from hypothesis import given
+from plan_cases import running_statistics
 from plans import (
     DTYPES,
     ITEM_BYTES,
     MOMENTS_BYTES,
-    OF_ELEMENTS,
+    OF_CHANNELS,
     SUMS_BYTES,
     Dispatch,
     Plan,
@@ -108,9 +109,11 @@ def small_traffic(problem: Problem, plan: Plan, d: Dispatch) -> dict[str, Traffi
                 read = 0  # there are none
         elif b.buffer == "moments":
             size = read = problem.statistics * MOMENTS_BYTES
+        elif b.buffer == "update":
+            size = read = 3 * problem.channels * ITEM_BYTES["float32"]  # the same for all of them
         else:
             item = ITEM_BYTES[dtype_of(b.buffer, problem.dtype)]
-            of_channels = b.buffer in OF_ELEMENTS
+            of_channels = b.buffer in OF_CHANNELS
             size = (problem.channels if of_channels else problem.statistics) * item
             read = of_each * item if d.sweeps else size
             if b.array != b.buffer:
@@ -254,6 +257,20 @@ def test_all_gradients_of_evaluation(problem: Problem) -> None:
         of_batch(problem, "float32", "normalize_gradient", "x statistics weight bias")
     )
     assert whole == {"x": (1, 0), "g": (2, 0), "out": (0, 1)}
+
+
+@every_dtype
+@pytest.mark.parametrize("instances", [1, 70])
+def test_running_statistics_are_read_and_written_once(instances: int, dtype: str) -> None:
+    problem = running_statistics(dtype, instances)
+    plan = problem.plan()
+    (counted,) = run_example(shaders(instrumented=True), problem)
+    channels = problem.channels * ITEM_BYTES[dtype]
+    for name in ("mean", "var"):
+        assert counted[name] == Traffic(problem.statistics * ITEM_BYTES["float32"], 0)
+        assert counted[f"running_{name}"] == Traffic(channels, 0)
+        assert counted[f"next_{name}"] == Traffic(0, channels)
+    assert plan.partials_bytes == plan.sums_bytes == 0
 
 
 @given(problems(most_elements=20_000))

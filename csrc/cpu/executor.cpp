@@ -33,6 +33,7 @@ constexpr int64_t kTileRows = 64;  // at least, so that partial results stay a s
 constexpr int64_t kTaskElements = 1 << 15;  // less work than this is not worth a task of its own
 // Outputs from here on are written past the caches: they would not stay in them.
 constexpr size_t kStreamBytes = size_t{16} << 20;
+constexpr double kLargestHalf = 65504;
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
@@ -344,26 +345,32 @@ class Channels {
   std::vector<float> values_;
 };
 
-/// Sums `values`, one per statistic, over the statistics of each channel.
-void store_per_channel(const double* values, int64_t n, array& out) {
-  std::vector<double> sums(out.size(), 0.0);
-  for (const double* end = values + n; values != end; values += sums.size()) {
-    for (size_t c = 0; c < sums.size(); ++c) {
+/// The sums of `values`, one per statistic, over the statistics of each channel.
+template <typename T>
+std::vector<double> sums_per_channel(const T* values, int64_t n, int64_t channels) {
+  std::vector<double> sums(channels, 0.0);
+  for (const T* end = values + n; values != end; values += channels) {
+    for (int64_t c = 0; c < channels; ++c) {
       sums[c] += values[c];
     }
   }
-  auto store = [&](auto* to) {
+  return sums;
+}
+
+/// A vector over channels, in whatever type it is stored.
+void store(const std::vector<double>& values, array& out) {
+  auto as = [&](auto* to) {
     using T = std::remove_pointer_t<decltype(to)>;
-    std::transform(sums.begin(), sums.end(), to,
+    std::transform(values.begin(), values.end(), to,
                    [](double v) { return static_cast<T>(static_cast<float>(v)); });
   };
   switch (out.dtype()) {
     case mx::float16:
-      return store(out.data<mx::float16_t>());
+      return as(out.data<mx::float16_t>());
     case mx::bfloat16:
-      return store(out.data<mx::bfloat16_t>());
+      return as(out.data<mx::bfloat16_t>());
     default:
-      return store(out.data<float>());
+      return as(out.data<float>());
   }
 }
 
@@ -545,10 +552,10 @@ void normalize_gradient(const Problem& problem, BoundArrays& a) {
   run_stages(tiling, stages);
 
   if (wanted.weight) {
-    store_per_channel(sum_gx.get(), n, a[kGradWeight]);
+    store(sums_per_channel(sum_gx.get(), n, problem.channels), a[kGradWeight]);
   }
   if (wanted.bias) {
-    store_per_channel(sum_g.get(), n, a[kGradBias]);
+    store(sums_per_channel(sum_g.get(), n, problem.channels), a[kGradBias]);
   }
 }
 
@@ -569,6 +576,26 @@ void input_gradient(const Problem& problem, BoundArrays& a) {
   run_stages(tiling, {.sweep = nullptr, .settle = settle, .apply = apply_gradient(a, tiling, k)});
 }
 
+void running_statistics(const Problem& problem, BoundArrays& a) {
+  const int64_t statistics = problem.geometry.statistics();
+  const int64_t channels = problem.channels;
+  const auto* update = a[kUpdate].data<float>();
+  auto next = [&](const array& of_instances, float factor, const array& running, array& out) {
+    auto values = sums_per_channel(of_instances.data<float>(), statistics, channels);
+    const Channels old(running, channels, 0);
+    for (int64_t c = 0; c < channels; ++c) {
+      const double batch = values[c] * channels / statistics * factor;
+      values[c] = update[0] * old[c] + update[1] * batch;
+      if (out.dtype() == mx::float16) {  // inf would stay for ever
+        values[c] = std::clamp(values[c], -kLargestHalf, kLargestHalf);
+      }
+    }
+    store(values, out);
+  };
+  next(a[kMean], 1, a[kRunningMean], a[kNextMean]);
+  next(a[kVar], update[2], a[kRunningVar], a[kNextVar]);
+}
+
 void run_now(const Problem& problem, BoundArrays& arrays) {
   switch (problem.operation) {
     case Operation::moments:
@@ -583,6 +610,8 @@ void run_now(const Problem& problem, BoundArrays& arrays) {
       return normalize_gradient(problem, arrays);
     case Operation::input_gradient:
       return input_gradient(problem, arrays);
+    case Operation::running_statistics:
+      return running_statistics(problem, arrays);
   }
 }
 

@@ -191,7 +191,8 @@ Dispatch merging(std::string kernel, std::string arguments, std::vector<Binding>
                     .along = static_cast<uint32_t>(along),
                     .has_weight = p.has_weight,
                     .has_bias = p.has_bias,
-                    .eps = p.eps};
+                    .eps = p.eps,
+                    .padding = 0};
   return {std::move(kernel),
           std::move(arguments),
           std::move(buffers),
@@ -309,6 +310,15 @@ class Planner {
     return std::move(plan_);
   }
 
+  Plan running_statistics() {
+    const int64_t parts = p_.geometry.statistics() / p_.channels;
+    plan_.dispatches.push_back(merging("update_running_statistics", element_,
+                                       {in(kMean), in(kVar), in(kUpdate), in(kRunningMean),
+                                        in(kRunningVar), out(kNextMean), out(kNextVar)},
+                                       p_, p_.channels, parts, limits_));
+    return std::move(plan_);
+  }
+
  private:
   static constexpr int64_t kMomentsBytes = 4 * sizeof(float);
   static constexpr int64_t kSumsBytes = 2 * sizeof(float);
@@ -401,6 +411,7 @@ std::vector<Dispatch> all_kernels() {
     const std::string typed = std::string("<") + type_of(element).metal + ">";
     add("parameter_gradients", typed);
     add("given_gradients", typed);
+    add("update_running_statistics", typed);
   }
   add("merge_moments", "");
   add("merge_partial_moments", "");
@@ -434,6 +445,8 @@ Plan plan(const Problem& problem, const Limits& limits) {
       return planner.normalize_gradient();
     case Operation::input_gradient:
       return planner.input_gradient();
+    case Operation::running_statistics:
+      return planner.running_statistics();
   }
   throw std::logic_error("no such operation");
 }

@@ -17,6 +17,8 @@ __all__ = [
     "kernels",
     "moments_plans",
     "normalization_plans",
+    "running_plans",
+    "share_plans",
     "traffic",
 ]
 
@@ -154,6 +156,18 @@ def share_plans(
         "backward": _plan(
             "input_gradient", shape, axes, dtype, aligned=True, channels=channels, weight=weight
         ),
+    }
+
+
+def running_plans(instances: int, channels: int, *, dtype: str = "float32") -> Plans:
+    """The dispatch that brings running statistics of a dtype up to date.
+
+    A batch counts as one instance. Raises ValueError if there are no shaders for the dtype or
+    nothing to update.
+    """
+    shape = (instances, 1, channels)
+    return {
+        "forward": _plan("running_statistics", shape, (1,), dtype, aligned=True, channels=channels)
     }
 
 

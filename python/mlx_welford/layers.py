@@ -103,8 +103,8 @@ class _Normalization(Module):
             self.eps,
             self._statistics,
             name,
-            mean=self.running_mean if evaluates else None,
-            var=_finite(self.running_var) if evaluates else None,
+            mean=self["running_mean"] if evaluates else None,
+            var=_finite(self["running_var"]) if evaluates else None,
             axis=self.axis,
             channels=self._channels(),
             several_values=self._needs_several_values(),
@@ -137,26 +137,21 @@ class _Normalization(Module):
 
         The average over all batches is that with 1 / (batches seen, this one included).
         """
-        unbiased = var * (count / (count - 1))
+        name = type(self).__name__
         following: dict[str, mx.array] = {}
-        momentum: float | mx.array
-        if self.momentum is None:
+        momentum: float | mx.array | None = self.momentum
+        if momentum is None:
             if "num_batches_tracked" not in self:
                 raise ValueError(
-                    f"[{type(self).__name__}] 'momentum' was not None when running statistics "
+                    f"[{name}] 'momentum' was not None when running statistics "
                     "began: call reset_running_stats() first."
                 )
             batches = self.num_batches_tracked + 1
             following["num_batches_tracked"] = batches
             momentum = 1 / batches.astype(mean.dtype)
-        else:
-            momentum = self.momentum
-        for name, batch in zip(_RUNNING, (mean, unbiased), strict=True):
-            if batch.ndim == 2:  # (N, C): of instances, the average over the batch
-                batch = batch.mean(axis=0)
-            old = self[name]
-            new = (1 - momentum) * old.astype(batch.dtype) + momentum * batch
-            following[name] = _store(mx.stop_gradient(new), old.dtype)
+        following["running_mean"], following["running_var"] = _ext.next_running_statistics(
+            self["running_mean"], self["running_var"], mean, var, momentum, count, name
+        )
         return following
 
     def _extra_repr_end(self) -> str:

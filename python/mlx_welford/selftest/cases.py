@@ -11,13 +11,15 @@ from mlx_welford.dispatches import (
     kernels,
     moments_plans,
     normalization_plans,
+    running_plans,
     share_plans,
 )
 
 __all__ = ["CASES", "PATHS", "Case", "coverage"]
 
-Operation = Literal["batch", "instance", "evaluation", "moments", "share"]
-# "share" is what a rank computes for SyncBatchNorm, which merges its own share alone here.
+Operation = Literal["batch", "instance", "evaluation", "moments", "share", "running"]
+# "share" is what a rank computes for SyncBatchNorm, which merges its own share alone here;
+# "running" the update of running statistics of this dtype, for means and variances of this shape.
 
 
 @dataclass(frozen=True)
@@ -40,7 +42,9 @@ class Case:
 
     def __str__(self) -> str:
         parts = [self.operation, "x".join(map(str, self.shape))]
-        parts.append(f"axes {','.join(map(str, self.axes))}" if self.axes else f"axis {self.axis}")
+        if self.operation != "running":
+            axes = ",".join(map(str, self.axes))
+            parts.append(f"axes {axes}" if axes else f"axis {self.axis}")
         if not self.axes and not (self.weight and self.bias):
             parts.append("weight" if self.weight else "bias" if self.bias else "not affine")
         if len(self.wanted) < 4 and self.operation != "share":
@@ -58,6 +62,8 @@ class Case:
             return moments_plans(self.shape, self.axes, dtype=self.dtype, aligned=self.aligned)
         if self.operation == "share":
             return share_plans(self.shape, self.axis, dtype=self.dtype, weight=self.weight)
+        if self.operation == "running":
+            return running_plans(*self.shape, dtype=self.dtype)
         return normalization_plans(
             "instance" if self.operation == "instance" else "batch",
             self.shape,
@@ -95,6 +101,8 @@ _PATHS = (
     Case("batch", (6, 3, 130), axis=1, aligned=False),
     Case("evaluation", (3, 5, 67), axis=1, aligned=False),
     Case("moments", (3, 5, 66), axes=(2,), aligned=False),
+    # none
+    Case("running", (5, 37)),
 )
 
 _SPECIAL = (
@@ -128,6 +136,9 @@ _SPECIAL = (
     # a share of a batch
     Case("share", (6, 3, 130), axis=1, bias=False, wanted=("x",), dtype="float16"),
     Case("share", (2, 1100, 16), mean=1e5, weight=False, bias=False, wanted=("x",)),
+    # running statistics: of a batch, of many instances, and where the old ones were
+    Case("running", (1, 100)),
+    Case("running", (300, 12), temporary=True, dtype="float16"),
 )
 
 PATHS = (

@@ -2,6 +2,7 @@
 
 import math
 import zlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -18,6 +19,9 @@ from mlx_welford.status import strict_shaders
 __all__ = ["Outcome", "Result", "check"]
 
 EPS = 1e-5
+MOMENTUM = 0.3  # of running statistics
+VALUES = 7  # per statistic of theirs
+NARROW = ("y", "grad x", "grad weight", "grad bias", "running_mean", "running_var")
 TEMPORARY = "the same from temporaries"
 
 
@@ -69,8 +73,8 @@ def check(case: Case) -> Outcome:
     true = _truth(case, arguments, cotangents)
     results = []
     for name, a in got.items():
-        # Statistics, and gradients of given ones, are float32 whatever the type of x.
-        narrow = name in ("y", "grad x", "grad weight", "grad bias")
+        # A batch's statistics, and gradients of given ones, are float32 whatever the type of x.
+        narrow = name in NARROW
         dtype = DTYPES[case.dtype] if narrow else mx.float32
         allowed = true.allowed(name, dtype)
         allowed = min(allowed, case.at_most) if name == "y" else allowed
@@ -84,6 +88,8 @@ def check(case: Case) -> Outcome:
 
 def _data(case: Case) -> tuple[Arguments, Arguments]:
     """Arguments and cotangents by name, the same on every device."""
+    if case.operation == "running":
+        return _running_data(case), {}
     dtype = DTYPES[case.dtype]
     of_batch = case.operation in ("batch", "evaluation", "share")
     if case.operation == "moments":
@@ -93,7 +99,7 @@ def _data(case: Case) -> tuple[Arguments, Arguments]:
         channels = case.shape[case.axis]
         kept = (channels,)
     with mx.stream(mx.cpu):
-        keys = iter(mx.random.split(mx.random.key(zlib.crc32(f"{case} {case.dtype}".encode())), 10))
+        keys = _keys(case)
 
         def normal(*shape: int) -> mx.array:
             return mx.random.normal(shape, key=next(keys))
@@ -128,6 +134,25 @@ def _data(case: Case) -> tuple[Arguments, Arguments]:
     return arguments, cotangents
 
 
+def _keys(case: Case) -> Iterator[mx.array]:
+    return iter(mx.random.split(mx.random.key(zlib.crc32(f"{case} {case.dtype}".encode())), 10))
+
+
+def _running_data(case: Case) -> Arguments:
+    with mx.stream(mx.cpu):
+        keys = _keys(case)
+        *_, channels = case.shape
+        arguments = {
+            "running_mean": mx.random.normal((channels,), key=next(keys)),
+            "running_var": mx.random.uniform(0.5, 2, (channels,), key=next(keys)),
+        }
+        arguments = {name: a.astype(DTYPES[case.dtype]) for name, a in arguments.items()}
+        arguments["mean"] = mx.random.normal(case.shape, key=next(keys))
+        arguments["var"] = mx.random.uniform(0.5, 2, case.shape, key=next(keys))
+        mx.eval(arguments)
+    return arguments
+
+
 def _view(a: mx.array) -> mx.array:
     """The same values, beginning one element into their memory."""
     longer = mx.concatenate([mx.zeros(1, a.dtype), a.flatten()])
@@ -140,6 +165,8 @@ def _truth(case: Case, arguments: Arguments, cotangents: Arguments) -> Truth:
         return truth.moments(arguments, cotangents, list(case.axes))
     if case.operation == "evaluation":
         return truth.evaluation(arguments, cotangents, case.axis, EPS)
+    if case.operation == "running":
+        return truth.running(arguments, MOMENTUM, VALUES)
     kept = {case.axis % len(case.shape)} | ({0} if case.operation == "instance" else set())
     axes = [a for a in range(len(case.shape)) if a not in kept]
     if case.operation == "share":
@@ -151,6 +178,11 @@ def _run(case: Case, arguments: Arguments, cotangents: Arguments) -> Arguments:
     """Outputs and gradients by name, not yet evaluated."""
     if case.operation == "share":
         return _run_share(case, arguments, cotangents)
+    if case.operation == "running":
+        running = _ext.next_running_statistics(
+            **arguments, momentum=MOMENTUM, count=VALUES, caller="selftest"
+        )
+        return dict(zip(("running_mean", "running_var"), running, strict=True))
     outputs = {
         "batch": ["y", "mean", "var"],
         "instance": ["y"],

@@ -118,7 +118,9 @@ def _cases(cases: list[dict[str, Any]]) -> str:
 def _short(case: dict[str, Any]) -> str:
     """The kernels, with what their instantiations have in common said once."""
     names = case["kernels"]
-    walking = next(name for name in names if name.endswith(("_Rows", "_Columns")))
+    walking = next((name for name in names if name.endswith(("_Rows", "_Columns"))), None)
+    if walking is None:
+        return " ".join(names)
     element, width, pattern = walking.split("_")[-3:]
     plain = [
         name.removesuffix(f"_{element}_{width}_{pattern}").removesuffix(f"_{element}")

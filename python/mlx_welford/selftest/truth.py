@@ -27,6 +27,7 @@ __all__ = [
     "largest",
     "moments",
     "normalization",
+    "running",
     "share",
     "wide",
 ]
@@ -187,6 +188,22 @@ def share(
             "var": 16 * U * largest(var),
             "grad x": (16 * U + 2 * shift) * (largest(scale * g) + largest(statistics)),
         }
+    return Truth(values, accumulation)
+
+
+def running(arguments: Arguments, momentum: float, count: int) -> Truth:
+    """Of (1 - momentum) running + momentum batch, with the unbiased variance, both averages."""
+    values = {}
+    accumulation = {}
+    with mx.stream(mx.cpu):
+        for name, factor in (("mean", 1.0), ("var", count / (count - 1))):
+            batch = wide(arguments[name]).mean(0) * mx.array(factor, mx.float64)
+            old = wide(arguments[f"running_{name}"])
+            m = mx.array(momentum, mx.float64)
+            values[f"running_{name}"] = old - m * old + m * batch
+            terms = max(largest(old), largest(wide(arguments[name])) * factor)
+            accumulation[f"running_{name}"] = 16 * U * terms
+        mx.eval(values)
     return Truth(values, accumulation)
 
 
