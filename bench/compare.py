@@ -20,6 +20,7 @@ from contestants import (
     FORWARD,
     MODES,
     OURS,
+    OURS_COMPILED,
     PEERS,
     TORCH,
     TORCH_MPS,
@@ -36,7 +37,14 @@ from workloads import CASES, DTYPES, MODELS, Case
 
 # What a process needs for each element of x at most, inputs and the copy included. In
 # forward+backward mlx.nn holds 14 numbers per element in float32, 25 in 16 bits.
-BYTES_PER_ELEMENT = {BASELINE: 72, COMPILED: 72, OURS: 24, TORCH: 40, TORCH_MPS: 40}
+BYTES_PER_ELEMENT = {
+    BASELINE: 72,
+    COMPILED: 72,
+    OURS: 24,
+    OURS_COMPILED: 24,
+    TORCH: 40,
+    TORCH_MPS: 40,
+}
 USABLE_MEMORY = 0.7
 WIDTH = 120  # of a table in a file or a pipe
 

@@ -1,4 +1,4 @@
-"""What competes: the same work by mlx.nn, under mx.compile too, by us, by torch; and a copy."""
+"""What competes: the same work by mlx.nn and by us, under mx.compile too, by torch; and a copy."""
 
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -19,10 +19,13 @@ MODES = (FORWARD, BACKWARD, BOTH, EVALUATION)
 BASELINE = "mlx.nn"
 COMPILED = "mlx.nn compiled"
 OURS = "mlx_welford"
+OURS_COMPILED = "mlx_welford compiled"
 TORCH = "torch"
 TORCH_MPS = "torch mps"
 COPY = "copy"
-PEERS = (BASELINE, COMPILED, OURS, TORCH, TORCH_MPS)
+PEERS = (BASELINE, COMPILED, OURS, OURS_COMPILED, TORCH, TORCH_MPS)
+OF_MLX_NN = (BASELINE, COMPILED)
+OF_MLX = (*OF_MLX_NN, OURS, OURS_COMPILED)
 
 RESHAPED = "mlx.nn.BatchNorm refuses 5-D input: it gets x as (N, D*H*W, C), which costs nothing"
 MOVED = "mlx.nn wants channels last: it gets a transposed view of x, and its y is viewed back"
@@ -36,7 +39,7 @@ Key = tuple[str, str]
 
 def note(case: Case, contestant: str) -> str:
     """What is special about this contestant in this case; empty for most."""
-    if contestant not in (BASELINE, COMPILED):
+    if contestant not in OF_MLX_NN:
         return ""
     if not case.channels_last:
         return MOVED
@@ -52,6 +55,7 @@ def absent(wanted: Sequence[str]) -> dict[str, str]:
     """Those of the contestants that cannot take part here, and why."""
     checks: dict[str, Callable[[], str | None]] = {
         COMPILED: compiler_error,
+        OURS_COMPILED: compiler_error,
         TORCH: torch_contestants.missing,
         TORCH_MPS: partial(torch_contestants.missing, "mps"),
     }
@@ -86,7 +90,7 @@ def steps(
     mlx = MlxContestants(case, dtype, x, cotangent)
     makers: dict[str, Callable[[str], Step]] = {}
     for name in contestants:
-        if name in (BASELINE, COMPILED, OURS):
+        if name in OF_MLX:
             makers[name] = partial(mlx.step, name)
         else:
             device = "mps" if name == TORCH_MPS else "cpu"
@@ -117,7 +121,7 @@ class MlxContestants:
     def step(self, name: str, mode: str) -> Step:
         layer = self._layer(name)
         layer.train(mode != EVALUATION)
-        view, view_back = _views(self._case) if name in (BASELINE, COMPILED) else (_same, _same)
+        view, view_back = _views(self._case) if name in OF_MLX_NN else (_same, _same)
 
         def forward(x: mx.array) -> mx.array:
             return view_back(layer(view(x)))
@@ -140,7 +144,7 @@ class MlxContestants:
             return [*outputs, *gradients, *_running_statistics(layer)]
 
         run = {FORWARD: train, BOTH: train_and_differentiate, EVALUATION: evaluate}[mode]
-        if name == COMPILED:
+        if name in (COMPILED, OURS_COMPILED):
             run = mx.compile(run, inputs=layer.state, outputs=layer.state)
         return mlx_step(lambda: run(self._x, self._cotangent))
 
@@ -154,11 +158,11 @@ class MlxContestants:
 
     def _layer(self, name: str) -> nn.Module:
         case = self._case
-        if name == OURS:
-            ours = getattr(mw, case.norm)
-            layer: nn.Module = ours(case.channels, affine=case.affine, axis=case.axis)
+        if name in OF_MLX_NN:
+            layer: nn.Module = getattr(nn, case.norm)(case.channels, affine=case.affine)
         else:
-            layer = getattr(nn, case.norm)(case.channels, affine=case.affine)
+            ours = getattr(mw, case.norm)
+            layer = ours(case.channels, affine=case.affine, axis=case.axis)
         layer.set_dtype(self._dtype)
         mx.eval(layer.state)
         return layer

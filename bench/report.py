@@ -14,7 +14,17 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import plots
-from contestants import BASELINE, BOTH, COMPILED, COPY, EVALUATION, FORWARD, OURS, TORCH
+from contestants import (
+    BASELINE,
+    BOTH,
+    COMPILED,
+    COPY,
+    EVALUATION,
+    FORWARD,
+    OURS,
+    OURS_COMPILED,
+    TORCH,
+)
 from plots import MEBIBYTE, Reports
 from results import Report, Row
 from settings import AS_FOUND, TUNED
@@ -155,9 +165,9 @@ def small(reports: Reports) -> str:
 
 
 def compiled(reports: Reports) -> str:
-    """mlx.nn under mx.compile: milliseconds and memory."""
+    """Under mx.compile: milliseconds and memory."""
     report = reports["compiled"]
-    names = (BASELINE, COMPILED, OURS)
+    names = (BASELINE, COMPILED, OURS, OURS_COMPILED)
     header = ["case", "mode", *(f"{n}, ms" for n in names), *(f"{n}, memory" for n in names)]
     body = []
     for row in report.only(contestant=OURS).rows:

@@ -198,12 +198,12 @@ template <typename T>
 
 /// A float in a type: what half cannot hold becomes its largest number.
 template <typename T>
-inline T finite(float v) {
+inline T storable(float v) {
   return T(v);
 }
 
 template <>
-inline half finite<half>(float v) {
+inline half storable<half>(float v) {
   const float largest = 65504.0f;  // comparisons let NaN through; clamp need not
   return half(v > largest ? largest : (v < -largest ? -largest : v));
 }
@@ -234,8 +234,8 @@ template <typename T>
     const float keep = update[0];
     const float take = update[1];
     const float unbiased = all[0].gd / n * update[2];
-    next_mean[channel] = finite<T>(keep * float(running_mean[channel]) + take * (all[0].g / n));
-    next_var[channel] = finite<T>(keep * float(running_var[channel]) + take * unbiased);
+    next_mean[channel] = storable<T>(keep * float(running_mean[channel]) + take * (all[0].g / n));
+    next_var[channel] = storable<T>(keep * float(running_var[channel]) + take * unbiased);
   }
 }
 

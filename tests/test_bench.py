@@ -37,6 +37,7 @@ from contestants import (
     FORWARD,
     MODES,
     OURS,
+    OURS_COMPILED,
     TORCH,
 )
 from environment import cache_limit_bytes, environment
@@ -278,12 +279,13 @@ def test_contestants_do_the_same_work(case: Case, mode: str) -> None:
     assert_same_results(found[OURS], found[BASELINE])
 
 
-def test_compiled_contestant_does_the_same_work() -> None:
+def test_compiled_contestants_do_the_same_work() -> None:
     reason = contestants.compiler_error()
     if reason is not None:
         pytest.skip(f"mx.compile does not work here: {reason}")
-    found = outputs(TINY, "float32", BOTH, [BASELINE, COMPILED])
+    found = outputs(TINY, "float32", BOTH, [BASELINE, COMPILED, OURS_COMPILED])
     assert_same_results(found[COMPILED], found[BASELINE])
+    assert_same_results(found[OURS_COMPILED], found[BASELINE])
 
 
 @pytest.mark.parametrize(
@@ -567,7 +569,8 @@ def only_tiny(monkeypatch: pytest.MonkeyPatch) -> None:
     cases = (TINY, TINY_3D, TINY_INSTANCE)
     monkeypatch.setattr(compare, "CASES", cases)
     monkeypatch.setattr(compare, "MODELS", cases)
-    reasons = {COMPILED: "left out of this test", TORCH: "not here"}
+    reasons = dict.fromkeys((COMPILED, OURS_COMPILED), "left out of this test")
+    reasons[TORCH] = "not here"
     monkeypatch.setattr(compare, "absent", lambda _: {**reasons, contestants.TORCH_MPS: "no Mac"})
     for name in (*settings.MALLOC, *settings.THREADS):
         monkeypatch.delenv(name, raising=False)
@@ -609,7 +612,10 @@ def test_comparison_writes_what_it_prints(
         ]
     ]
     assert written.environment["setting"] == AS_FOUND
-    assert written.left_out == (f"{COMPILED}: left out of this test", f"{TORCH}: not here")
+    assert written.left_out == (
+        *(f"{name}: left out of this test" for name in (COMPILED, OURS_COMPILED)),
+        f"{TORCH}: not here",
+    )
     for row in written.rows:
         assert f"{row.figures.milliseconds:.2f}" in printed
         if row.contestant == COPY:
