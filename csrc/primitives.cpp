@@ -106,8 +106,20 @@ bool known_contiguous(const array& a) {
   if (a.is_available()) {
     return a.flags().row_contiguous;
   }
-  // Ours are known by name: a dynamic_cast would need type information across libraries.
-  return a.has_primitive() && std::string_view(a.primitive().name()).starts_with("Welford");
+  if (!a.has_primitive()) {
+    return false;
+  }
+  // By name: a dynamic_cast would need type information across libraries.
+  const std::string_view name = a.primitive().name();
+  if (name == "Copy") {  // shares its input's memory: what mx::vjp makes of its arguments
+    return known_contiguous(a.inputs()[0]);
+  }
+  if (name == "Full") {  // of a number: what mx::vjp hands to outputs that nothing was made of
+    const array& broadcast = a.inputs()[0];
+    return broadcast.has_primitive() && broadcast.inputs().size() == 1 &&
+           broadcast.inputs()[0].size() == 1;
+  }
+  return name.starts_with("Welford");
 }
 
 }  // namespace

@@ -88,6 +88,24 @@ def test_view_of_x(name: str, kind: Kind, axis: int, dtype: str) -> None:
     check(problems)
 
 
+@pytest.mark.parametrize(
+    "later",
+    [mx.stop_gradient, lambda a: mx.full(a.shape, a), lambda a: mx.stop_gradient(a + 0)],
+    ids=["stop_gradient", "full", "stop_gradient of a result"],
+)
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name", VIEWS)
+def test_view_that_is_not_yet_computed(name: str, kind: Kind, later: View) -> None:
+    """How it will lie in memory is not known when the graph is made."""
+    x = view(name)
+    mx.eval(x)
+    system = systems.ours(kind)
+    weight, bias = mx.random.normal((5,)), mx.random.normal((5,))
+    plain = mx.array(np.array(x))
+    for a, b in zip(system(later(x), weight, bias), system(plain, weight, bias), strict=True):
+        assert_same_bits(a, b)
+
+
 @pytest.mark.parametrize("axis", [-1, 1])
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("name", VIEWS)

@@ -379,6 +379,25 @@ def test_compile_merges_equal_nodes(kind: Kind, other: dict[str, Any], nodes: in
         assert_same_bits(got, expected)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_gradient_has_no_needless_nodes(kind: Kind) -> None:
+    """Copies are how MLX marks what it differentiates: they share memory."""
+    x, weight, bias, g = mx.random.normal((3, 9, 5)), mx.ones(5), mx.zeros(5), mx.ones((3, 9, 5))
+    mx.eval(x, weight, bias, g)
+
+    def y(*arguments: mx.array) -> mx.array:
+        return systems.ours(kind)(*arguments)[0]
+
+    outputs, gradients = mx.vjp(y, [x, weight, bias], [g])
+    assert sorted(graphs.nodes(*outputs, *gradients)) == [
+        *["Broadcast"] * 2,  # zeros, as the cotangents of mean and variance
+        *["Copy"] * 3,
+        *["Full"] * 2,
+        "WelfordNormalize",
+        "WelfordNormalizeGradient",
+    ]
+
+
 @pytest.mark.parametrize(("axes", "nodes"), [((0, 1), 1), ((1,), 2)], ids=["equal", "other-axes"])
 def test_compile_merges_equal_moments(axes: tuple[int, ...], nodes: int) -> None:
     def f(x: mx.array) -> list[mx.array]:
