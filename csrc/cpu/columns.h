@@ -1,8 +1,11 @@
 // The kernels for panels of several columns: lanes go across columns, so no sum is reassociated.
 //
-// Narrow panels are folded: with fewer columns than a few vectors hold, `fold` positions are taken
-// as one wider row, and its columns are merged at the end.
+// Columns are taken in bundles of a few vectors, whose sums or coefficients stay in registers on the
+// way down some rows. For sums narrow panels are folded: with fewer columns than a bundle, `fold`
+// positions are taken as one wider row, and its columns are merged at the end.
 #pragma once
+
+#include <type_traits>
 
 #include "cpu/kernels.h"
 #include "cpu/vector.h"
@@ -10,10 +13,93 @@
 namespace mlx_welford::cpu {
 namespace {
 
-constexpr int64_t kFoldWidth = 256;         // enough vectors for the loops over columns
-constexpr int64_t kBlockRows = 128;         // between two merges
-constexpr int64_t kGroupRows = 16;          // in a sum of which a block's is made
-constexpr int64_t kFirstRows = kGroupRows;  // whose mean is the first origin
+constexpr int64_t kBlockRows = 128;  // between two merges
+constexpr int64_t kGroupRows = 8;    // in a sum of which a block's is made
+constexpr int64_t kFirstRows = 16;   // whose mean is the first origin
+constexpr int64_t kAffineRows = 4;   // that share their coefficients
+constexpr int64_t kNarrow = 1024;    // columns whose coefficients fit the first-level cache
+
+constexpr int kBundleVectors = 4;
+constexpr int64_t kBundleColumns = kBundleVectors * kLanes;
+
+/// Neighbouring columns: `count` vectors, or a single one with V = float.
+template <typename V, int count>
+struct Bundle {
+  using Value = V;
+  static constexpr int kCount = count;
+  static constexpr int64_t columns() { return count * sizeof(V) / sizeof(float); }
+
+  template <typename T>
+  static V load(const T* p) {
+    return mlx_welford::cpu::load<V>(p);
+  }
+  template <bool kStream, typename T>
+  static void store(T* p, V v) {
+    if constexpr (kStream && sizeof(V) > sizeof(float)) {
+      stream(p, v);
+    } else {
+      mlx_welford::cpu::store(p, v);
+    }
+  }
+};
+
+/// n < kLanes columns at once, where the instruction set has masks.
+struct Part {
+  using Value = Vector;
+  static constexpr int kCount = 1;
+  int64_t n;
+
+  int64_t columns() const { return n; }
+
+  template <typename T>
+  Vector load(const T* p) const {
+    return load_first(p, n);
+  }
+  template <bool, typename T>
+  void store(T* p, Vector v) const {
+    store_first(p, n, v);
+  }
+};
+
+/// Calls f(Bundle or Part, j) for the columns [begin, end), vector by vector.
+template <typename F>
+inline __attribute__((always_inline)) void by_vector(int64_t begin, int64_t end, const F& f) {
+  int64_t j = begin;
+  for (; j + kLanes <= end; j += kLanes) {
+    f(Bundle<Vector, 1>{}, j);
+  }
+#if defined(__AVX512BW__) && defined(__AVX512VL__)
+  if (j < end) {
+    f(Part{end - j}, j);
+  }
+#else
+  for (; j < end; ++j) {
+    f(Bundle<float, 1>{}, j);
+  }
+#endif
+}
+
+/// The same with bundles of several vectors as far as they go.
+template <typename F>
+inline __attribute__((always_inline)) void by_bundle(int64_t begin, int64_t end, const F& f) {
+  int64_t j = begin;
+  for (; j + kBundleColumns <= end; j += kBundleColumns) {
+    f(Bundle<Vector, kBundleVectors>{}, j);
+  }
+  by_vector(j, end, f);
+}
+
+/// How many times `width` columns are at least `unit` ones, and a whole number of units if it does
+/// not take too many.
+inline int64_t times_to_whole(int64_t width, int64_t unit) {
+  const int64_t least = (unit + width - 1) / width;
+  for (int64_t times = least; times * width <= kNarrow; ++times) {
+    if (times * width % unit == 0) {
+      return times;
+    }
+  }
+  return least;
+}
 
 /// A panel as wide rows: `rows` full ones, then one with `rest` columns.
 struct Fold {
@@ -25,12 +111,8 @@ struct Fold {
   int64_t used;  // columns that hold anything
 
   explicit Fold(const Panel& p) {
-    if (p.stride == p.width && p.width < kFoldWidth) {
-      fold = (kFoldWidth + p.width - 1) / p.width;
-      // Whole vectors, so that no columns are left over and all rows are aligned alike.
-      while (fold * p.width % kLanes != 0 && (fold + 1) * p.width <= kMaxPanelWidth) {
-        ++fold;
-      }
+    if (p.stride == p.width && p.width < kBundleColumns) {
+      fold = times_to_whole(p.width, kBundleColumns);
     }
     width = fold * p.width;
     stride = fold * p.stride;
@@ -39,13 +121,12 @@ struct Fold {
     used = rows > 0 ? width : rest;
   }
 
-  /// Per-column values for the folded row, of which the first is values[phase].
-  const float* repeat(const float* values, int64_t panel_width, float* __restrict buffer,
-                      int64_t phase = 0) const {
-    if (fold == 1 && phase == 0) {
+  /// Per-column values for the folded row.
+  const float* repeat(const float* values, int64_t panel_width, float* __restrict buffer) const {
+    if (fold == 1) {
       return values;
     }
-    for (int64_t j = 0, c = phase; j < width; ++j) {
+    for (int64_t j = 0, c = 0; j < width; ++j) {
       buffer[j] = values[c];
       c = c + 1 == panel_width ? 0 : c + 1;
     }
@@ -65,39 +146,79 @@ struct Fold {
   }
 };
 
-/// first[j] += sum of f and second[j] += sum of s over rows, where term(lane, r, j, f, s) gives what
-/// element (r, j) adds. Sums of sums: a long plain sum would lose digits. Row by row: the processor
-/// fetches ahead best where memory is read in order.
-template <typename Term>
+/// Fetches rows into the second-level cache, in the order of memory, a part with each step of the
+/// work on the rows before them: going down bundles of columns, the processor would not foresee them.
+template <typename T>
+class Ahead {
+ public:
+  Ahead(const T* row, int64_t stride, int64_t width) : row_(row), stride_(stride), width_(width) {}
+
+  void fetch(int64_t elements) {
+    if (width_ <= kBundleColumns) {
+      return;  // these are read in the order of memory
+    }
+    for (int64_t i = 0; i < elements; i += kLineBytes / static_cast<int64_t>(sizeof(T))) {
+      __builtin_prefetch(row_ + column_ + i, 0, 2);
+    }
+    column_ += elements;
+    if (column_ >= width_) {
+      column_ -= width_;
+      row_ += stride_;
+    }
+  }
+
+ private:
+  const T* row_;
+  int64_t stride_;
+  int64_t width_;
+  int64_t column_ = 0;
+};
+
+/// The same for two arrays, in turns, since longer runs of memory are faster.
+template <typename T>
+class AheadOfTwo {
+ public:
+  AheadOfTwo(const T* x, const T* g, int64_t stride, int64_t width)
+      : x_(x, stride, width), g_(g, stride, width) {}
+
+  void fetch(int64_t elements) {
+    (turn_ ? x_ : g_).fetch(2 * elements);
+    turn_ = !turn_;
+  }
+
+ private:
+  Ahead<T> x_;
+  Ahead<T> g_;
+  bool turn_ = true;
+};
+
+/// first[j] += sum of f and second[j] += sum of s over rows, where term(bundle, r, j, f, s) adds to
+/// f and s what row r holds in the columns from j on. Sums of sums: a long plain sum would lose
+/// digits. ahead(r) is the Ahead from row r on.
+template <typename AheadOf, typename Term>
 inline __attribute__((always_inline)) void sum_rows(int64_t rows, int64_t width,
                                                     float* __restrict first,
-                                                    float* __restrict second, const Term& term) {
-  alignas(64) float group_first[kMaxPanelWidth];
-  alignas(64) float group_second[kMaxPanelWidth];
+                                                    float* __restrict second, const AheadOf& ahead,
+                                                    const Term& term) {
   for (int64_t done = 0; done < rows; done += kGroupRows) {
     const int64_t end = rows - done < kGroupRows ? rows : done + kGroupRows;
-    for_columns(0, width, [&](auto lane, int64_t j) {
-      using V = typename decltype(lane)::Type;
-      V f{};
-      V s{};
-      term(lane, done, j, f, s);
-      store(group_first + j, f);
-      store(group_second + j, s);
+    auto next = ahead(end);
+    by_bundle(0, width, [&](auto bundle, int64_t begin) {
+      using V = typename decltype(bundle)::Value;
+      V f[bundle.kCount]{};
+      V s[bundle.kCount]{};
+      for (int64_t r = done; r < end; ++r) {
+        next.fetch(bundle.columns());
+        for (int i = 0; i < bundle.kCount; ++i) {
+          term(bundle, r, begin + i * kLanes, f[i], s[i]);
+        }
+      }
+      for (int i = 0; i < bundle.kCount; ++i) {
+        const int64_t j = begin + i * kLanes;
+        bundle.template store<false>(first + j, bundle.load(first + j) + f[i]);
+        bundle.template store<false>(second + j, bundle.load(second + j) + s[i]);
+      }
     });
-    for (int64_t r = done + 1; r < end; ++r) {
-      for_columns(0, width, [&](auto lane, int64_t j) {
-        using V = typename decltype(lane)::Type;
-        V f = load<V>(group_first + j);
-        V s = load<V>(group_second + j);
-        term(lane, r, j, f, s);
-        store(group_first + j, f);
-        store(group_second + j, s);
-      });
-    }
-    for (int64_t j = 0; j < width; ++j) {
-      first[j] += group_first[j];
-      second[j] += group_second[j];
-    }
   }
 }
 
@@ -105,16 +226,13 @@ inline __attribute__((always_inline)) void sum_rows(int64_t rows, int64_t width,
 template <typename T>
 void centred_sums(const T* x, int64_t rows, int64_t stride, int64_t width, const float* origin,
                   float* sum, float* square) {
-  sum_rows(rows, width, sum, square, [&](auto lane, int64_t r, int64_t j, auto& s, auto& q) {
-    using V = typename decltype(lane)::Type;
-    const T* xi = x + r * stride + j;
-    if (stride != width) {
-      __builtin_prefetch(xi + stride);  // no processor foresees the jump to the next row of a strip
-    }
-    const V d = load<V>(xi) - load<V>(origin + j);
-    s += d;
-    q += d * d;
-  });
+  sum_rows(
+      rows, width, sum, square, [&](int64_t r) { return Ahead<T>(x + r * stride, stride, width); },
+      [&](auto bundle, int64_t r, int64_t j, auto& s, auto& q) {
+        const auto d = bundle.load(x + r * stride + j) - bundle.load(origin + j);
+        s += d;
+        q += d * d;
+      });
 }
 
 /// The moments of one panel of several columns.
@@ -230,14 +348,17 @@ void column_reduce(const T* x, const T* g, const Panel& panel, const float* pane
   auto add = [&](int64_t first_row, int64_t rows, int64_t width, float* to_g, float* to_gd) {
     const T* x0 = x + first_row * f.stride;
     const T* g0 = g + first_row * f.stride;
-    sum_rows(rows, width, to_g, to_gd,
-             [&](auto lane, int64_t r, int64_t j, auto& sum, auto& product) {
-               using V = typename decltype(lane)::Type;
-               const int64_t i = r * f.stride + j;
-               const V gi = load<V>(g0 + i);
-               sum += gi;
-               product += gi * (load<V>(x0 + i) - load<V>(mean + j));
-             });
+    sum_rows(
+        rows, width, to_g, to_gd,
+        [&](int64_t r) {
+          return AheadOfTwo<T>(x0 + r * f.stride, g0 + r * f.stride, f.stride, width);
+        },
+        [&](auto bundle, int64_t r, int64_t j, auto& sum, auto& product) {
+          const int64_t i = r * f.stride + j;
+          const auto gi = bundle.load(g0 + i);
+          sum += gi;
+          product += gi * (bundle.load(x0 + i) - bundle.load(mean + j));
+        });
   };
   for (int64_t done = 0; done < f.rows; done += kBlockRows) {
     for (int64_t j = 0; j < f.width; ++j) {
@@ -257,68 +378,107 @@ void column_reduce(const T* x, const T* g, const Panel& panel, const float* pane
   f.gather(total_gd, panel.width, sum_gd);
 }
 
-/// y = slope * (x - mean) + level [+ scale * g], the last block of rows first.
-template <typename T, bool kAdd, bool kStream>
-void column_affine(const T* x, const T* g, Panel panel, const float* panel_mean,
-                   const float* panel_slope, const float* panel_level, const float* panel_scale,
-                   T* y) {
-  // y may be x or g: element by element they are read before they are written.
-  auto columns = [&](int64_t at, int64_t begin, int64_t end, const float* mean, const float* slope,
-                     const float* level, const float* scale) {
-    auto value = [&](auto lane, int64_t j) {
-      using V = typename decltype(lane)::Type;
-      V v = load<V>(slope + j) * (load<V>(x + at + j) - load<V>(mean + j)) + load<V>(level + j);
+/// y = slope * (x - mean) + level [+ scale * g]: where it lies, and what it takes per column.
+template <typename T>
+struct Affine {
+  const T* x;
+  const T* g;
+  T* y;
+  const float* mean;
+  const float* slope;
+  const float* level;
+  const float* scale;
+};
+
+/// For some rows, which are aligned alike if there are several and y is streamed.
+template <bool kAdd, bool kStream, typename T>
+void affine_rows(const Affine<T> a, int64_t rows, int64_t stride, int64_t width) {
+  auto ahead = [&, next = rows * stride] {
+    if constexpr (kAdd) {
+      return AheadOfTwo<T>(a.x + next, a.g + next, stride, width);
+    } else {
+      return Ahead<T>(a.x + next, stride, width);
+    }
+  }();
+  auto down = [&](auto bundle, int64_t first, auto streamed) __attribute__((always_inline)) {
+    using V = typename decltype(bundle)::Value;
+    V mean[bundle.kCount], slope[bundle.kCount], level[bundle.kCount], scale[bundle.kCount];
+    for (int i = 0; i < bundle.kCount; ++i) {
+      const int64_t j = first + i * kLanes;
+      mean[i] = bundle.load(a.mean + j);
+      slope[i] = bundle.load(a.slope + j);
+      level[i] = bundle.load(a.level + j);
       if constexpr (kAdd) {
-        v += load<V>(scale + j) * load<V>(g + at + j);
-      }
-      return v;
-    };
-    if constexpr (kStream) {
-      const int64_t to_alignment = elements_to_alignment(y + at + begin);
-      for (const int64_t aligned = begin + to_alignment; begin < end && begin < aligned; ++begin) {
-        store(y + at + begin, value(Lane<float>{}, begin));
+        scale[i] = bundle.load(a.scale + j);
       }
     }
-    for_columns(begin, end, [&](auto lane, int64_t j) {
-      if constexpr (kStream && sizeof(typename decltype(lane)::Type) > sizeof(float)) {
-        stream(y + at + j, value(lane, j));
-      } else {
-        store(y + at + j, value(lane, j));
+    for (int64_t r = 0; r < rows; ++r) {
+      ahead.fetch(bundle.columns());
+      for (int i = 0; i < bundle.kCount; ++i) {
+        const int64_t e = r * stride + first + i * kLanes;
+        V v = slope[i] * (bundle.load(a.x + e) - mean[i]) + level[i];
+        if constexpr (kAdd) {
+          v += scale[i] * bundle.load(a.g + e);
+        }
+        bundle.template store<streamed>(a.y + e, v);
       }
-    });
+    }
   };
+  const int64_t head = kStream ? elements_to_line(a.y, width) : 0;
+  by_vector(0, head, [&](auto bundle, int64_t j) { down(bundle, j, std::false_type{}); });
+  by_bundle(head, width,
+            [&](auto bundle, int64_t j) { down(bundle, j, std::bool_constant<kStream>{}); });
+}
 
-  Fold f(panel);
-  int64_t head = 0;
-  if (panel.stride == panel.width) {
-    // One run of memory: up to an aligned element column by column, then in folded rows with rotated
-    // columns, which begin aligned if they are whole vectors.
-    const int64_t size = panel.positions * panel.width;
-    if constexpr (kStream) {
-      head = elements_to_alignment(y) < size ? elements_to_alignment(y) : size;
-      for (int64_t i = 0; i < head; ++i) {
-        const int64_t c = i % panel.width;
-        columns(i - c, c, c + 1, panel_mean, panel_slope, panel_level, panel_scale);
+/// For one run of memory. Vectors go on across the ends of rows: the columns come again after
+/// `period`, and what is per column goes on for kLanes more.
+template <bool kAdd, bool kStream, typename T>
+void affine_run(const Affine<T> a, int64_t size, int64_t period) {
+  int64_t c = 0;
+  auto along = [&](auto bundle, int64_t e, auto streamed) __attribute__((always_inline)) {
+    auto v = bundle.load(a.slope + c) * (bundle.load(a.x + e) - bundle.load(a.mean + c)) +
+             bundle.load(a.level + c);
+    if constexpr (kAdd) {
+      v += bundle.load(a.scale + c) * bundle.load(a.g + e);
+    }
+    bundle.template store<streamed>(a.y + e, v);
+    c += bundle.columns();
+    c -= c < period ? 0 : period;
+  };
+  const int64_t head = kStream ? elements_to_line(a.y, size) : 0;
+  by_vector(0, head, [&](auto bundle, int64_t e) { along(bundle, e, std::false_type{}); });
+  by_vector(head, size,
+            [&](auto bundle, int64_t e) { along(bundle, e, std::bool_constant<kStream>{}); });
+}
+
+/// y may be x or g: element by element they are read before they are written.
+template <typename T, bool kAdd, bool kStream>
+void column_affine(const T* x, const T* g, const Panel& panel, const float* mean,
+                   const float* slope, const float* level, const float* scale, T* y) {
+  // Rows in turns: then each must be streamed in whole lines, and more than one at a time.
+  const bool share = !kStream || (panel.stride * sizeof(T) % kLineBytes == 0 &&
+                                  kBundleColumns * sizeof(T) > kLineBytes);
+  if (panel.stride == panel.width && (panel.width <= kNarrow || !share)) {
+    const int64_t period = times_to_whole(panel.width, kLanes) * panel.width;
+    float buffer[4][kMaxPanelWidth + kLanes];
+    auto repeat = [&](const float* values, float* repeated) {
+      for (int64_t j = 0; j < period + kLanes; ++j) {
+        repeated[j] = j < panel.width ? values[j] : repeated[j - panel.width];
       }
-    }
-    f.rows = (size - head) / f.width;
-    f.rest = (size - head) % f.width;
+      return repeated;
+    };
+    return affine_run<kAdd, kStream>(
+        Affine<T>{x, g, y, repeat(mean, buffer[0]), repeat(slope, buffer[1]),
+                  repeat(level, buffer[2]), kAdd ? repeat(scale, buffer[3]) : nullptr},
+        panel.positions * panel.width, period);
   }
-  const int64_t phase = head % panel.width;
-  alignas(64) float mean_buffer[kMaxPanelWidth];
-  alignas(64) float slope_buffer[kMaxPanelWidth];
-  alignas(64) float level_buffer[kMaxPanelWidth];
-  alignas(64) float scale_buffer[kMaxPanelWidth];
-  const float* mean = f.repeat(panel_mean, panel.width, mean_buffer, phase);
-  const float* slope = f.repeat(panel_slope, panel.width, slope_buffer, phase);
-  const float* level = f.repeat(panel_level, panel.width, level_buffer, phase);
-  const float* scale = kAdd ? f.repeat(panel_scale, panel.width, scale_buffer, phase) : nullptr;
-
-  columns(head + f.rows * f.stride, 0, f.rest, mean, slope, level, scale);
-  for (int64_t end = f.rows; end > 0; end -= kBlockRows) {
-    for (int64_t r = end > kBlockRows ? end - kBlockRows : 0; r < end; ++r) {
-      columns(head + r * f.stride, 0, f.width, mean, slope, level, scale);
-    }
+  const int64_t at_once = share ? kAffineRows : 1;
+  for (int64_t r = 0; r < panel.positions; r += at_once) {
+    const int64_t rows = panel.positions - r < at_once ? panel.positions - r : at_once;
+    const int64_t e = r * panel.stride;
+    affine_rows<kAdd, kStream>(
+        Affine<T>{x + e, kAdd ? g + e : nullptr, y + e, mean, slope, level, scale}, rows,
+        panel.stride, panel.width);
   }
 }
 

@@ -20,7 +20,7 @@ struct Panel {
   int64_t columns() const { return count * width; }
 };
 
-/// Panels are at most this wide, so that a kernel's accumulators stay in the first-level cache.
+/// Panels are at most this wide, so that a kernel's sums of columns stay in its caches.
 inline constexpr int64_t kMaxPanelWidth = 2048;
 
 /// Pointers are to the panel's first element or, for vectors over columns, to its first column.
@@ -34,7 +34,7 @@ struct Kernels {
   void (*reduce)(const void* x, const void* g, Panel, const float* mean, double* sum_g,
                  double* sum_gd);
 
-  /// y = slope * (x - mean) + level, last rows first: they are the ones still in cache. y may be x.
+  /// y = slope * (x - mean) + level, last panels first: they are the ones still in cache. y may be x.
   /// With `past_caches` y is written to memory without being read into the caches first.
   void (*affine)(const void* x, Panel, const float* mean, const float* slope, const float* level,
                  void* y, bool past_caches);

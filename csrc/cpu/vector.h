@@ -1,8 +1,6 @@
 // Vectors of floats in the registers of one instruction set, and the ways between them and memory
 // that holds float32, float16 or bfloat16. Included by kernels.cpp alone, once for each instruction
 // set, hence the unnamed namespace and no function from elsewhere.
-//
-// Loops over columns are written once for V = Vector and V = float, the columns that are left over.
 #pragma once
 
 #include <cstdint>
@@ -201,6 +199,17 @@ int64_t elements_to_alignment(const T* p) {
   return static_cast<int64_t>(-reinterpret_cast<uintptr_t>(p) % kBytes / sizeof(T));
 }
 
+constexpr int64_t kLineBytes = 64;  // of a cache
+
+/// Elements before p is at the begin of a cache line: streaming one in parts costs a second write.
+/// At most n.
+template <typename T>
+int64_t elements_to_line(const T* p, int64_t n) {
+  const auto bytes = static_cast<int64_t>(-reinterpret_cast<uintptr_t>(p) % kLineBytes);
+  const int64_t elements = bytes / static_cast<int64_t>(sizeof(T));
+  return elements < n ? elements : n;
+}
+
 /// The first n < kLanes elements, and zeros.
 template <typename T>
 Vector load_first(const T* p, int64_t n) {
@@ -267,24 +276,6 @@ inline float sum_of_lanes(Vector v) {
   }
   return sum;
 #endif
-}
-
-/// Tells a generic lambda whether it has a vector or a single column.
-template <typename V>
-struct Lane {
-  using Type = V;
-};
-
-/// Calls f(Lane, j) for the vectors, then for the single columns left over, of [begin, end).
-template <typename F>
-inline __attribute__((always_inline)) void for_columns(int64_t begin, int64_t end, F f) {
-  int64_t j = begin;
-  for (; j + kLanes <= end; j += kLanes) {
-    f(Lane<Vector>{}, j);
-  }
-  for (; j < end; ++j) {
-    f(Lane<float>{}, j);
-  }
 }
 
 }  // namespace
