@@ -352,3 +352,22 @@ def test_variance_whatever_comes_first(
     given = x if order == "last" else x.transpose(0, 2, 1)
     _, var = mw.moments(mx.array(given, mx.float32), 1 if order == "last" else 2)
     np.testing.assert_allclose(np.array(var, dtype=np.float64), want, rtol=8e-6)
+
+
+@pytest.mark.parametrize("shape", [(70, 5, 49), (33, 600, 4), (19, 2, 256), (17, 3, 300)], ids=str)
+@pytest.mark.parametrize(
+    "disturb",
+    [far_first_value, far_first_values, step_in_the_middle, slope],
+    ids=lambda f: f.__name__,
+)
+def test_variance_of_a_batch_of_short_lines(
+    disturb: Callable[[Array], None], shape: tuple[int, int, int]
+) -> None:
+    """Batch entries (N, C, S) share an origin: where some are far off, it must not matter."""
+    n, c, s = shape
+    x = np.random.default_rng(0).normal(size=(1, n * s, c))
+    disturb(x)
+    x = x.astype(np.float32).astype(np.float64)
+    want = x.var(axis=1)[0]
+    _, var = mw.moments(mx.array(x.reshape(n, s, c).transpose(0, 2, 1), mx.float32), (0, 2))
+    np.testing.assert_allclose(np.array(var, dtype=np.float64), want, rtol=8e-6)

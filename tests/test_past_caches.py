@@ -14,7 +14,7 @@ LARGE = 16 << 20  # bytes of the smallest such output (kStreamBytes in csrc/cpu/
 
 # C of arrays (positions, C), and (C, positions) of arrays (N, C, positions), which are filled up by
 # the dimension that is left. Lines and rows begin and end at any distance from what a vector needs;
-# some are too long to be folded or to be laid out in a buffer first.
+# some rows are too long to be folded, and some lines shorter than a vector.
 LAST = [1, 3, 16, 64, 100, 131, 257, 1000, 2048, 4100]
 FIRST = [(5, 2), (7, 49), (3, 64), (2, 511), (3, 520), (4, 3136), (3, 70001)]
 

@@ -30,6 +30,8 @@ namespace {
 
 constexpr int64_t kTileElements = 1 << 16;  // 256 KB of float32: a fraction of a second-level cache
 constexpr int64_t kTileRows = 64;  // at least, so that partial results stay a small fraction of x
+constexpr int64_t kEnoughTiles = 64;        // for any number of threads to share
+constexpr int64_t kFewRepeats = 8;          // make a partial result small beside the lines in it
 constexpr int64_t kTaskElements = 1 << 15;  // less work than this is not worth a task of its own
 // Outputs from here on are written past the caches: they would not stay in them.
 constexpr size_t kStreamBytes = size_t{16} << 20;
@@ -37,34 +39,48 @@ constexpr double kLargestHalf = 65504;
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
+/// The size of as few parts of n as possible, of at most `most` and nearly equal: a short one at the
+/// end would leave a thread waiting.
+int64_t equal_parts(int64_t n, int64_t most) { return ceil_div(n, ceil_div(n, most)); }
+
 /// x in tiles: segments (merge, outer) in strips of columns, strips in pieces of positions. Small
-/// segments are not divided but taken several at a time.
+/// segments are not divided but taken several at a time, short lines in several batch entries too:
+/// a result for each of them would be no small fraction of x.
 class Tiling {
  public:
   explicit Tiling(const Geometry& g)
       : g_(g),
         strips_(ceil_div(g.inner, kMaxPanelWidth)),
         strip_width_(ceil_div(g.inner, strips_)),
-        piece_positions_(std::max(kTileRows, kTileElements / strip_width_)),
+        piece_positions_(equal_parts(g.reduce, std::max(kTileRows, kTileElements / strip_width_))),
         pieces_(ceil_div(g.reduce, piece_positions_)) {
-    // Equal parts: a short one at the end would leave a thread waiting.
-    piece_positions_ = ceil_div(g.reduce, pieces_);
-    pieces_ = ceil_div(g.reduce, piece_positions_);
     if (strips_ == 1 && pieces_ == 1) {
-      const int64_t most = std::max<int64_t>(1, kTileElements / (g.reduce * g.inner));
-      at_once_ = ceil_div(g.outer, ceil_div(g.outer, most));
+      const bool repeats = g.inner == 1 && g.merge > 1 && g.reduce <= kMaxRepeatedPositions;
+      const int64_t elements =
+          repeats ? std::max(kTileElements, g.size() / kEnoughTiles) : kTileElements;
+      const int64_t most = std::max<int64_t>(1, elements / (g.reduce * g.inner));
+      at_once_ = equal_parts(
+          g.outer, repeats ? std::clamp<int64_t>(most / kFewRepeats, 1, kMaxRepeatedLines) : most);
       groups_ = ceil_div(g.outer, at_once_);
+      if (repeats) {
+        repeats_ = equal_parts(g.merge, std::clamp<int64_t>(most / at_once_, 1, kMaxRepeats));
+      }
     }
   }
 
   const Geometry& geometry() const { return g_; }
   int64_t pieces() const { return pieces_; }
-  int64_t strips() const { return g_.merge * groups_ * strips_; }
+  int64_t strips() const { return batches() * groups_ * strips_; }
+
+  /// Parts of the batch: `repeats(batch)` entries that are taken at once.
+  int64_t batches() const { return ceil_div(g_.merge, repeats_); }
+  int64_t repeats(int64_t batch) const { return std::min(repeats_, g_.merge - batch * repeats_); }
 
   /// Neighbouring columns of one segment, or all columns of `count` segments in a row, which do not
-  /// share statistics.
+  /// share statistics; the same again in all entries of a batch.
   struct Strip {
-    int64_t segment;
+    int64_t batch;
+    int64_t outer;
     int64_t count;
     int64_t column;
     int64_t width;
@@ -75,30 +91,31 @@ class Tiling {
     const int64_t column = i % strips_ * strip_width_;
     const int64_t group = i / strips_;
     const int64_t outer = group % groups_ * at_once_;
-    return {group / groups_ * g_.outer + outer, std::min(at_once_, g_.outer - outer), column,
+    return {group / groups_, outer, std::min(at_once_, g_.outer - outer), column,
             std::min(g_.inner - column, strip_width_)};
   }
-  int64_t first_statistic(const Strip& s) const {
-    return s.segment % g_.outer * g_.inner + s.column;
-  }
+  int64_t first_statistic(const Strip& s) const { return s.outer * g_.inner + s.column; }
   int64_t positions(int64_t piece) const {
     return std::min(piece_positions_, g_.reduce - piece * piece_positions_);
   }
   Panel panel(const Strip& s, int64_t piece) const {
-    return {positions(piece), s.width, g_.inner, s.count};
+    return {positions(piece), s.width,          g_.inner,
+            s.count,          repeats(s.batch), g_.outer * g_.reduce * g_.inner};
   }
   int64_t first_element(const Strip& s, int64_t piece) const {
-    return (s.segment * g_.reduce + piece * piece_positions_) * g_.inner + s.column;
+    const int64_t segment = s.batch * repeats_ * g_.outer + s.outer;
+    return (segment * g_.reduce + piece * piece_positions_) * g_.inner + s.column;
   }
-  /// Partial results stand as (segment, strip, piece, column of the strip).
+  /// Partial results stand as (batch, outer, strip, piece, column of the strip).
   int64_t first_partial(const Strip& s, int64_t piece) const {
-    return ((s.segment * strips_ + s.column / strip_width_) * pieces_ + piece) * strip_width_;
+    const int64_t segment = s.batch * g_.outer + s.outer;
+    return ((segment * strips_ + s.column / strip_width_) * pieces_ + piece) * strip_width_;
   }
   int64_t partials(const Strip& s) const { return s.count * pieces_ * strip_width_; }
-  int64_t partials() const { return g_.segments() * strips_ * pieces_ * strip_width_; }
-  int64_t partial(int64_t merge, int64_t statistic, int64_t piece) const {
+  int64_t partials() const { return batches() * g_.outer * strips_ * pieces_ * strip_width_; }
+  int64_t partial(int64_t batch, int64_t statistic, int64_t piece) const {
     const int64_t column = statistic % g_.inner;
-    const Strip s{merge * g_.outer + statistic / g_.inner, 1, column, 1};
+    const Strip s{batch, statistic / g_.inner, 1, column, 1};
     return first_partial(s, piece) + column % strip_width_;
   }
   /// The end of the statistics from `statistic` on whose partial results are neighbours too.
@@ -119,6 +136,7 @@ class Tiling {
   int64_t pieces_;
   int64_t at_once_ = 1;  // segments
   int64_t groups_ = g_.outer;
+  int64_t repeats_ = 1;  // entries of the batch
 };
 
 /// parallel_for over items of `elements` elements each, several small ones in one task.
@@ -210,10 +228,11 @@ void run_stages(const Tiling& tiling, const Stages& stages) {
     });
   }
   const int64_t shares = std::min<int64_t>(threads, g.statistics());
-  for_each(shares, g.merge * pieces * ceil_div(g.statistics(), shares), [&](int64_t share) {
-    stages.settle(workspace, g.statistics() * share / shares,
-                  g.statistics() * (share + 1) / shares);
-  });
+  for_each(shares, tiling.batches() * pieces * ceil_div(g.statistics(), shares),
+           [&](int64_t share) {
+             stages.settle(workspace, g.statistics() * share / shares,
+                           g.statistics() * (share + 1) / shares);
+           });
   if (stages.apply) {
     for_each(tiles, tile_elements, [&](int64_t i) {
       const int64_t tile = tiles - 1 - i;
@@ -231,13 +250,14 @@ void merge_partials(const Tiling& t, int64_t first, int64_t last, const Merge& m
     const int64_t end = std::min(last, t.end_of_neighbours(first));
     const int64_t into = t.partial(0, first, 0);
     int64_t count = 0;
-    for (int64_t m = 0; m < t.geometry().merge; ++m) {
+    for (int64_t batch = 0; batch < t.batches(); ++batch) {
       for (int64_t piece = 0; piece < t.pieces(); ++piece) {
+        const int64_t more = t.positions(piece) * t.repeats(batch);
         if (count > 0) {
-          merge(into, t.partial(m, first, piece), end - first, static_cast<double>(count),
-                static_cast<double>(t.positions(piece)));
+          merge(into, t.partial(batch, first, piece), end - first, static_cast<double>(count),
+                static_cast<double>(more));
         }
-        count += t.positions(piece);
+        count += more;
       }
     }
     first = end;
@@ -488,6 +508,9 @@ void normalize_gradient(const Problem& problem, BoundArrays& a) {
   const array& g = a[kG];
   const auto* mean = a[kMean].data<float>();
   const auto* var = a[kVar].data<float>();
+  // Of the statistics of a batch they are given, to given ones they are results.
+  auto* grad_mean = a.has(kGradMean) ? a[kGradMean].data<float>() : nullptr;
+  auto* grad_var = a.has(kGradVar) ? a[kGradVar].data<float>() : nullptr;
   const Kernels& k = kernels(x.dtype());
   const Channels weight(a.optional(kWeight), problem.channels, 1);
   const auto count = static_cast<float>(geometry.count());
@@ -521,10 +544,8 @@ void normalize_gradient(const Problem& problem, BoundArrays& a) {
           if (given) {
             *w.slope(i) = *w.level(i) = 0;
           } else {
-            *w.level(i) =
-                (a[kGradMean].data<float>()[i] - static_cast<float>(g_sum * scale)) / count;
-            *w.slope(i) =
-                (2 * a[kGradVar].data<float>()[i] - static_cast<float>(gx_sum * scale * r)) / count;
+            *w.level(i) = (grad_mean[i] - static_cast<float>(g_sum * scale)) / count;
+            *w.slope(i) = (2 * grad_var[i] - static_cast<float>(gx_sum * scale * r)) / count;
           }
           if (wanted.bias) {
             sum_g[i] = g_sum;
@@ -533,8 +554,8 @@ void normalize_gradient(const Problem& problem, BoundArrays& a) {
             sum_gx[i] = gx_sum;
           }
           if (wanted.statistics) {
-            a[kGradMean].data<float>()[i] = static_cast<float>(-scale * g_sum);
-            a[kGradVar].data<float>()[i] = static_cast<float>(-0.5 * scale * r * gx_sum);
+            grad_mean[i] = static_cast<float>(-scale * g_sum);
+            grad_var[i] = static_cast<float>(-0.5 * scale * r * gx_sum);
           }
         });
   };

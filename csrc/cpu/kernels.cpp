@@ -17,16 +17,12 @@ namespace {
 template <typename T>
 void moments(const void* x_, Panel panel, double* mean, double* m2) {
   const T* x = static_cast<const T*>(x_);
-  if (panel.stride == 1 && panel.positions <= kFirstChunk) {
-    return short_line_moments(x, panel.count, panel.positions, mean, m2);
+  if (panel.stride == 1) {
+    return line_moments(x, panel, mean, m2);
   }
   for (int64_t i = 0; i < panel.count; ++i) {
-    const T* xi = x + i * panel.positions * panel.width;
-    if (panel.stride == 1) {
-      line_moments(xi, panel.positions, mean + i, m2 + i);
-    } else {
-      column_moments(xi, panel, mean + i * panel.width, m2 + i * panel.width);
-    }
+    const int64_t c = i * panel.width;
+    column_moments(x + c * panel.positions, panel, mean + c, m2 + c);
   }
 }
 
@@ -35,38 +31,35 @@ void reduce(const void* x_, const void* g_, Panel panel, const float* mean, doub
             double* sum_gd) {
   const T* x = static_cast<const T*>(x_);
   const T* g = static_cast<const T*>(g_);
+  if (panel.stride == 1) {
+    return line_reduce(x, g, panel, mean, sum_g, sum_gd);
+  }
   for (int64_t i = 0; i < panel.count; ++i) {
-    const int64_t e = i * panel.positions * panel.width;
     const int64_t c = i * panel.width;
-    if (panel.stride == 1) {
-      line_reduce(x + e, g + e, panel.positions, mean[i], sum_g + i, sum_gd + i);
-    } else {
-      column_reduce(x + e, g + e, panel, mean + c, sum_g + c, sum_gd + c);
-    }
+    const int64_t e = c * panel.positions;
+    column_reduce(x + e, g + e, panel, mean + c, sum_g + c, sum_gd + c);
   }
 }
 
 template <typename T, bool kAdd, bool kStream>
 void affine_panels(const T* x, const T* g, const Panel& panel, const float* mean,
                    const float* slope, const float* level, const float* scale, T* y) {
-  auto line = [&](int64_t i) {
-    return Line{broadcast(mean[i]), broadcast(slope[i]), broadcast(level[i]),
-                broadcast(kAdd ? scale[i] : 0)};
-  };
-  const bool lines = panel.stride == 1;
-  if (kStream && lines && panel.positions <= kStagedLine) {
-    staged_lines<T, kAdd>(x, g, panel.count, panel.positions, line, y);
+  if (panel.stride == 1) {
+    auto line = [&](int64_t i) {
+      return Line{broadcast(mean[i]), broadcast(slope[i]), broadcast(level[i]),
+                  broadcast(kAdd ? scale[i] : 0)};
+    };
+    for (int64_t r = panel.repeats; r-- > 0;) {
+      const int64_t e = r * panel.apart;
+      line_affine<T, kAdd, kStream>(x + e, kAdd ? g + e : nullptr, panel.count, panel.positions,
+                                    line, y + e);
+    }
   } else {
     for (int64_t i = panel.count; i-- > 0;) {
-      const int64_t e = i * panel.positions * panel.width;
       const int64_t c = i * panel.width;
-      const T* gi = kAdd ? g + e : nullptr;
-      if (lines) {
-        line_affine<T, kAdd, kStream>(x + e, gi, panel.positions, line(i), y + e);
-      } else {
-        column_affine<T, kAdd, kStream>(x + e, gi, panel, mean + c, slope + c, level + c,
-                                        kAdd ? scale + c : nullptr, y + e);
-      }
+      const int64_t e = c * panel.positions;
+      column_affine<T, kAdd, kStream>(x + e, kAdd ? g + e : nullptr, panel, mean + c, slope + c,
+                                      level + c, kAdd ? scale + c : nullptr, y + e);
     }
   }
   if (kStream) {

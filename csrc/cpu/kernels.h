@@ -10,18 +10,27 @@ namespace mlx_welford::cpu {
 
 /// A part of an array: `positions` rows of `width` neighbouring columns, `stride` elements apart.
 /// Columns have statistics of their own; with width == stride == 1 it is one run of memory with one
-/// statistic. `count` of them follow each other in memory, if there are several.
+/// statistic. `count` of them follow each other in memory, if there are several. Runs of memory may
+/// come again with the same statistics: `repeats` times, `apart` elements from each other.
 struct Panel {
   int64_t positions;
   int64_t width;
   int64_t stride;
   int64_t count = 1;
+  int64_t repeats = 1;
+  int64_t apart = 0;
 
   int64_t columns() const { return count * width; }
 };
 
 /// Panels are at most this wide, so that a kernel's sums of columns stay in its caches.
 inline constexpr int64_t kMaxPanelWidth = 2048;
+
+/// Panels that repeat have at most so many lines, for the same reason, of so many positions, so often:
+/// plain sums are exact enough then.
+inline constexpr int64_t kMaxRepeatedLines = 512;
+inline constexpr int64_t kMaxRepeatedPositions = 256;
+inline constexpr int64_t kMaxRepeats = 16;
 
 /// Pointers are to the panel's first element or, for vectors over columns, to its first column.
 /// What is going to be merged with other panels' results is double: a mean rounded to float32 would
@@ -34,7 +43,7 @@ struct Kernels {
   void (*reduce)(const void* x, const void* g, Panel, const float* mean, double* sum_g,
                  double* sum_gd);
 
-  /// y = slope * (x - mean) + level, last panels first: they are the ones still in cache. y may be x.
+  /// y = slope * (x - mean) + level. y may be x.
   /// With `past_caches` y is written to memory without being read into the caches first.
   void (*affine)(const void* x, Panel, const float* mean, const float* slope, const float* level,
                  void* y, bool past_caches);

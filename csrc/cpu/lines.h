@@ -8,74 +8,118 @@
 namespace mlx_welford::cpu {
 namespace {
 
-constexpr int64_t kChunk = 4096;              // elements of a line between two merges
-constexpr int64_t kFirstChunk = 8 * kLanes;   // whose mean is the first origin
-constexpr int64_t kStagedLine = 32 * kLanes;  // lines up to here are streamed by way of a buffer
-constexpr int64_t kStagedBytes = 8192;
+constexpr int64_t kChunk = 4096;       // elements of a line between two merges
+constexpr int64_t kShortLine = 128;    // lines up to here are taken several at a time
+constexpr int64_t kManyVectors = 8;    // from here on additions would wait for each other
+constexpr int64_t kAheadBytes = 2048;  // to be fetched while accumulators take up the cache
+constexpr int64_t kCacheLineBytes = 64;
 
-/// Calls f(k, vector index, lanes) for the vectors of [begin, end): k = 0..3 says which of four
-/// independent sums may take it, lanes < kLanes that it is the incomplete last one.
-template <typename F>
-inline __attribute__((always_inline)) void for_vectors(int64_t begin, int64_t end, F f) {
+/// So many first elements' mean is the first origin of a line of n: one of them that lies far off
+/// must not cost digits, and neither should they be a large part of the work.
+constexpr int64_t first_elements(int64_t n) {
+  return n < kLanes ? n : n <= 32 * kLanes ? kLanes : 8 * kLanes;
+}
+
+/// A vector that holds the elements [i, i + lanes) of a line. An incomplete one, lanes < kLanes, has
+/// them in its last lanes, after elements that belong to the vector before, since such a vector can be
+/// loaded at once; only where the line is too short for that, they are in its first lanes.
+template <typename T>
+Vector values(const T* line, int64_t i, int lanes) {
+  if (lanes == kLanes) {
+    return load<Vector>(line + i);
+  }
+  const int64_t end = i + lanes;
+  return end >= kLanes ? load<Vector>(line + end - kLanes) : load_first(line, end);
+}
+
+/// The same with zeros in all other lanes, from a vector v that holds them where `values` does.
+inline Vector only_values(Vector v, int64_t i, int lanes) {
+  if (lanes == kLanes) {
+    return v;
+  }
+  if (i + lanes < kLanes) {
+    return first_lanes(v, lanes);
+  }
+  return lanes_before(kLanes - lanes) ? Vector{} : v;
+}
+
+/// Two sums over a line, spread over lanes.
+struct LineSums {
+  Vector first;
+  Vector second;
+};
+
+/// Calls add(sums, vector index, lanes) for the vectors of [begin, end), to add them to `sums`, which
+/// are returned; lanes < kLanes says that it is the incomplete last one.
+template <typename Add>
+inline __attribute__((always_inline)) LineSums add_vectors(int64_t begin, int64_t end,
+                                                           const Add& add) {
+  LineSums sums = {};
   int64_t i = begin;
-  for (; i + 4 * kLanes <= end; i += 4 * kLanes) {
-    f(0, i, kLanes);
-    f(1, i + kLanes, kLanes);
-    f(2, i + 2 * kLanes, kLanes);
-    f(3, i + 3 * kLanes, kLanes);
+  if (end - begin >= kManyVectors * kLanes) {
+    LineSums b = {};
+    LineSums c = {};
+    LineSums d = {};
+    for (; i + 4 * kLanes <= end; i += 4 * kLanes) {
+      add(sums, i, kLanes);
+      add(b, i + kLanes, kLanes);
+      add(c, i + 2 * kLanes, kLanes);
+      add(d, i + 3 * kLanes, kLanes);
+    }
+    sums.first = (sums.first + b.first) + (c.first + d.first);
+    sums.second = (sums.second + b.second) + (c.second + d.second);
   }
   for (; i + kLanes <= end; i += kLanes) {
-    f(0, i, kLanes);
+    add(sums, i, kLanes);
   }
   if (i < end) {
-    f(1, i, static_cast<int>(end - i));
+    add(sums, i, static_cast<int>(end - i));
   }
+  return sums;
 }
-
-/// x - origin, zero in lanes beyond the end of the line.
-template <typename T>
-Vector difference(const T* x, int lanes, Vector origin) {
-  return lanes == kLanes ? load<Vector>(x) - origin
-                         : first_lanes(load_first(x, lanes) - origin, lanes);
-}
-
-struct LineSums {
-  float first;
-  float second;
-};
 
 /// sum (x - origin) and sum (x - origin)^2 over [begin, end).
 template <typename T>
-inline __attribute__((always_inline)) LineSums line_sums(const T* x, int64_t begin, int64_t end,
-                                                         float origin) {
+inline __attribute__((always_inline)) LineSums centred_sums(const T* x, int64_t begin, int64_t end,
+                                                            float origin) {
   const Vector o = broadcast(origin);
-  Vector sum[4] = {};
-  Vector square[4] = {};
-  for_vectors(begin, end, [&](int k, int64_t i, int lanes) {
-    const Vector d = difference(x + i, lanes, o);
-    sum[k] += d;
-    square[k] += d * d;
+  return add_vectors(begin, end, [&](LineSums& sums, int64_t i, int lanes) {
+    const Vector d = only_values(values(x, i, lanes) - o, i, lanes);
+    sums.first += d;
+    sums.second += d * d;
   });
-  return {sum_of_lanes((sum[0] + sum[1]) + (sum[2] + sum[3])),
-          sum_of_lanes((square[0] + square[1]) + (square[2] + square[3]))};
 }
 
-/// As column_moments, with chunks in place of blocks, for n > kFirstChunk; short_line_moments has the
+/// sum g and sum g * (x - mean) over [begin, end).
+template <typename T>
+inline __attribute__((always_inline)) LineSums gradient_sums(const T* x, const T* g, int64_t begin,
+                                                             int64_t end, float mean) {
+  const Vector m = broadcast(mean);
+  return add_vectors(begin, end, [&](LineSums& sums, int64_t i, int lanes) {
+    const Vector gi = only_values(values(g, i, lanes), i, lanes);
+    sums.first += gi;
+    sums.second += gi * (values(x, i, lanes) - m);
+  });
+}
+
+/// As column_moments, with chunks in place of blocks, for n > kShortLine; short_line_moments has the
 /// others.
 template <typename T>
-inline __attribute__((always_inline)) void line_moments(const T* x, int64_t n, double* mean,
-                                                        double* m2) {
+inline __attribute__((always_inline)) void long_line_moments(const T* x, int64_t n, double* mean,
+                                                             double* m2) {
+  const int64_t first = first_elements(n);
   const float start = load<float>(x);
-  float centre = start + line_sums(x, 0, kFirstChunk, start).first / kFirstChunk;
+  float centre =
+      start + sum_of_lanes(centred_sums(x, 0, first, start).first) / static_cast<float>(first);
   const double origin = centre;
   double relative_mean = 0;
   double total_m2 = 0;
   for (int64_t done = 0; done < n; done += kChunk) {
     const int64_t end = n - done < kChunk ? n : done + kChunk;
-    const LineSums s = line_sums(x, done, end, centre);
-    const double inverse = 1 / static_cast<double>(end - done);
-    const double from_centre = s.first * inverse;
-    const double chunk_m2 = s.second - s.first * from_centre;
+    const LineSums s = centred_sums(x, done, end, centre);
+    const double sum = sum_of_lanes(s.first);
+    const double from_centre = sum / static_cast<double>(end - done);
+    const double chunk_m2 = sum_of_lanes(s.second) - sum * from_centre;
     total_m2 += chunk_m2 < 0 ? 0 : chunk_m2;
     if (done == 0) {
       relative_mean = from_centre;
@@ -91,54 +135,128 @@ inline __attribute__((always_inline)) void line_moments(const T* x, int64_t n, d
   *m2 = total_m2;
 }
 
-/// The moments of `count` lines of n <= kFirstChunk elements. Some lines at a time take each step
+/// The moments of `count` lines of n <= kShortLine elements. Some lines at a time take each step
 /// together: what one line has to wait for in it, the others use.
 template <typename T>
 void short_line_moments(const T* x, int64_t count, int64_t n, double* mean, double* m2) {
   constexpr int64_t kAtOnce = 16;
-  const int64_t first = n < kLanes ? n : kLanes;
+  const int64_t first = first_elements(n);
   const float inverse_first = 1 / static_cast<float>(first);
   const double inverse = 1 / static_cast<double>(n);
   for (int64_t begin = 0; begin < count; begin += kAtOnce) {
     const int64_t lines = count - begin < kAtOnce ? count - begin : kAtOnce;
     float origin[kAtOnce];
-    LineSums sums[kAtOnce];
+    float sum[kAtOnce];
+    float square[kAtOnce];
     for (int64_t l = 0; l < lines; ++l) {
       const T* line = x + (begin + l) * n;
       const float start = load<float>(line);
-      origin[l] = start + line_sums(line, 0, first, start).first * inverse_first;
+      const Vector from_start = centred_sums(line, 0, first, start).first;
+      origin[l] = start + sum_of_lanes(from_start) * inverse_first;
     }
     for (int64_t l = 0; l < lines; ++l) {
-      sums[l] = line_sums(x + (begin + l) * n, 0, n, origin[l]);
+      const LineSums s = centred_sums(x + (begin + l) * n, 0, n, origin[l]);
+      sum[l] = sum_of_lanes(s.first);
+      square[l] = sum_of_lanes(s.second);
     }
     for (int64_t l = 0; l < lines; ++l) {
-      const double from_origin = sums[l].first * inverse;
-      const double line_m2 = sums[l].second - sums[l].first * from_origin;
+      const double from_origin = sum[l] * inverse;
+      const double line_m2 = square[l] - sum[l] * from_origin;
       mean[begin + l] = origin[l] + from_origin;
       m2[begin + l] = line_m2 < 0 ? 0 : line_m2;
     }
   }
 }
 
-template <typename T>
-inline __attribute__((always_inline)) void line_reduce(const T* x, const T* g, int64_t n,
-                                                       float mean, double* sum_g, double* sum_gd) {
-  const Vector m = broadcast(mean);
-  double total_g = 0;
-  double total_gd = 0;
-  for (int64_t done = 0; done < n; done += kChunk) {
-    Vector chunk_g[4] = {};
-    Vector chunk_gd[4] = {};
-    for_vectors(done, n - done < kChunk ? n : done + kChunk, [&](int k, int64_t i, int lanes) {
-      const Vector gi = lanes == kLanes ? load<Vector>(g + i) : load_first(g + i, lanes);
-      chunk_g[k] += gi;
-      chunk_gd[k] += gi * difference(x + i, lanes, m);
-    });
-    total_g += sum_of_lanes((chunk_g[0] + chunk_g[1]) + (chunk_g[2] + chunk_g[3]));
-    total_gd += sum_of_lanes((chunk_gd[0] + chunk_gd[1]) + (chunk_gd[2] + chunk_gd[3]));
+/// Adds of_line(c, its first element) to sums[c] in every repetition but `without`.
+template <typename OfLine>
+inline __attribute__((always_inline)) void add_repetitions(const Panel& panel, int64_t without,
+                                                           const OfLine& of_line, LineSums* sums) {
+  for (int64_t c = 0; c < panel.count; ++c) {
+    sums[c] = LineSums{};
   }
-  *sum_g = total_g;
-  *sum_gd = total_gd;
+  for (int64_t r = 0; r < panel.repeats; ++r) {
+    for (int64_t c = 0; r != without && c < panel.count; ++c) {
+      const LineSums s = of_line(c, r * panel.apart + c * panel.positions);
+      sums[c].first += s.first;
+      sums[c].second += s.second;
+    }
+  }
+}
+
+/// Merges the moments of lines that come again with those in `mean` and `m2`, which are of
+/// `origin_repetition` and make its mean the origin of all others.
+template <typename T>
+void merge_repetitions(const T* x, const Panel& panel, int64_t origin_repetition, double* mean,
+                       double* m2) {
+  LineSums sums[kMaxRepeatedLines];
+  add_repetitions(
+      panel, origin_repetition,
+      [&](int64_t c, int64_t e) {
+        for (int64_t i = 0; i < panel.positions; i += kCacheLineBytes / sizeof(T)) {
+          __builtin_prefetch(x + e + i + kAheadBytes / sizeof(T));
+        }
+        return centred_sums(x + e, 0, panel.positions, static_cast<float>(mean[c]));
+      },
+      sums);
+  const auto count = static_cast<double>(panel.positions);
+  const double more = count * static_cast<double>(panel.repeats - 1);
+  const double share = more / (count + more);
+  for (int64_t c = 0; c < panel.count; ++c) {
+    const double origin = static_cast<float>(mean[c]);
+    const double sum = sum_of_lanes(sums[c].first);
+    const double from_origin = sum / more;
+    const double more_m2 = sum_of_lanes(sums[c].second) - sum * from_origin;
+    const double d = (origin - mean[c]) + from_origin;
+    mean[c] += d * share;
+    m2[c] += (more_m2 < 0 ? 0 : more_m2) + d * d * (count * share);
+  }
+}
+
+template <typename T>
+void line_moments(const T* x, const Panel& panel, double* mean, double* m2) {
+  const int64_t n = panel.positions;
+  const int64_t middle = panel.repeats / 2;  // in a sorted batch the nearest to all others
+  const T* lines = x + middle * panel.apart;
+  if (n <= kShortLine) {
+    short_line_moments(lines, panel.count, n, mean, m2);
+  } else {
+    for (int64_t c = 0; c < panel.count; ++c) {
+      long_line_moments(lines + c * n, n, mean + c, m2 + c);
+    }
+  }
+  if (panel.repeats > 1) {
+    merge_repetitions(x, panel, middle, mean, m2);
+  }
+}
+
+template <typename T>
+void line_reduce(const T* x, const T* g, const Panel& panel, const float* mean, double* sum_g,
+                 double* sum_gd) {
+  const int64_t n = panel.positions;
+  if (panel.repeats > 1) {
+    LineSums sums[kMaxRepeatedLines];
+    add_repetitions(
+        panel, -1, [&](int64_t c, int64_t e) { return gradient_sums(x + e, g + e, 0, n, mean[c]); },
+        sums);
+    for (int64_t c = 0; c < panel.count; ++c) {
+      sum_g[c] = sum_of_lanes(sums[c].first);
+      sum_gd[c] = sum_of_lanes(sums[c].second);
+    }
+    return;
+  }
+  for (int64_t c = 0; c < panel.count; ++c) {
+    double total_g = 0;
+    double total_gd = 0;
+    for (int64_t done = 0; done < n; done += kChunk) {
+      const int64_t end = n - done < kChunk ? n : done + kChunk;
+      const LineSums s = gradient_sums(x + c * n, g + c * n, done, end, mean[c]);
+      total_g += sum_of_lanes(s.first);
+      total_gd += sum_of_lanes(s.second);
+    }
+    sum_g[c] = total_g;
+    sum_gd[c] = total_gd;
+  }
 }
 
 /// The coefficients of y = slope * (x - mean) + level [+ scale * g] for one line.
@@ -150,72 +268,64 @@ struct Line {
     const Vector y = slope * (x - mean) + level;
     return kAdd ? y + scale * g : y;
   }
+
+  /// These in the first n lanes, those of `next` in the others.
+  Line until(int64_t n, const Line& next) const {
+    const auto here = lanes_before(n);
+    return {here ? mean : next.mean, here ? slope : next.slope, here ? level : next.level,
+            here ? scale : next.scale};
+  }
 };
 
-/// One line of n elements. y may be x or g.
-template <typename T, bool kAdd, bool kStream>
-void line_affine(const T* x, const T* g, int64_t n, const Line& line, T* y) {
-  auto part = [&](int64_t i, int64_t lanes) {
-    if (lanes > 0) {
-      store_first(y + i, lanes,
-                  line.operator()<kAdd>(load_first(x + i, lanes),
-                                        kAdd ? load_first(g + i, lanes) : Vector{}));
+/// `count` lines of n elements as one run of memory: a vector may hold the end of a line and the
+/// beginning of others, so that all but the first and the last of them are whole and, where they are
+/// streamed, aligned. y may be x or g.
+template <typename T, bool kAdd, bool kStream, typename LineOf>
+void line_affine(const T* x, const T* g, int64_t count, int64_t n, const LineOf& line_of, T* y) {
+  int64_t l = 0;
+  Line line = line_of(0);  // that of the next element
+  auto across_lines = [&](int64_t i, int64_t lanes) {
+    Line mixed = line;
+    for (int64_t end = (l + 1) * n; end < i + lanes; end += n) {
+      line = line_of(++l);
+      mixed = mixed.until(end - i, line);
     }
+    return mixed;
   };
-  int64_t i = 0;
-  if constexpr (kStream) {
-    i = elements_to_alignment(y) < n ? elements_to_alignment(y) : n;
-    part(0, i);
-  }
-  for (; i + kLanes <= n; i += kLanes) {
+  auto whole = [&](int64_t i, const Line& c) {
     const Vector v =
-        line.operator()<kAdd>(load<Vector>(x + i), kAdd ? load<Vector>(g + i) : Vector{});
+        c.template operator()<kAdd>(load<Vector>(x + i), kAdd ? load<Vector>(g + i) : Vector{});
     if constexpr (kStream) {
       stream(y + i, v);
     } else {
       store(y + i, v);
     }
-  }
-  part(i, n - i);
-}
+  };
+  auto part = [&](int64_t i, int64_t lanes) {
+    if (lanes > 0) {
+      const Line c = across_lines(i, lanes);
+      store_first(y + i, lanes,
+                  c.template operator()<kAdd>(load_first(x + i, lanes),
+                                              kAdd ? load_first(g + i, lanes) : Vector{}));
+    }
+  };
 
-/// Short lines past the caches: lines end anywhere, and what is streamed must be whole vectors. So
-/// some lines at a time are laid into a buffer in the first-level cache, as far from alignment as y
-/// is, and go from there.
-template <typename T, bool kAdd, typename LineOf>
-void staged_lines(const T* x, const T* g, int64_t count, int64_t n, const LineOf& line, T* y) {
-  alignas(64) T buffer[kStagedBytes / sizeof(T) + 2 * kLanes];
-  const int64_t at_once = kStagedBytes / static_cast<int64_t>(sizeof(T)) / n;
-  for (int64_t end = count; end > 0; end -= at_once) {
-    const int64_t begin = end > at_once ? end - at_once : 0;
-    const int64_t size = (end - begin) * n;
-    T* out = y + begin * n;
-    const int64_t head = elements_to_alignment(out);
-    T* staged = buffer + (kLanes - head) % kLanes;
-    for (int64_t l = begin; l < end; ++l) {
-      const Line coefficients = line(l);
-      for (int64_t i = 0; i < n; i += kLanes) {  // the next line overwrites what is too much
-        const T* xi = x + l * n + i;
-        const T* gi = kAdd ? g + l * n + i : nullptr;
-        const Vector v = i + kLanes <= n
-                             ? coefficients.template operator()<kAdd>(
-                                   load<Vector>(xi), kAdd ? load<Vector>(gi) : Vector{})
-                             : coefficients.template operator()<kAdd>(
-                                   load_first(xi, n - i), kAdd ? load_first(gi, n - i) : Vector{});
-        store(staged + (l - begin) * n + i, v);
-      }
+  const int64_t size = count * n;
+  int64_t i = 0;
+  if constexpr (kStream) {
+    i = elements_to_alignment(y) < size ? elements_to_alignment(y) : size;
+    part(0, i);
+  }
+  while (i + kLanes <= size) {
+    for (const int64_t end = (l + 1) * n; i + kLanes <= end; i += kLanes) {
+      whole(i, line);
     }
-    int64_t i = 0;
-    for (; i < size && i < head; ++i) {
-      out[i] = staged[i];
-    }
-    for (; i + kLanes <= size; i += kLanes) {
-      stream_copy(out + i, staged + i);
-    }
-    for (; i < size; ++i) {
-      out[i] = staged[i];
+    if (i + kLanes <= size) {
+      whole(i, across_lines(i, kLanes));
+      i += kLanes;
     }
   }
+  part(i, size - i);
 }
 
 }  // namespace

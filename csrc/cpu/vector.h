@@ -252,19 +252,19 @@ void store_first(T* p, int64_t n, Vector v) {
 
 // ---- Arithmetic ---------------------------------------------------------------------------------
 
-inline Vector broadcast(float f) { return Vector{} + f; }
+inline Vector broadcast(float f) { return f - Vector{}; }  // unlike a sum, leaves -0 as it is
+
+/// True in the first n lanes, as a condition of ?: on vectors.
+inline auto lanes_before(int64_t n) {
+  Words lane;
+  for (int i = 0; i < kLanes; ++i) {
+    lane[i] = i;
+  }
+  return lane < static_cast<uint32_t>(n);
+}
 
 /// v in the first n lanes, zero in the others.
-inline Vector first_lanes(Vector v, int64_t n) {
-#if defined(__AVX512F__)
-  return _mm512_maskz_mov_ps(static_cast<__mmask16>((1u << n) - 1), v);
-#else
-  for (int64_t i = n; i < kLanes; ++i) {
-    v[i] = 0;
-  }
-  return v;
-#endif
-}
+inline Vector first_lanes(Vector v, int64_t n) { return lanes_before(n) ? v : Vector{}; }
 
 inline float sum_of_lanes(Vector v) {
 #if defined(__AVX512F__)
