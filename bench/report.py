@@ -14,17 +14,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import plots
-from contestants import (
-    BASELINE,
-    BOTH,
-    COMPILED,
-    COPY,
-    EVALUATION,
-    FORWARD,
-    OURS,
-    OURS_COMPILED,
-    TORCH,
-)
+from contestants import BASELINE, BOTH, COPY, EVALUATION, FORWARD, OF_MLX, OURS, TORCH
 from plots import MEBIBYTE, Reports
 from results import Report, Row
 from settings import AS_FOUND, TUNED
@@ -167,11 +157,10 @@ def small(reports: Reports) -> str:
 def compiled(reports: Reports) -> str:
     """Under mx.compile: milliseconds and memory."""
     report = reports["compiled"]
-    names = (BASELINE, COMPILED, OURS, OURS_COMPILED)
-    header = ["case", "mode", *(f"{n}, ms" for n in names), *(f"{n}, memory" for n in names)]
+    header = ["case", "mode", *(f"{n}, ms" for n in OF_MLX), *(f"{n}, memory" for n in OF_MLX)]
     body = []
     for row in report.only(contestant=OURS).rows:
-        found = [_find(report, row.case, row.mode, name) for name in names]
+        found = [_find(report, row.case, row.mode, name) for name in OF_MLX]
         times = [_milliseconds(f) for f in found]
         body.append([row.case, row.mode, *times, *(_memory(f) for f in found)])
     return _markdown(header, body)

@@ -13,16 +13,7 @@ from pathlib import Path
 
 import mlx.core as mx
 import settings
-from contestants import (
-    BASELINE,
-    BOTH,
-    COMPILED,
-    EVALUATION,
-    FORWARD,
-    OURS,
-    OURS_COMPILED,
-    TORCH,
-)
+from contestants import BASELINE, BOTH, COMPILED, EVALUATION, FORWARD, OF_MLX, OURS, TORCH
 from environment import cores
 from settings import AS_FOUND, TUNED
 from workloads import SMALL, SOME, SWEEP, TARGETS, Case
@@ -98,8 +89,7 @@ def jobs() -> list[Job]:
 
 def _compiled() -> Job:
     """A few cases: compiled, mlx.nn is about as slow, and the compiler takes its time."""
-    names = (BASELINE, COMPILED, OURS, OURS_COMPILED)
-    return Job("compiled", [*SOME, *_names(SMALL)], 0.1, TUNED, contestants=names)
+    return Job("compiled", [*SOME, *_names(SMALL)], 0.1, TUNED, contestants=OF_MLX)
 
 
 def _fewer_threads() -> list[Job]:

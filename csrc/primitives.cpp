@@ -129,7 +129,7 @@ bool composes_everything() { return composing; }
 
 bool Solved::has_kernels(const Arrays& inputs) {
   const array& x = inputs[0];
-  if (composing || x.dtype() == mx::float64) {
+  if (composing || !has_elements(x.dtype())) {
     return false;
   }
   return x.size() > 0 ? can_run(stream(), problem(inputs)) : is_zero_if_empty();
@@ -521,8 +521,7 @@ Arrays RunningStatistics::compose(const Arrays& inputs) {
 }
 
 bool RunningStatistics::has_kernels(const Arrays& inputs) {
-  const mx::Dtype dtype = inputs[0].dtype();
-  return has_elements(dtype) && inputs[1].dtype() == dtype && inputs[2].dtype() == mx::float32 &&
+  return inputs[1].dtype() == inputs[0].dtype() && inputs[2].dtype() == mx::float32 &&
          Solved::has_kernels(inputs);
 }
 

@@ -304,9 +304,9 @@ def exact(a: Array, dtype: str) -> Array:
     return a.astype(np.float64)
 
 
-# The arrays that have the elements' type; the others are float32.
 OF_CHANNELS = {"weight", "bias", "grad_weight", "grad_bias"}
 OF_CHANNELS |= {"running_mean", "running_var", "next_mean", "next_var"}
+# The arrays that have the elements' type; the others are float32.
 OF_ELEMENTS = {"x", "g", "out"} | OF_CHANNELS
 
 

@@ -334,13 +334,16 @@ def slope(x: Array) -> None:
     x += np.linspace(0, 1e4, x.shape[1])[None, :, None]
 
 
-@pytest.mark.parametrize("order", ["last", "first"], ids=["channels last", "channels first"])
-@pytest.mark.parametrize("size", [(2, 49, 5), (2, 700, 64), (1, 20001, 3)], ids=str)
-@pytest.mark.parametrize(
+every_disturbance = pytest.mark.parametrize(
     "disturb",
     [far_first_value, far_first_values, step_in_the_middle, slope],
     ids=lambda f: f.__name__,
 )
+
+
+@pytest.mark.parametrize("order", ["last", "first"], ids=["channels last", "channels first"])
+@pytest.mark.parametrize("size", [(2, 49, 5), (2, 700, 64), (1, 20001, 3)], ids=str)
+@every_disturbance
 def test_variance_whatever_comes_first(
     disturb: Callable[[Array], None], size: tuple[int, int, int], order: str
 ) -> None:
@@ -355,11 +358,7 @@ def test_variance_whatever_comes_first(
 
 
 @pytest.mark.parametrize("shape", [(70, 5, 49), (33, 600, 4), (19, 2, 256), (17, 3, 300)], ids=str)
-@pytest.mark.parametrize(
-    "disturb",
-    [far_first_value, far_first_values, step_in_the_middle, slope],
-    ids=lambda f: f.__name__,
-)
+@every_disturbance
 def test_variance_of_a_batch_of_short_lines(
     disturb: Callable[[Array], None], shape: tuple[int, int, int]
 ) -> None:

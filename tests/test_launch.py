@@ -918,13 +918,10 @@ def test_parameters_describe_the_problem(problem: Problem) -> None:
             assert d["pieces"] == -(-d["reduce"] // d["piece"])
             assert (d["has_weight"], d["has_bias"]) == (problem.weight, problem.bias)
             assert d["channels"] == problem.channels
-        elif d.kernel == "update_running_statistics":
+        elif d.kernel in ("parameter_gradients", "update_running_statistics"):
             assert d["columns"] == problem.channels
             assert d["parts"] == problem.statistics // problem.channels
-        elif d.kernel == "parameter_gradients":
-            assert d["columns"] == problem.channels
-            assert d["parts"] == problem.statistics // problem.channels
-            wants = problem.wants
+            wants = problem.wants  # none, of running statistics
             assert (d["has_weight"], d["has_bias"]) == (wants["weight"], wants["bias"])
         else:
             assert d["columns"] == outer * inner

@@ -31,6 +31,10 @@ def layers() -> list[mw.BatchNorm | mw.InstanceNorm]:
     ]
 
 
+def input_of(layer: mw.BatchNorm | mw.InstanceNorm) -> mx.array:
+    return batch() if layer.axis == -1 else mx.contiguous(batch().swapaxes(1, 2))
+
+
 def updated(
     momentum: float | mx.array = 0.25,
     count: float | mx.array = 4,
@@ -73,7 +77,7 @@ def test_a_number_and_an_array_of_it_are_the_same() -> None:
 @pytest.mark.parametrize("layer", layers(), ids=repr)
 def test_a_step_is_two_operations(layer: mw.BatchNorm | mw.InstanceNorm) -> None:
     """One more than that of the normalisation, whatever else the loop does with it."""
-    x = batch() if layer.axis == -1 else mx.contiguous(batch().swapaxes(1, 2))
+    x = input_of(layer)
     mx.eval(x, layer.state)
     y = layer(x)
     assert sorted(nodes(y, layer.running_mean, layer.running_var)) == ["WelfordNormalize", UPDATE]
@@ -125,7 +129,7 @@ def test_what_a_type_cannot_hold(value: float, dtype: str) -> None:
 
 @pytest.mark.parametrize("layer", layers(), ids=repr)
 def test_arrays_that_others_hold_stay_as_they_are(layer: mw.BatchNorm | mw.InstanceNorm) -> None:
-    x = batch() if layer.axis == -1 else batch().swapaxes(1, 2)
+    x = input_of(layer)
     layer(x)
     mx.eval(layer.state)
     held = {name: layer[name] for name in STATE}

@@ -424,7 +424,7 @@ void affine_rows(const Affine<T> a, int64_t rows, int64_t stride, int64_t width)
       }
     }
   };
-  const int64_t head = kStream ? elements_to_line(a.y, width) : 0;
+  const int64_t head = kStream ? elements_to_multiple(a.y, kLineBytes, width) : 0;
   by_vector(0, head, [&](auto bundle, int64_t j) { down(bundle, j, std::false_type{}); });
   by_bundle(head, width,
             [&](auto bundle, int64_t j) { down(bundle, j, std::bool_constant<kStream>{}); });
@@ -445,7 +445,7 @@ void affine_run(const Affine<T> a, int64_t size, int64_t period) {
     c += bundle.columns();
     c -= c < period ? 0 : period;
   };
-  const int64_t head = kStream ? elements_to_line(a.y, size) : 0;
+  const int64_t head = kStream ? elements_to_multiple(a.y, kLineBytes, size) : 0;
   by_vector(0, head, [&](auto bundle, int64_t e) { along(bundle, e, std::false_type{}); });
   by_vector(head, size,
             [&](auto bundle, int64_t e) { along(bundle, e, std::bool_constant<kStream>{}); });

@@ -12,7 +12,6 @@ constexpr int64_t kChunk = 4096;       // elements of a line between two merges
 constexpr int64_t kShortLine = 128;    // lines up to here are taken several at a time
 constexpr int64_t kManyVectors = 8;    // from here on additions would wait for each other
 constexpr int64_t kAheadBytes = 2048;  // to be fetched while accumulators take up the cache
-constexpr int64_t kCacheLineBytes = 64;
 
 /// So many first elements' mean is the first origin of a line of n: one of them that lies far off
 /// must not cost digits, and neither should they be a large part of the work.
@@ -193,7 +192,7 @@ void merge_repetitions(const T* x, const Panel& panel, int64_t origin_repetition
   add_repetitions(
       panel, origin_repetition,
       [&](int64_t c, int64_t e) {
-        for (int64_t i = 0; i < panel.positions; i += kCacheLineBytes / sizeof(T)) {
+        for (int64_t i = 0; i < panel.positions; i += kLineBytes / sizeof(T)) {
           __builtin_prefetch(x + e + i + kAheadBytes / sizeof(T));
         }
         return centred_sums(x + e, 0, panel.positions, static_cast<float>(mean[c]));
@@ -313,7 +312,7 @@ void line_affine(const T* x, const T* g, int64_t count, int64_t n, const LineOf&
   const int64_t size = count * n;
   int64_t i = 0;
   if constexpr (kStream) {
-    i = elements_to_alignment(y) < size ? elements_to_alignment(y) : size;
+    i = elements_to_multiple(y, kLanes * sizeof(T), size);
     part(0, i);
   }
   while (i + kLanes <= size) {

@@ -151,39 +151,29 @@ void store(T* p, V v) {
 }
 
 /// Stores past the caches: for memory that will not be read soon, and that need not be read first
-/// then. p is a multiple of the size of `values`; needs a fence before others read it.
-template <typename Values>
-void stream_values(void* p, Values values) {
+/// then. p is a multiple of what is stored; needs a fence before others read it.
+template <typename T>
+void stream(T* p, Vector v) {
+  const auto values = packed(v, p);
 #if defined(__AVX512F__)
   if constexpr (sizeof values == 64) {
-    return _mm512_stream_si512(static_cast<__m512i*>(p), __builtin_bit_cast(__m512i, values));
+    return _mm512_stream_si512(reinterpret_cast<__m512i*>(p), __builtin_bit_cast(__m512i, values));
   }
 #endif
 #if defined(__AVX2__)
   if constexpr (sizeof values == 32) {
-    return _mm256_stream_si256(static_cast<__m256i*>(p), __builtin_bit_cast(__m256i, values));
+    return _mm256_stream_si256(reinterpret_cast<__m256i*>(p), __builtin_bit_cast(__m256i, values));
   }
 #endif
 #if defined(__x86_64__)
   if constexpr (sizeof values == 16) {
-    return _mm_stream_si128(static_cast<__m128i*>(p), __builtin_bit_cast(__m128i, values));
+    return _mm_stream_si128(reinterpret_cast<__m128i*>(p), __builtin_bit_cast(__m128i, values));
   }
   if constexpr (sizeof values == 8) {
-    return _mm_stream_si64(static_cast<long long*>(p), __builtin_bit_cast(long long, values));
+    return _mm_stream_si64(reinterpret_cast<long long*>(p), __builtin_bit_cast(long long, values));
   }
 #endif
   __builtin_memcpy(p, &values, sizeof values);
-}
-
-template <typename T>
-void stream(T* p, Vector v) {
-  stream_values(p, packed(v, p));
-}
-
-/// kLanes elements as they are.
-template <typename T>
-void stream_copy(T* to, const T* from) {
-  stream_values(to, bits_at<decltype(packed(Vector{}, from))>(from));
 }
 
 inline void fence_streams() {
@@ -192,21 +182,13 @@ inline void fence_streams() {
 #endif
 }
 
-/// Elements before p is at a multiple of what `stream` stores.
-template <typename T>
-int64_t elements_to_alignment(const T* p) {
-  constexpr auto kBytes = static_cast<uintptr_t>(kLanes * sizeof(T));
-  return static_cast<int64_t>(-reinterpret_cast<uintptr_t>(p) % kBytes / sizeof(T));
-}
+constexpr int64_t kLineBytes = 64;  // of a cache: to stream one in parts costs a second write
 
-constexpr int64_t kLineBytes = 64;  // of a cache
-
-/// Elements before p is at the begin of a cache line: streaming one in parts costs a second write.
-/// At most n.
+/// Elements before p is at a multiple of `bytes`; at most n.
 template <typename T>
-int64_t elements_to_line(const T* p, int64_t n) {
-  const auto bytes = static_cast<int64_t>(-reinterpret_cast<uintptr_t>(p) % kLineBytes);
-  const int64_t elements = bytes / static_cast<int64_t>(sizeof(T));
+int64_t elements_to_multiple(const T* p, int64_t bytes, int64_t n) {
+  const auto elements = static_cast<int64_t>(-reinterpret_cast<uintptr_t>(p) %
+                                             static_cast<uintptr_t>(bytes) / sizeof(T));
   return elements < n ? elements : n;
 }
 
