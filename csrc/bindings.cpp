@@ -54,14 +54,15 @@ NB_MODULE(_ext, m) {
          const std::optional<mx::array>& bias, double eps, mw::Statistics statistics,
          const std::string& caller, const std::optional<mx::array>& mean,
          const std::optional<mx::array>& var, int axis, std::optional<int> channels,
-         bool several_values, mx::StreamOrDevice s) {
+         bool several_values, bool running, mx::StreamOrDevice s) {
         auto out = mw::normalize(x, weight, bias, eps, mean, var, axis, statistics,
-                                 {caller, channels, several_values}, s);
+                                 {caller, channels, several_values, running}, s);
         return std::make_tuple(out.y, out.mean, out.var);
       },
       "x"_a, "weight"_a.none(), "bias"_a.none(), "eps"_a, "statistics"_a, "caller"_a,
       "mean"_a.none() = nb::none(), "var"_a.none() = nb::none(), "axis"_a = -1,
-      "channels"_a.none() = nb::none(), "several_values"_a = false, "stream"_a = nb::none());
+      "channels"_a.none() = nb::none(), "several_values"_a = false, "running"_a = false,
+      "stream"_a = nb::none());
 
   m.def(
       "moments",
@@ -106,6 +107,10 @@ NB_MODULE(_ext, m) {
       },
       "messages"_a, "ranks"_a, "rank"_a, "caller"_a);
 
+  m.def(
+      "is_differentiated",
+      [](const mx::array& a) { return a.is_tracer() && a.has_primitive(); }, "array"_a,
+      "Whether a transformation such as mx.grad traces this array; mx.compile alone does not count.");
   m.def(
       "backend", [](mx::StreamOrDevice s) { return mw::backend_name(mx::to_stream(s)); },
       "stream"_a = nb::none(), "What kernels run on, on this stream.");

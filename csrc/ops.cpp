@@ -151,8 +151,8 @@ Normalized normalize(const array& x_, const std::optional<array>& weight_,
   const int channels = x_.shape(channel_axis);
   check_vector(weight_, "weight", channels, caller);
   check_vector(bias_, "bias", channels, caller);
-  check_vector(mean_, "mean", channels, caller);
-  check_vector(var_, "var", channels, caller);
+  check_vector(mean_, caller.running ? "running_mean" : "mean", channels, caller);
+  check_vector(var_, caller.running ? "running_var" : "var", channels, caller);
 
   const auto s = mx::to_stream(s_);
   std::vector<array> typed{x_};

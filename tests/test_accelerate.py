@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -283,3 +284,168 @@ def test_a_compiled_step_traced_afterwards() -> None:
         np.testing.assert_allclose(wide(forward(x(seed))), wide(plain(x(seed))), atol=1e-5)
     for name, a in parameters_of(plain).items():
         np.testing.assert_allclose(wide(parameters_of(model)[name]), wide(a), atol=1e-5)
+
+
+# The layers are still those that the model's code knows
+
+
+@pytest.mark.parametrize("kind", [nn.BatchNorm, nn.InstanceNorm])
+@pytest.mark.parametrize("training", [True, False])
+def test_instances_of_mlx_nn_which_can_compute_on_them(kind: Any, training: bool) -> None:
+    """Projects ask isinstance(layer, nn.BatchNorm) and call nn.InstanceNorm.__call__(layer, x)."""
+    layer, plain = kind(3, affine=True), kind(3, affine=True)
+    attributes = sorted(vars(plain))
+    for each in (layer, plain):
+        each.weight, each.bias = mx.array([1.0, 2.0, 3.0]), mx.array([0.5, 0.0, -1.0])
+        each.train(training)
+    mw.accelerate(layer)
+    assert isinstance(layer, kind)
+    for ours in (layer, type(layer)(3, affine=True)):
+        assert isinstance(ours, kind)
+        assert set(attributes) <= set(vars(ours))
+    assert_same_bits(kind.__call__(layer, x()), kind.__call__(plain, x()))
+    for name, a in parameters_of(plain).items():
+        assert_same_bits(parameters_of(layer)[name], a, name)
+
+
+def test_freezing_by_isinstance_reaches_accelerated_layers() -> None:
+    """The usual way to keep the statistics of a pretrained model."""
+    model = mw.accelerate(randomised())
+    before = {name: a for name, a in parameters_of(model).items() if "running" in name}
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm):
+            module.eval()
+    model(x())
+    for name, a in before.items():
+        assert_same_bits(parameters_of(model)[name], a, name)
+
+
+# Nothing that holds a layer goes stale
+
+
+class Holder(nn.Module):
+    """Calls its layer through something that got hold of it before accelerate()."""
+
+    def __init__(self, hold: Callable[[nn.Module], Callable[[mx.array], mx.array]]) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.norm = nn.BatchNorm(3)
+        self.call = hold(self.norm)
+
+    def __call__(self, x: mx.array) -> mx.array:
+        return self.call(x)
+
+
+HOLDING: dict[str, Callable[[nn.Module], Callable[[mx.array], mx.array]]] = {
+    "checkpoint": nn.utils.checkpoint,
+    "bound-method": lambda layer: layer.__call__,
+    "closure": lambda layer: lambda x: layer(x) + 1,
+    "second-tree": lambda layer: nn.Sequential(layer).__call__,
+}
+
+
+@pytest.mark.parametrize("name", HOLDING)
+def test_whatever_holds_a_layer_goes_on_with_it(name: str) -> None:
+    plain, fast = Holder(HOLDING[name]), mw.accelerate(Holder(HOLDING[name]))
+    results = []
+    for model in (plain, fast):
+        step = nn.value_and_grad(model, lambda x, model=model: (model(x) ** 3).sum())
+        _, grads = step(x())
+        results.append((grads["norm"]["weight"], model.norm.running_mean, model.norm.running_var))
+    for mine, base in zip(results[1], results[0], strict=True):
+        assert (wide(base) != 0).all()
+        np.testing.assert_allclose(wide(mine), wide(base), rtol=1e-3, atol=1e-4)
+
+
+def test_an_optimizer_state_from_before_goes_on() -> None:
+    losses = []
+    for change in (lambda m: m, mw.accelerate):
+        model, optimizer = randomised(), optim.Adam(1e-2)
+        step = nn.value_and_grad(model, lambda x, model=model: (model(x) ** 2).mean())
+        for seed in range(4):
+            if seed == 2:
+                change(model)
+            loss, grads = step(x(seed))
+            optimizer.update(model, grads)
+            mx.eval(parameters_of(model), optimizer.state)
+        losses.append(loss.item())
+    np.testing.assert_allclose(losses[1], losses[0], rtol=1e-3)
+
+
+def test_attributes_set_on_an_accelerated_layer_survive_restore() -> None:
+    layer = mw.accelerate(nn.BatchNorm(4))
+    layer.note, layer.extra, layer.eps = "mine", mx.array([1.0]), 1e-3
+    mw.restore(layer)
+    assert (layer.note, layer.extra.item(), layer.eps) == ("mine", 1.0, 1e-3)
+
+
+def test_restore_leaves_nothing_behind() -> None:
+    for kind in (nn.BatchNorm, nn.InstanceNorm):
+        layer = kind(4)
+        attributes, frozen = dict(vars(layer)), set(layer._no_grad)
+        mw.restore(mw.convert_sync_batchnorm(mw.accelerate(layer)))
+        assert type(layer) is kind
+        assert vars(layer) == attributes
+        assert layer._no_grad == frozen
+
+
+def test_copies_hold_each_array_once() -> None:
+    model = mw.accelerate(nn.Sequential(nn.BatchNorm(1000)))
+    plain = nn.Sequential(nn.BatchNorm(1000))
+    mx.eval(parameters_of(model), parameters_of(plain))
+    assert len(pickle.dumps(model)) - len(pickle.dumps(plain)) < 1000  # an array has 4000 bytes
+
+
+# Layers that are left as they were
+
+
+def test_subclasses_and_the_reason_are_in_the_table(capsys: pytest.CaptureFixture[str]) -> None:
+    model = nn.Sequential(Special(4), nn.GroupNorm(2, 4), mw.BatchNorm(4))
+    mw.accelerate(model, verbose=True)
+    rows = [line.split("  ") for line in capsys.readouterr().out.splitlines()]
+    assert [[cell.strip() for cell in row if cell] for row in rows] == [
+        ["layer", "was", "now"],
+        [
+            "layers.0",
+            "Special, a subclass of mlx.nn.BatchNorm",
+            "as it was: a subclass may compute something else",
+        ],
+    ]
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+@pytest.mark.parametrize("training", [True, False])
+def test_pruned_layers_work(when: str, training: bool) -> None:
+    """mlx.nn's layers take whatever fits their arrays; num_features is not asked."""
+    layer, plain = nn.BatchNorm(4).train(training), nn.BatchNorm(4).train(training)
+    if when == "after":
+        mw.accelerate(layer)
+    for each in (layer, plain):
+        for name in ("weight", "bias", "running_mean", "running_var"):
+            each[name] = each[name][:3]
+    mw.accelerate(layer)
+    assert type(layer) is mw.BatchNorm
+    np.testing.assert_allclose(wide(layer(x())), wide(plain(x())), rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(wide(layer.running_var), wide(plain.running_var), rtol=1e-5)
+    with pytest.raises(ValueError, match="'weight' must have shape"):
+        layer(mx.random.normal((5, 4)))
+
+
+@pytest.mark.parametrize(
+    ("name", "array"),
+    [
+        ("weight", mx.ones((1, 3))),
+        ("running_mean", mx.zeros((1,))),
+        ("bias", mx.zeros((3,), mx.int32)),
+    ],
+)
+def test_arrays_that_these_layers_refuse(
+    name: str, array: mx.array, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """mlx.nn broadcasts them and goes on doing so."""
+    layer = nn.BatchNorm(3).eval()
+    layer[name] = array
+    expected = layer(x())
+    mw.accelerate(layer, verbose=True)
+    assert "as it was: [BatchNorm] '" in capsys.readouterr().out
+    assert type(layer) is nn.BatchNorm
+    assert_same_bits(layer(x()), expected)

@@ -36,7 +36,7 @@ def test_recorded_outputs_and_gradients(shape: tuple[int, ...], deferred: bool) 
         x, g, axis = mx.array(record["x"]), record["g"], record.kwargs["axis"]
         layer = gluon.InstanceNorm(**record.kwargs, in_channels=0 if deferred else shape[axis])
         if deferred:
-            assert parameters_of(layer) == {}
+            assert not any(a.size for a in parameters_of(layer).values())
             layer(x)
         names = sorted(parameters_of(layer))
         assert names == sorted(n for n, theirs in THEIRS.items() if theirs in record.arrays)

@@ -97,20 +97,17 @@ LAYERS: list[tuple[nn.Module, type[nn.Module]]] = [
 @pytest.mark.parametrize(("layer", "kind"), LAYERS, ids=lambda value: repr(value))
 def test_a_layer_goes_on_as_another(layer: nn.Module, kind: type[nn.Module]) -> None:
     layer.eval()
+    before, trainable, settings = parameters_of(layer), trainable_of(layer), dict(vars(layer))
     new = converted(layer)
+    assert new is layer
     assert type(new) is kind
     assert new.group is None
     assert not new.training
-    before, after = parameters_of(layer), parameters_of(new)
+    after = parameters_of(new)
     assert list(before) == list(after)
     assert all(after[name] is before[name] for name in before)
-    assert list(trainable_of(layer)) == list(trainable_of(new))
-    settings = [
-        s
-        for s in ("eps", "momentum", "num_features", "axis", "track_running_stats", "has_bias")
-        if s in vars(layer)
-    ]
-    assert {s: vars(new)[s] for s in settings} == {s: vars(layer)[s] for s in settings}
+    assert list(trainable) == list(trainable_of(new))
+    assert {s: vars(new)[s] for s in settings} == settings
 
 
 @pytest.mark.parametrize("name", ["BatchNorm2d", "LazyBatchNorm2d"])
@@ -135,11 +132,46 @@ def test_only_batch_normalisation_is_converted() -> None:
         nn.InstanceNorm(4),
         mw.InstanceNorm(4),
         compat.InstanceNorm2d(4),
-        Own(4),
         mw.SyncBatchNorm(4),
         compat.SyncBatchNorm(4),
     ):
-        assert converted(layer) is layer
+        kind = type(layer)
+        assert type(converted(layer)) is kind
+
+
+def test_layers_whose_statistics_stay_local_are_named() -> None:
+    class Own(mw.BatchNorm):
+        pass
+
+    class Theirs(nn.BatchNorm):
+        pass
+
+    instances = mw.InstanceNorm(4, track_running_stats=True)
+    model = nn.Sequential(Own(4), nn.Sequential(Theirs(4)), instances, mw.BatchNorm(4))
+    left = (
+        "convert_sync_batchnorm: these layers keep statistics of each process alone: "
+        "'layers.0' (Own, a subclass), 'layers.1.layers.0' (Theirs, a subclass), "
+        "'layers.2' (InstanceNorm with running statistics)"
+    )
+    with pytest.warns(UserWarning, match=f"^{re.escape(left)}$"):
+        mw.convert_sync_batchnorm(model)
+    assert type(model.layers[0]) is Own
+    assert type(model.layers[1].layers[0]) is Theirs
+    assert type(instances) is mw.InstanceNorm
+    assert type(model.layers[3]) is mw.SyncBatchNorm
+
+
+@pytest.mark.parametrize("position", [0, 1, 2])
+def test_an_error_leaves_the_whole_model_as_it_was(position: int) -> None:
+    """Whatever the order in which layers are visited."""
+    layers = [nn.BatchNorm(4), mw.BatchNorm(4)]
+    layers.insert(position, nn.BatchNorm(4, momentum=1.5))
+    model = nn.Sequential(*layers)
+    before = [dict(vars(layer)) for layer in layers]
+    with pytest.raises(ValueError, match=rf"\(layer 'layers.{position}'; no layer has been conv"):
+        mw.convert_sync_batchnorm(model)
+    assert [dict(vars(layer)) for layer in layers] == before
+    assert {type(layer) for layer in layers} == {nn.BatchNorm, mw.BatchNorm}
 
 
 def test_everywhere_in_a_model() -> None:

@@ -26,7 +26,7 @@ def wide(a: mx.array) -> Array:
 
 def bits(a: mx.array) -> Array:
     """The bytes of an MLX array, for comparisons in which NaN equals NaN and -0 is not 0."""
-    return np.array(mx.contiguous(a).view(mx.uint8))
+    return np.array(mx.contiguous(a if a.ndim > 0 else a[None]).view(mx.uint8))
 
 
 def ulp(magnitude: float, dtype: mx.Dtype) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import cast
 
 import mlx.core as mx
@@ -9,8 +10,8 @@ import mlx.nn as nn
 from mlx.nn import Module
 
 from mlx_welford import _ext
-from mlx_welford.layers import BatchNorm
-from mlx_welford.replacement import _replace, _successor
+from mlx_welford.layers import BatchNorm, InstanceNorm, _Normalization
+from mlx_welford.replacement import become_ours, named_layers, refusal
 
 __all__ = ["SyncBatchNorm", "convert_sync_batchnorm"]
 
@@ -91,9 +92,7 @@ class SyncBatchNorm(BatchNorm):
             return super().__call__(x)
         # Whether there are several values is known once the messages are there.
         self._take_features_from(x, several_values=False)
-        normalize = _Synchronized(
-            type(self).__name__, self.eps, self.axis, self.num_features, group
-        )
+        normalize = _Synchronized(type(self).__name__, self.eps, self.axis, self._channels(), group)
         y, mean, var, count = normalize(x, self.get("weight"), self.get("bias"))
         if self.track_running_stats:
             following = self._next_running_statistics(mean, var, count)
@@ -210,31 +209,40 @@ def _sum_over_ranks(x: mx.array, group: Group) -> mx.array:
     return cast(mx.array, function(x))
 
 
-_SUCCESSORS: dict[type[Module], type[SyncBatchNorm]] = {BatchNorm: SyncBatchNorm}
+_SUCCESSORS: dict[type[Module], type[SyncBatchNorm]] = {
+    nn.BatchNorm: SyncBatchNorm,
+    BatchNorm: SyncBatchNorm,
+}
 
 
 def _register(layers: dict[type[Module], type[SyncBatchNorm]]) -> None:
-    """What convert_sync_batchnorm puts in the place of other layers."""
+    """What convert_sync_batchnorm makes of other layers."""
     _SUCCESSORS.update(layers)
 
 
 def convert_sync_batchnorm(model: Module, group: Group | None = None) -> Module:
-    """Replaces every layer of batch normalisation of a model by one over all processes.
+    """Turns every layer of batch normalisation of a model into one over all processes.
 
-    ``mlx.nn.BatchNorm`` and :class:`BatchNorm` by :class:`SyncBatchNorm`, those of
-    ``mlx_welford.compat.torch`` by its ``SyncBatchNorm``. As :func:`accelerate` does: in place,
-    with the same arrays as parameters, the same frozen ones among them, in the same mode;
-    subclasses and layers that are synchronised already are left alone.
+    ``mlx.nn.BatchNorm`` and :class:`BatchNorm` into :class:`SyncBatchNorm`, those of
+    ``mlx_welford.compat.torch`` into its ``SyncBatchNorm``. As :func:`accelerate` does: the same
+    objects with the same parameters, of another class; :func:`restore` undoes it for what was of
+    ``mlx.nn``. Layers that are synchronised already stay as they are. If there is an error no layer
+    has changed.
 
     Args:
         model: The model, or a single layer.
         group: The processes that share a batch. Default: ``None``, all there are.
 
     Returns:
-        ``model``; if that is itself a layer to be replaced, its successor.
+        ``model``.
 
     Raises:
-        ValueError: If a layer of ``mlx.nn`` has arguments that these layers refuse.
+        ValueError: If a layer of ``mlx.nn`` has arguments or arrays that these layers refuse.
+
+    Warns:
+        UserWarning: With the names of layers whose statistics remain those of each process:
+            subclasses of batch normalisation, which may compute something else, and instance
+            normalisation with running statistics.
 
     Examples:
         >>> import mlx.nn as nn
@@ -246,22 +254,27 @@ def convert_sync_batchnorm(model: Module, group: Group | None = None) -> Module:
 track_running_stats=True)
         )
     """
-
-    def successor(path: str, layer: Module) -> Module:
-        if type(layer) is nn.BatchNorm:
-            layer = _successor(layer)
+    chosen: list[tuple[Module, type[SyncBatchNorm]]] = []
+    left: list[str] = []
+    for path, layer in named_layers(model):
         kind = _SUCCESSORS.get(type(layer))
-        return layer if kind is None else _as(kind, layer, group)
-
-    return _replace(model, successor)
-
-
-def _as(kind: type[SyncBatchNorm], layer: Module, group: Group | None) -> SyncBatchNorm:
-    """A layer of this kind in the state of one of its base class; nothing is copied."""
-    new = kind.__new__(kind)
-    dict.update(new, layer)
-    for name, value in vars(layer).items():
-        object.__setattr__(new, name, value)
-    new._no_grad = set(layer._no_grad)
-    new.group = group
-    return new
+        if kind is not None:
+            if not isinstance(layer, _Normalization) and (error := refusal(layer)) is not None:
+                raise ValueError(f"{error} (layer '{path}'; no layer has been converted)")
+            chosen.append((layer, kind))
+        elif isinstance(layer, nn.BatchNorm) and not isinstance(layer, SyncBatchNorm):
+            left.append(f"'{path}' ({type(layer).__name__}, a subclass)")
+        elif isinstance(layer, InstanceNorm) and layer.track_running_stats:
+            left.append(f"'{path}' ({type(layer).__name__} with running statistics)")
+    for layer, kind in chosen:
+        if not isinstance(layer, _Normalization):
+            become_ours(layer)
+        layer.__class__ = kind
+        layer.group = group
+    if left:
+        warnings.warn(
+            "convert_sync_batchnorm: these layers keep statistics of each process alone: "
+            + ", ".join(left),
+            stacklevel=2,
+        )
+    return model

@@ -5,15 +5,21 @@ from __future__ import annotations
 from typing import Any, ClassVar
 
 import mlx.core as mx
+import mlx.nn as nn
 from mlx.nn import Module
 
 from mlx_welford import _ext
-from mlx_welford._arguments import check_eps, check_features, check_momentum
+from mlx_welford._arguments import check_eps, check_features, check_momentum, one_momentum
+from mlx_welford._uninitialized import UninitializedParameter, is_uninitialized
 
 __all__ = ["BatchNorm", "InstanceNorm", "set_dtype"]
 
+_AFFINE = ["weight", "bias"]
 _RUNNING = ["running_mean", "running_var"]
-_FROZEN = [*_RUNNING, "num_batches_tracked"]
+_VECTORS = [*_AFFINE, *_RUNNING]  # parameters of shape (C,)
+_COUNTER = "num_batches_tracked"
+# A momentum is among the arrays of a layer if it is an array itself, as from a schedule.
+_FROZEN = [*_RUNNING, _COUNTER, "momentum"]
 
 
 class _Normalization(Module):
@@ -23,23 +29,36 @@ class _Normalization(Module):
     parameter, too: a checkpoint without it would go on as if its averages were of no batch. It is
     an array, so that mx.compile carries it along, and frozen like the statistics. With a momentum
     there is no such parameter, and the weights are those of mlx.nn by name.
+
+    Until the number of channels is known, which the first input or the first array put in the place
+    of a parameter tells, UninitializedParameters stand for those of shape (C,).
     """
+
+    num_features: Any  # int or None
+    eps: float
+    momentum: Any  # float, array of one element, or None
+    track_running_stats: bool
+    axis: int = -1  # the default is that of mlx.nn's layers, which accelerate() makes these of
 
     _statistics: ClassVar[_ext.Statistics]
     _features_argument: ClassVar[str]
     _eps_argument: ClassVar[str] = "eps"
-    _replaced: Module | None = None  # the layer that accelerate() put this one in the place of
+    # What accelerate() changed: the layer's class and momentum before.
+    _accelerated: tuple[type[Module], float | None] | None = None
 
     def __init__(
         self,
         num_features: int | None,
         eps: float,
         momentum: float | None,
-        affine: bool,
         track_running_stats: bool,
         axis: int,
+        *,
+        weight: bool,
+        bias: bool,
     ) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        # Not that of the classes of mlx.nn in between, whose arguments are others.
+        Module.__init__(self)
         name = type(self).__name__
         check_features(num_features, self._features_argument, name)
         check_eps(eps, name, self._eps_argument)
@@ -47,30 +66,34 @@ class _Normalization(Module):
         self.num_features = num_features
         self.eps = eps
         self.momentum = momentum
-        self.affine = affine
         self.track_running_stats = track_running_stats
         self.axis = axis
+        present = {"weight": weight, "bias": bias}
+        for vector in _VECTORS:
+            if present.get(vector, track_running_stats):
+                self[vector] = UninitializedParameter()
+        self._start_counter()
         if num_features is not None:
-            self._create_parameters(num_features)
+            self.update(self._first_values(num_features))
 
-    def _create_parameters(self, num_features: int) -> None:
-        for name, values in self._initial_parameters(num_features).items():
-            self[name] = values
-        self._start_running_statistics(num_features)
+    def _first_values(self, num_features: int) -> dict[str, mx.array]:
+        """Those of the parameters that have none yet, in the dtype that each has been given."""
+        return {
+            name: self._initial(name, num_features).astype(self[name].dtype)
+            for name in _VECTORS
+            if is_uninitialized(self.get(name))
+        }
 
-    def _initial_parameters(self, num_features: int) -> dict[str, mx.array]:
-        """Which of weight and bias the layer has, and their first values of shape (C,)."""
-        if not self.affine:
-            return {}
-        return {"weight": mx.ones((num_features,)), "bias": mx.zeros((num_features,))}
+    def _initial(self, name: str, num_features: int) -> mx.array:
+        """The first values of a parameter of shape (C,)."""
+        ones = name in ("weight", "running_var")
+        return mx.ones((num_features,)) if ones else mx.zeros((num_features,))
 
-    def _start_running_statistics(self, num_features: int) -> None:
-        if self.track_running_stats:
-            self.running_mean = mx.zeros((num_features,))
-            self.running_var = mx.ones((num_features,))
-            if self.momentum is None:
-                self.num_batches_tracked = mx.array(0, mx.int64)
-            self.freeze(keys=[name for name in _FROZEN if name in self], recurse=False)
+    def _start_counter(self) -> None:
+        if self.track_running_stats and self.momentum is None:
+            self[_COUNTER] = mx.array(0, mx.int64)
+        else:
+            self.pop(_COUNTER, None)
 
     def reset_running_stats(self) -> None:
         """Running statistics as at the beginning: mean 0, variance 1, no batch seen.
@@ -78,18 +101,60 @@ class _Normalization(Module):
         After ``layer.momentum = None`` this starts an average over all batches from now on, as for
         the last weights of a training run (stochastic weight averaging).
         """
+        self._start_counter()
         if self.num_features is None or not self.track_running_stats:
             return
-        dtype = self.running_mean.dtype
-        self._start_running_statistics(self.num_features)
         for name in _RUNNING:
-            self[name] = self[name].astype(dtype)
+            self[name] = self._initial(name, self.num_features).astype(self[name].dtype)
+
+    @property
+    def affine(self) -> bool:
+        """Whether the layer has a ``weight``."""
+        return "weight" in self
+
+    @property
+    def _no_grad(self) -> set[str]:
+        """Names of the frozen parameters: what ``freeze`` and ``unfreeze`` edit, and always the
+        running statistics. ``Module.unfreeze`` of a parent edits it without asking the layer.
+        """
+        names: set[str] = vars(self).setdefault("_no_grad", set())
+        names.update(name for name in _FROZEN if name in self)
+        return names
+
+    @_no_grad.setter
+    def _no_grad(self, names: set[str]) -> None:
+        vars(self)["_no_grad"] = names
 
     def unfreeze(self, *args: Any, **kwargs: Any) -> Module:
         """As ``Module.unfreeze``, but running statistics stay frozen."""
-        super().unfreeze(*args, **kwargs)
-        self.freeze(keys=[name for name in _FROZEN if name in self], recurse=False)
-        return self
+        return Module.unfreeze(self, *args, **kwargs)
+
+    def __setitem__(self, name: str, value: Any) -> None:
+        """Sets a parameter; every way of MLX to do so ends here.
+
+        The counter stays an integer where all parameters are cast. The first array of shape (C,)
+        tells the number of channels, if that was left open.
+        """
+        if isinstance(value, mx.array):
+            if name == _COUNTER:
+                value = _counter(value, self.get(_COUNTER))
+            elif name in _VECTORS and value.size == 0:
+                value = UninitializedParameter.in_place_of(value, self.get(name))
+            elif name in _VECTORS and value.ndim == 1 and is_uninitialized(self.get(name)):
+                self._initialize(value.size)
+        super().__setitem__(name, value)
+
+    def _initialize(self, num_features: int) -> None:
+        """Fixes the number of channels, if that was left open, and creates what depends on it."""
+        if self.num_features is None:
+            values = self._first_values(num_features)
+            mx.eval(values)  # constants, also where MLX traces the call
+            for name, value in values.items():
+                before = self[name]
+                if isinstance(before, UninitializedParameter):
+                    value = before.initialized(value)
+                dict.__setitem__(self, name, value)
+            self.num_features = num_features
 
     def __call__(self, x: mx.array) -> mx.array:
         name = type(self).__name__
@@ -108,23 +173,26 @@ class _Normalization(Module):
             axis=self.axis,
             channels=self._channels(),
             several_values=self._needs_several_values(),
+            running=evaluates,
         )
         if updates and x.size > 0:
-            self.update(self._next_running_statistics(mean, var, count=x.size // mean.size))
+            dict.update(self, self._next_running_statistics(mean, var, count=x.size // mean.size))
         return y
 
     def _take_features_from(self, x: mx.array, several_values: bool) -> None:
         """The number of channels and what depends on it, if the first input is to tell."""
-        if self.num_features is None:
-            name = type(self).__name__
-            features = _ext.count_channels(x, self.axis, self._statistics, name, several_values)
-            check_features(features, self._features_argument, name)
-            self._create_parameters(features)
-            self.num_features = features
+        if self.num_features is not None:
+            return
+        name = type(self).__name__
+        features = _ext.count_channels(x, self.axis, self._statistics, name, several_values)
+        check_features(features, self._features_argument, name)
+        self._initialize(features)
 
     def _channels(self) -> int | None:
-        """How many an input must have; None: any number."""
-        return self.num_features
+        """How many an input must have; None: any number that fits the parameters, as in mlx.nn,
+        whose layers work when their arrays have been pruned.
+        """
+        return self.num_features if self._accelerated is None else None
 
     def _needs_several_values(self) -> bool:
         """Whether a statistic of a single value is an error: its unbiased variance is 0 / 0."""
@@ -139,16 +207,18 @@ class _Normalization(Module):
         """
         name = type(self).__name__
         following: dict[str, mx.array] = {}
-        momentum: float | mx.array | None = self.momentum
+        momentum = self.momentum
         if momentum is None:
-            if "num_batches_tracked" not in self:
+            if _COUNTER not in self:
                 raise ValueError(
                     f"[{name}] 'momentum' was not None when running statistics "
                     "began: call reset_running_stats() first."
                 )
-            batches = self.num_batches_tracked + 1
-            following["num_batches_tracked"] = batches
+            batches = self[_COUNTER] + 1
+            following[_COUNTER] = batches
             momentum = 1 / batches.astype(mean.dtype)
+        elif getattr(momentum, "shape", ()) != ():
+            momentum = one_momentum(momentum, name)
         following["running_mean"], following["running_var"] = _ext.next_running_statistics(
             self["running_mean"], self["running_var"], mean, var, momentum, count, name
         )
@@ -157,7 +227,17 @@ class _Normalization(Module):
     def _extra_repr_end(self) -> str:
         """What mlx.nn does not have, if it is not at its default."""
         text = f", axis={self.axis}" if self.axis != -1 else ""
-        return text + (", accelerated=True" if self._replaced is not None else "")
+        return text + (", accelerated=True" if self._accelerated is not None else "")
+
+
+def _counter(value: mx.array, before: mx.array | None) -> mx.array:
+    """A number of batches as an integer: the one before if `value` is a rounding of that."""
+    if mx.issubdtype(value.dtype, mx.integer):
+        return value
+    count = mx.round(value.astype(mx.float32)).astype(mx.int64)
+    if before is None:
+        return count
+    return mx.where(before.astype(value.dtype) == value, before, count)
 
 
 def _store(values: mx.array, dtype: mx.Dtype) -> mx.array:
@@ -175,7 +255,7 @@ def _finite(variance: mx.array) -> mx.array:
     return variance
 
 
-class InstanceNorm(_Normalization):
+class InstanceNorm(_Normalization, nn.InstanceNorm):
     r"""Applies instance normalization [1] on the inputs.
 
     Computes
@@ -189,7 +269,8 @@ class InstanceNorm(_Normalization):
     ``(dims,)``, initialized at 1 and 0, if ``affine`` is ``True``.
 
     Args:
-        dims: The number of channels. Default: ``None``, taken from the first input.
+        dims: The number of channels. Default: ``None``, taken from the first input, or from the
+            first array that is assigned or loaded. Until then empty arrays stand for the parameters.
         eps: Added to the variance. Default: ``1e-5``.
         affine: Whether to learn ``weight`` and ``bias``. Default: ``False``.
         momentum: Weight of a new batch in the running statistics, in [0, 1], or ``None`` for their
@@ -221,6 +302,10 @@ class InstanceNorm(_Normalization):
         [1]: https://arxiv.org/abs/1607.08022; interface of ``mlx.nn.InstanceNorm``
     """
 
+    dims: Any  # int, or None until the first call if it was not given
+    momentum = 0.1
+    track_running_stats = False
+
     _statistics = _ext.Statistics.of_instance
     _features_argument = "dims"
 
@@ -234,12 +319,18 @@ class InstanceNorm(_Normalization):
         track_running_stats: bool = False,
         axis: int = -1,
     ) -> None:
-        super().__init__(dims, eps, momentum, affine, track_running_stats, axis)
+        _Normalization.__init__(
+            self, dims, eps, momentum, track_running_stats, axis, weight=affine, bias=affine
+        )
 
     @property
-    def dims(self) -> int | None:
-        """The number of channels; ``None`` until the first call, if it was not given."""
-        return self.num_features
+    def num_features(self) -> Any:
+        """``dims``, under the name that it has in the other layers."""
+        return self.dims
+
+    @num_features.setter
+    def num_features(self, value: Any) -> None:
+        self.dims = value
 
     def _extra_repr(self) -> str:
         text = f"{self.dims}, eps={self.eps}, affine={self.affine}"
@@ -248,7 +339,7 @@ class InstanceNorm(_Normalization):
         return text + self._extra_repr_end()
 
 
-class BatchNorm(_Normalization):
+class BatchNorm(_Normalization, nn.BatchNorm):
     r"""Applies batch normalization [1] over an input of two or more dimensions.
 
     Computes
@@ -267,10 +358,12 @@ class BatchNorm(_Normalization):
         \hat{x} \leftarrow (1 - \text{momentum}) \, \hat{x} + \text{momentum} \, x_\text{batch}
 
     with the unbiased variance of the batch; an empty batch leaves them as they are. They are
-    frozen: optimizers do not see them, through ``unfreeze`` too.
+    frozen, however the layer or its model is unfrozen: optimizers do not see them.
 
     Args:
-        num_features: The number of channels. Default: ``None``, taken from the first input.
+        num_features: The number of channels. Default: ``None``, taken from the first input, or from
+            the first array that is assigned or loaded. Until then empty arrays stand for the
+            parameters.
         eps: Added to the variance. Default: ``1e-5``.
         momentum: Weight of a new batch in the running statistics, in [0, 1], or ``None`` for their
             average over all batches, which are counted in ``num_batches_tracked``. Default:
@@ -314,7 +407,9 @@ class BatchNorm(_Normalization):
         *,
         axis: int = -1,
     ) -> None:
-        super().__init__(num_features, eps, momentum, affine, track_running_stats, axis)
+        _Normalization.__init__(
+            self, num_features, eps, momentum, track_running_stats, axis, weight=affine, bias=affine
+        )
 
     def _needs_several_values(self) -> bool:
         return bool(self.training)

@@ -1,32 +1,39 @@
-"""The layers of a model that mlx.nn made, replaced by these, and back."""
+"""The layers of a model that mlx.nn made, turned into these, and back."""
 
-from collections.abc import Callable
-from typing import Any
-
+import mlx.core as mx
 import mlx.nn as nn
 from mlx.nn import Module
 
+from mlx_welford._arguments import check_eps, check_momentum
 from mlx_welford._text import table
-from mlx_welford.layers import BatchNorm, InstanceNorm, _Normalization
+from mlx_welford.layers import _COUNTER, _VECTORS, BatchNorm, InstanceNorm, _Normalization
 
 __all__ = ["accelerate", "restore"]
 
+_OURS: dict[type[Module], type[_Normalization]] = {
+    nn.BatchNorm: BatchNorm,
+    nn.InstanceNorm: InstanceNorm,
+}
+
 
 def accelerate(model: Module, *, verbose: bool = False) -> Module:
-    """Replaces every ``mlx.nn.BatchNorm`` and ``mlx.nn.InstanceNorm`` of a model by the one here.
+    """Turns every ``mlx.nn.BatchNorm`` and ``mlx.nn.InstanceNorm`` of a model into the one here.
 
-    In place, wherever modules can be: attributes, lists and dictionaries. A layer's successor has
-    the same arrays as parameters, under the same names, the same frozen ones among them, and is in
-    the same mode; a layer that is in two places has one successor. Subclasses are left alone, since
-    they may do something else, and so is everything else, so that a second call changes nothing.
-    Functions that ``mx.compile`` traced before keep the old layers.
+    The layers stay the same objects, of another class that computes faster: their parameters, which
+    of these are frozen, their mode and whatever else hangs on them stay, and so does all that holds
+    them (an optimizer, a function made by ``nn.utils.checkpoint``, another model). They still are
+    instances of ``mlx.nn.BatchNorm`` and ``mlx.nn.InstanceNorm``. Subclasses are left alone, since
+    they may do something else, and so are layers with settings or arrays that these layers refuse,
+    and everything else, so that a second call changes nothing. Functions that ``mx.compile`` traced
+    before go on with mlx.nn's operations.
 
     Args:
         model: The model, or a single layer.
-        verbose: Whether to print a table of what was replaced. Default: ``False``.
+        verbose: Whether to print a table of the layers, what became of each, and why those that
+            stay as they were do. Default: ``False``.
 
     Returns:
-        ``model``; if that is itself a layer to be replaced, its successor.
+        ``model``.
 
     Examples:
         >>> import mlx.nn as nn
@@ -42,37 +49,38 @@ accelerated=True)
         )
     """
     rows: list[tuple[str, str, str]] = []
-
-    def successor(path: str, layer: Module) -> Module:
-        if type(layer) is not nn.BatchNorm and type(layer) is not nn.InstanceNorm:
-            return layer
-        channels = layer.num_features if type(layer) is nn.BatchNorm else layer.dims
-        was = f"mlx.nn.{type(layer).__name__}({channels})"
+    for path, layer in named_layers(model):
+        if not isinstance(layer, tuple(_OURS)) or isinstance(layer, _Normalization):
+            continue
+        kind = type(layer)
+        if kind not in _OURS:
+            was = f"{kind.__name__}, a subclass of mlx.nn.{_namesake(layer).__name__}"
+            rows.append((path, was, "as it was: a subclass may compute something else"))
+            continue
+        channels = layer.num_features if kind is nn.BatchNorm else layer.dims
+        was = f"mlx.nn.{kind.__name__}({channels})"
         try:
-            new = _successor(layer)
-        except ValueError as error:  # arguments that mlx.nn takes and these layers refuse
+            become_ours(layer)
+        except ValueError as error:
             rows.append((path, was, f"as it was: {error}"))
-            return layer
-        rows.append((path, was, f"mlx_welford.{type(new).__name__}"))
-        return new
-
-    model = _replace(model, successor)
+        else:
+            rows.append((path, was, f"mlx_welford.{kind.__name__}"))
     if verbose:
         print(table([("layer", "was", "now"), *rows]) if rows else "No layer to replace.")
     return model
 
 
 def restore(model: Module) -> Module:
-    """Undoes :func:`accelerate`: the layers that it replaced are there again.
+    """Undoes :func:`accelerate`: its layers are of their classes in ``mlx.nn`` again.
 
-    The very same objects, with the parameters, frozen names and mode that their successors have
-    now, so that training goes on where it was.
+    The same objects, with the parameters, frozen names, mode and attributes that they have now, so
+    that training goes on where it was.
 
     Args:
         model: The model, or a single layer.
 
     Returns:
-        ``model``; if that is itself a successor, the layer that it replaced.
+        ``model``.
 
     Examples:
         >>> import mlx.nn as nn
@@ -82,80 +90,58 @@ def restore(model: Module) -> Module:
           (layers.0): BatchNorm(4, eps=1e-05, momentum=0.1, affine=True, track_running_stats=True)
         )
     """
-
-    def predecessor(path: str, layer: Module) -> Module:
-        if not isinstance(layer, _Normalization) or layer._replaced is None:
-            return layer
-        old = layer._replaced
-        _hand_over(layer, old)
-        dict.pop(old, "num_batches_tracked", None)  # of momentum=None, which mlx.nn does not have
-        old._no_grad.discard("num_batches_tracked")
-        return old
-
-    return _replace(model, predecessor)
-
-
-_SETTINGS = ("eps", "momentum", "track_running_stats")
-
-
-def _successor(layer: Module) -> _Normalization:
-    """This package's layer, in the state of one of mlx.nn's."""
-    new: _Normalization
-    if isinstance(layer, nn.BatchNorm):
-        new = BatchNorm(
-            layer.num_features,
-            layer.eps,
-            layer.momentum,
-            "weight" in layer,
-            layer.track_running_stats,
-        )
-    else:
-        new = InstanceNorm(layer.dims, layer.eps, "weight" in layer)
-    for name, value in vars(layer).items():  # what users hang on a layer
-        if name not in vars(new) and not hasattr(type(new), name):
-            object.__setattr__(new, name, value)
-    _hand_over(layer, new)
-    # Not by assignment, which would make it a child with parameters of its own.
-    object.__setattr__(new, "_replaced", layer)
-    return new
-
-
-def _hand_over(source: Module, target: Module) -> None:
-    """Arrays, which of them are frozen, mode and settings; the same objects, nothing copied."""
-    dict.clear(target)
-    dict.update(target, source)
-    target._no_grad = set(source._no_grad)
-    target._training = source._training
-    for name in _SETTINGS:
-        value = vars(source).get(name)
-        if value is not None and name in vars(target):
-            object.__setattr__(target, name, value)
-
-
-def _replace(model: Module, new: Callable[[str, Module], Module]) -> Module:
-    """Puts new(path, module) in the place of every module; each module is asked about once."""
-    done: dict[int, tuple[Module, Module]] = {}  # by id, kept alive so that ids stay theirs
-    seen: set[int] = set()
-
-    def replaced(path: str, module: Module) -> Module:
-        if id(module) not in done:
-            done[id(module)] = (module, new(path, module))
-        return done[id(module)][1]
-
-    def visit(container: Any, path: str) -> None:
-        if id(container) in seen:
-            return
-        seen.add(id(container))
-        pairs = container.items() if isinstance(container, dict) else enumerate(container)
-        for key, value in list(pairs):
-            where = f"{path}.{key}" if path else str(key)
-            if isinstance(value, Module):
-                value = replaced(where, value)
-                if value is not container[key]:
-                    container[key] = value
-            if isinstance(value, (dict, list)):
-                visit(value, where)
-
-    model = replaced("", model)
-    visit(model, "")
+    for _, layer in named_layers(model):
+        if isinstance(layer, _Normalization) and layer._accelerated is not None:
+            frozen = layer._no_grad  # with the running statistics, which mlx.nn only adds once
+            original, momentum = layer._accelerated
+            if layer.momentum is None:  # and its counter, neither of which mlx.nn has
+                layer.momentum = momentum
+                layer.pop(_COUNTER, None)
+                frozen.discard(_COUNTER)
+            for name in ("_accelerated", "group"):
+                vars(layer).pop(name, None)
+            layer.__class__ = original  # type: ignore[assignment]
     return model
+
+
+def named_layers(model: Module) -> list[tuple[str, Module]]:
+    """All modules of a model with one of their paths, each once, in the order of the tree."""
+    once = {id(module): (path, module) for path, module in model.named_modules()}
+    return list(reversed(once.values()))
+
+
+def refusal(layer: Module) -> ValueError | None:
+    """Why a layer of mlx.nn cannot become one of these, which take less; None if it can."""
+    name = type(layer).__name__
+    try:
+        check_eps(layer.eps, name)
+        check_momentum(getattr(layer, "momentum", None), name)
+    except ValueError as error:
+        return error
+    vectors = {v: layer[v] for v in _VECTORS if v in layer}
+    sizes = {a.size for a in vectors.values()}
+    for vector, a in vectors.items():
+        if a.ndim != 1 or len(sizes) > 1 or not mx.issubdtype(a.dtype, mx.floating):
+            return ValueError(
+                f"[{name}] '{vector}' must be a floating-point vector with a value per channel "
+                f"but has shape {a.shape} and dtype {a.dtype}."
+            )
+    return None
+
+
+def become_ours(layer: Module) -> None:
+    """Makes a layer of mlx.nn one of these, the same object.
+
+    Raises:
+        ValueError: If these layers refuse its settings or arrays; nothing has changed then.
+    """
+    if (error := refusal(layer)) is not None:
+        raise error
+    momentum = vars(layer).get("momentum")
+    # Not by assignment through Module, which would take a tuple for parameters.
+    vars(layer)["_accelerated"] = (type(layer), momentum)
+    layer.__class__ = _OURS[type(layer)]
+
+
+def _namesake(layer: Module) -> type[Module]:
+    return next(kind for kind in _OURS if isinstance(layer, kind))

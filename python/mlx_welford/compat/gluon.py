@@ -72,18 +72,26 @@ class InstanceNorm(layers.InstanceNorm):
         # Needed until the parameters exist, and not kept: functions cannot be pickled.
         self.beta_initializer: Initializer | None = _known(beta_initializer, "beta_initializer")
         self.gamma_initializer: Initializer | None = _known(gamma_initializer, "gamma_initializer")
-        super().__init__(
-            None if in_channels == 0 else in_channels, epsilon, center or scale, axis=axis
+        layers._Normalization.__init__(
+            self,
+            None if in_channels == 0 else in_channels,
+            epsilon,
+            momentum=0.1,
+            track_running_stats=False,
+            axis=axis,
+            weight=scale,
+            bias=center,
         )
 
-    def _initial_parameters(self, num_features: int) -> dict[str, mx.array]:
-        parameters = {}
-        if self.scale:
-            parameters["weight"] = _initial(self.gamma_initializer, num_features, "gamma")
-        if self.center:
-            parameters["bias"] = _initial(self.beta_initializer, num_features, "beta")
+    def _first_values(self, num_features: int) -> dict[str, mx.array]:
+        values = super()._first_values(num_features)
         self.beta_initializer = self.gamma_initializer = None
-        return parameters
+        return values
+
+    def _initial(self, name: str, num_features: int) -> mx.array:
+        if name == "weight":
+            return _initial(self.gamma_initializer, num_features, "gamma")
+        return _initial(self.beta_initializer, num_features, "beta")
 
     def _extra_repr(self) -> str:
         return (

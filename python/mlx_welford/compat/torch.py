@@ -49,16 +49,16 @@ class _TorchNormalization(layers._Normalization):
         track_running_stats: bool,
         bias: bool,
     ) -> None:
-        self.has_bias = affine and bias
         layers._Normalization.__init__(
-            self, num_features, eps, momentum, affine, track_running_stats, axis=1
+            self,
+            num_features,
+            eps,
+            momentum,
+            track_running_stats,
+            axis=1,
+            weight=affine,
+            bias=affine and bias,
         )
-
-    def _initial_parameters(self, num_features: int) -> dict[str, mx.array]:
-        parameters = super()._initial_parameters(num_features)
-        if not self.has_bias:
-            parameters.pop("bias", None)
-        return parameters
 
     def _check_dimensions(self, x: mx.array) -> None:
         if x.ndim not in self._dimensions:
@@ -74,7 +74,7 @@ class _TorchNormalization(layers._Normalization):
     def _extra_repr(self) -> str:
         return (
             f"{self.num_features or 0}, eps={self.eps}, momentum={self.momentum}, "
-            f"affine={self.affine}, bias={self.has_bias}, "
+            f"affine={self.affine}, bias={'bias' in self}, "
             f"track_running_stats={self.track_running_stats}"
         )
 
