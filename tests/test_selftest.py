@@ -13,6 +13,7 @@ import mlx_welford as mw
 import numpy as np
 import pytest
 import reference
+from memory import address
 from mlx_welford import _ext, selftest
 from mlx_welford.__main__ import main
 from mlx_welford.dispatches import kernels, normalization_plans, traffic
@@ -67,12 +68,6 @@ def test_no_path_is_there_without_need() -> None:
 
 def test_no_case_is_there_twice() -> None:
     assert len({(str(case), case.dtype) for case in CASES}) == len(CASES)
-
-
-def address(a: mx.array) -> int:
-    """Where an array's memory begins."""
-    same = a if a.dtype == mx.float32 else a.view(mx.uint16)  # numpy knows no bfloat16
-    return np.array(same, copy=False).ctypes.data
 
 
 @pytest.mark.parametrize("case", [c for c in CASES if not c.aligned], ids=str)
