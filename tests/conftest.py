@@ -1,7 +1,11 @@
 """Settings that every test shares, and the backends that tests run on.
 
 A module marked ``every_backend`` runs once for each backend that is present: the CPU's kernels, the
-shaders in the simulator, and the shaders on a Mac's GPU. ``--backend`` chooses among them.
+shaders in the simulator, and the shaders on a Mac's GPU. ``--backend`` chooses among them. Tests
+without that mark, and fixtures of modules, run on the CPU, also where MLX's default is the GPU.
+
+MLX has no float64 on a GPU. Tests with a parameter of that dtype, or marked ``float64``, are
+skipped there; tests that draw a dtype by themselves take it from ``problems.dtypes()``.
 
 In the simulator the seed that orders the threads and whether denormals are flushed vary from test
 to test, unless MLX_WELFORD_SIM_SEED and MLX_WELFORD_SIM_FTZ are set.
@@ -16,6 +20,7 @@ import mlx.core as mx
 import pytest
 from hypothesis import HealthCheck, settings
 from mlx_welford import _ext
+from problems import FLOAT64_IS_NOT_ON_GPU
 from simulator.loader import compile_library
 
 BACKENDS = ("cpu", "sim", "gpu")
@@ -40,9 +45,18 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )
 
 
+def pytest_configure() -> None:
+    mx.set_default_device(mx.cpu)
+
+
+def has_metal() -> bool:
+    """Whether there is a Metal device: MLX for macOS calls Metal available even where none is."""
+    return mx.metal.is_available() and mx.is_available(mx.gpu)
+
+
 def present() -> list[str]:
     """The backends here. MLX_WELFORD_REQUIRE_GPU=1 makes a missing GPU an error."""
-    if mx.metal.is_available():
+    if has_metal():
         return ["cpu", "sim", "gpu"]
     if os.environ.get("MLX_WELFORD_REQUIRE_GPU") == "1":
         raise pytest.UsageError("MLX_WELFORD_REQUIRE_GPU=1, but MLX finds no Metal device.")
@@ -67,6 +81,32 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         metafunc.parametrize("backend", chosen(metafunc.config), indirect=True)
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if "gpu" in backends_of(item) and needs_float64(item):
+            item.add_marker(pytest.mark.skip(reason=FLOAT64_IS_NOT_ON_GPU))
+
+
+def parameters(item: pytest.Item) -> list[object]:
+    return list(getattr(getattr(item, "callspec", None), "params", {}).values())
+
+
+def backends_of(item: pytest.Item) -> list[object]:
+    """Its parameters that name a backend, themselves or in an attribute of that name."""
+    return [getattr(value, "backend", value) for value in parameters(item)]
+
+
+def needs_float64(item: pytest.Item) -> bool:
+    """By its mark, or by a parameter: a dtype, its name, or a case that names it as its own."""
+    found = [getattr(value, "dtype", value) for value in parameters(item)]
+    names = [value for value in found if isinstance(value, str)]
+    return (
+        item.get_closest_marker("float64") is not None
+        or "float64" in names
+        or any(type(v) is type(mx.float64) and v == mx.float64 for v in found)
+    )
+
+
 @cache
 def shaders() -> str:
     """All shaders, compiled for the simulator from the text that the extension holds: a path."""
@@ -86,6 +126,7 @@ def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
                 monkeypatch.setenv(f"MLX_WELFORD_SIM_{variable}", str(value))
         _ext.simulate_with(shaders())
     yield name
+    mx.set_default_device(mx.cpu)
     if name == "sim":
         _ext.simulate_with(None)
 

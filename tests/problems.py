@@ -21,13 +21,21 @@ DTYPES = {
     "float32": mx.float32,
     "float16": mx.float16,
     "bfloat16": mx.bfloat16,
-    "float64": mx.float64,  # MLX has it on the CPU only
+    "float64": mx.float64,
 }
+FLOAT64_IS_NOT_ON_GPU = "MLX has no float64 on a GPU"
 HALVES = ("float16", "bfloat16")
 KINDS: tuple[Kind, ...] = ("batch", "instance")
 SUBSETS = [
     names for n in (1, 2, 3) for names in combinations(("x", "weight", "bias"), n)
 ]  # every set of arguments to differentiate with respect to
+
+
+def dtypes() -> list[str]:
+    """The names of those that the default device has."""
+    on_gpu = mx.default_device() == mx.gpu
+    return [name for name in DTYPES if name != "float64" or not on_gpu]
+
 
 # (N, S, C): each of 1, 31, 32, 33, 127, 1025 in each role, the others small or awkward.
 ROLES = [

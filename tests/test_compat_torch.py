@@ -56,10 +56,8 @@ def step_of(layer: nn.Module, x: mx.array, gy: mx.array) -> tuple[mx.array, dict
 
 @pytest.mark.parametrize("dtype", ["float64", "float32"])
 @pytest.mark.parametrize("path", FILES, ids=describe)
-def test_recorded_training_and_evaluation(path: Path, dtype: str, backend: str) -> None:
+def test_recorded_training_and_evaluation(path: Path, dtype: str) -> None:
     """Outputs, gradients and running statistics of three steps and an evaluation."""
-    if dtype == "float64" and backend == "gpu":
-        pytest.skip("Metal has no float64")
     record = Record(path)
     layer = CLASSES[record.meta["cls"]](channels_of(record), **record.kwargs)
     for name in ("weight", "bias"):

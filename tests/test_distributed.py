@@ -168,8 +168,6 @@ def test_as_one_process_with_the_whole_batch(saved: Results, case: Case) -> None
 
     A unit for each rank, where a sum over ranks adds up what each has rounded.
     """
-    if case.dtype == "float64" and saved.processes.backend == "gpu":
-        pytest.skip("MLX has no float64 on a GPU.")
     found = together(saved, case)
     terms = magnitudes(case)
     for name, true in truth(case).items():

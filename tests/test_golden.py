@@ -115,6 +115,7 @@ def step_of(
 GOLDEN_NAMES = {"x": "gx", "weight": "gw", "bias": "gb"}
 
 
+@pytest.mark.float64
 @pytest.mark.parametrize("path", TORCH, ids=describe)
 def test_layers_agree_with_torch_in_float64(path: Path) -> None:
     record = Golden(path)

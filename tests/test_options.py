@@ -64,6 +64,7 @@ def test_a_variance_beyond_float16() -> None:
     assert layer.running_var.dtype == mx.float32
 
 
+@pytest.mark.float64
 def test_float64_takes_the_running_statistics_along() -> None:
     layer = mw.set_dtype(mw.BatchNorm(2), mx.float64)
     assert {a.dtype for a in parameters_of(layer).values()} == {mx.float64}

@@ -12,7 +12,7 @@ import systems
 from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
-from problems import DTYPES, KINDS, Affine, Case, Problem
+from problems import KINDS, Affine, Case, Problem, dtypes
 from reference import Array, Kind
 from tolerance import wide
 
@@ -33,7 +33,7 @@ def cases(draw: st.DrawFn) -> Case:
     shape = tuple(draw(st.integers(1, longest)) for _ in range(ndim))
     first = 0 if kind == "batch" else 1
     axis = draw(st.integers(first, ndim - 1)) - draw(st.sampled_from([0, ndim]))
-    dtype = draw(st.sampled_from(list(DTYPES)))
+    dtype = draw(st.sampled_from(dtypes()))
     affine = draw(st.sampled_from(AFFINES))
     return Case(kind, shape, axis, dtype, affine, draw(st.sampled_from([1e-5, 1e-3, 0.1])))
 

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import reference
 from graphs import nodes
+from memory import active
 from mlx_welford import _ext
 from problems import DTYPES
 from reference import Array
@@ -78,18 +79,16 @@ def test_a_thousand_ranks(ranks: int, mean: float) -> None:
         assert_within(ours, true, mx.float32, ulps=2)
 
 
-def test_float64(backend: str) -> None:
-    if backend == "gpu":
-        pytest.skip("MLX has no float64 on a GPU.")
+@pytest.mark.float64
+def test_float64() -> None:
     x = batch((10, 9, 3), "float64", 1e5)
     for ours, true in zip(merged(x, [4, 4, 10]), truth_of(x, -1), strict=False):
         assert_within(ours, true, mx.float64, ulps=4)
 
 
-def test_large_counts_are_exact(backend: str) -> None:
+@pytest.mark.float64
+def test_large_counts_are_exact() -> None:
     """2^24 + 1 is none of float32's numbers."""
-    if backend == "gpu":
-        pytest.skip("MLX has no float64 on a GPU.")
     values = (1 << 24) + 1
     about = [MARK + 3, 1, values >> 24, values & ((1 << 24) - 1)]
     message = mx.array([about, [0.0, 2.0, 0.0, 8.0]], mx.float64)
@@ -191,11 +190,9 @@ def test_errors_at_the_call(call: Callable[[], object], text: str) -> None:
 @pytest.mark.parametrize(("shape", "axis"), SHAPES)
 @pytest.mark.parametrize("composed", [False, True])
 def test_gradient_of_x(
-    shape: tuple[int, ...], axis: int, dtype: str, weighted: bool, composed: bool, backend: str
+    shape: tuple[int, ...], axis: int, dtype: str, weighted: bool, composed: bool
 ) -> None:
     """r w g + grad_mean + 2 grad_var (x - mean)."""
-    if dtype == "float64" and backend == "gpu":
-        pytest.skip("MLX has no float64 on a GPU.")
     rng = np.random.default_rng(1)
     channels = shape[axis]
     of_statistics = mx.float64 if dtype == "float64" else mx.float32
@@ -229,14 +226,12 @@ def test_gradient_of_x(
 def test_memory_of_the_cotangent_is_used_again() -> None:
     x, ones = mx.random.normal((512, 1024)), mx.ones((1024,))
     mx.eval(x, ones)
-    mx.synchronize()
-    before = mx.get_active_memory()
-    mx.reset_peak_memory()
+    before = active()
     g = mx.random.normal((512, 1024)) + 1
     gx = _ext.input_gradient(x, g, ones, ones, None, EPS, ones, ones, "test")
     del g
     mx.eval(gx)
-    assert mx.get_active_memory() - before < 1.5 * x.nbytes
+    assert active() - before < 1.5 * x.nbytes
 
 
 @pytest.mark.parametrize("axis", [1, -1])
