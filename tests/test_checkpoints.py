@@ -1,6 +1,9 @@
 """Weights from torch's state_dicts and gluon's parameters, and back."""
 
+import argparse
 import importlib.util
+import re
+from collections.abc import Callable
 from typing import Any
 
 import mlx.core as mx
@@ -18,6 +21,9 @@ needs_torch = pytest.mark.skipif(
     importlib.util.find_spec("torch") is None,
     reason="PyTorch is not installed (it is no requirement of the tests)",
 )
+
+
+Reader = Callable[..., list[tuple[str, mx.array]]]
 
 
 def state() -> dict[str, Array]:
@@ -211,6 +217,7 @@ class NDArray:
     def __init__(self, values: Array):
         self.values = values
         self.dtype = values.dtype.type
+        self.shape = values.shape
 
     def asnumpy(self) -> Array:
         return self.values
@@ -285,3 +292,187 @@ def test_a_network_of_gluon() -> None:
     assert_same_bits(model.layers[1].bias, mx.array(params["1.beta"]))
     convolution = np.moveaxis(params["0.weight"], 1, -1)
     np.testing.assert_array_equal(np.array(model.layers[0].weight), convolution)
+
+
+# checkpoints that are more than a state_dict
+
+READERS = [mw.from_torch, mw.from_gluon]
+ARGUMENTS = {"from_torch": "state_dict", "from_gluon": "params"}
+
+
+@pytest.mark.parametrize("read", READERS, ids=lambda f: f.__name__)
+@pytest.mark.parametrize("key", ["state_dict", "model", "net"])
+def test_the_only_mapping_of_arrays_is_taken(read: Reader, key: str) -> None:
+    arrays = {"weight": np.array([1.0, 2.0], np.float32)}
+    checkpoint = {
+        "epoch": 3,
+        "best": 0.5,
+        "arch": "resnet",
+        "finished": False,
+        "ema": None,
+        "optimizer": {
+            "state": {0: {"step": np.ones(()), "exp_avg": np.ones(3)}},
+            "param_groups": [{"lr": 0.1, "params": [0, 1]}],
+        },
+        "scheduler": {"last_epoch": 3},
+        "callbacks": {},
+        "options": argparse.Namespace(dtype="float16"),
+        "whole optimizer": Optimizer(),
+        key: arrays,
+    }
+    weights = read(checkpoint)
+    assert [name for name, _ in weights] == ["weight"]
+    assert weights[0][1].tolist() == [1, 2]
+    layer = mw.BatchNorm(2, track_running_stats=False)
+    layer.load_weights(read({key: {**arrays, "bias": np.ones(2)}}, layer))
+    assert layer.weight.tolist() == [1, 2]
+
+
+class Unread:
+    """An array that must not be read."""
+
+    dtype = np.dtype("float32")
+    shape = (3,)
+
+    def __array__(self) -> Array:
+        raise AssertionError("read before all values were checked")
+
+
+class WholeModel:
+    """What torch.save(model) pickles; some have a dtype as well."""
+
+    dtype = "torch.float32"
+
+    def state_dict(self) -> dict[str, Array]:
+        raise AssertionError("not called: it may be of another kind than what is asked for")
+
+    named_parameters = state_dict
+
+
+class Block:
+    """What is used of mxnet.gluon.Block."""
+
+    def collect_params(self) -> dict[str, Array]:
+        raise AssertionError("not called")
+
+
+class Optimizer:
+    """Has a state_dict, but is no model."""
+
+    def state_dict(self) -> dict[str, Array]:
+        raise AssertionError("not called")
+
+
+REFUSED: dict[str, tuple[Any, type[Exception], str]] = {
+    "two models": (
+        {"model": {"weight": Unread()}, "ema": {"weight": Unread()}, "epoch": 3},
+        ValueError,
+        "'{0}' must map names to arrays but 'model', 'ema' are such mappings. "
+        "Use {0}['model'], for instance.",
+    ),
+    "a model beside arrays": (
+        {"weight": Unread(), "epoch": 3, "model": {"weight": Unread()}},
+        ValueError,
+        "'{0}' must map names to arrays but 'model' is such a mapping. "
+        "Use {0}['model'], for instance.",
+    ),
+    "a number beside arrays": (
+        {"weight": Unread(), "epoch": 3},
+        TypeError,
+        "'{0}' must map names to arrays but 'epoch' is of type int.",
+    ),
+    "a list beside arrays": (
+        {"weight": Unread(), "classes": ["cat", "dog"]},
+        TypeError,
+        "'{0}' must map names to arrays but 'classes' is of type list.",
+    ),
+    "no arrays": (
+        {"epoch": 3, "ema": None},
+        TypeError,
+        "'{0}' must map names to arrays but 'epoch' is of type int.",
+    ),
+    "an optimizer": (
+        {"state": {0: {"exp_avg": Unread()}}, "param_groups": []},
+        TypeError,
+        "'{0}' must map names to arrays but 'state' is of type dict.",
+    ),
+    "a mapping of numbers to arrays": (
+        {"state": {0: Unread()}},
+        TypeError,
+        "'{0}' must map names to arrays but 'state' is of type dict.",
+    ),
+    "a whole model in a checkpoint": (
+        {"rng": {"cpu": Unread()}, "model": WholeModel()},
+        TypeError,
+        "'{0}' must map names to arrays but 'model' is of type WholeModel. Use its state_dict().",
+    ),
+    "a whole model": (
+        WholeModel(),
+        TypeError,
+        "'{0}' must map names to arrays but is of type WholeModel. Use its state_dict().",
+    ),
+    "a block of gluon": (
+        Block(),
+        TypeError,
+        "'{0}' must map names to arrays but is of type Block. Use its collect_params().",
+    ),
+    "pairs": (
+        [("weight", Unread())],
+        TypeError,
+        "'{0}' must map names to arrays but is of type list.",
+    ),
+    "the name of a file": (
+        "model.pth",
+        TypeError,
+        "'{0}' must map names to arrays but is of type str.",
+    ),
+    "numbers for names": (
+        {0: Unread()},
+        TypeError,
+        "'{0}' must have strings as names but 0 is of type int.",
+    ),
+    "texts": (
+        {"first": Unread(), "names": np.array(["cat", "dog"])},
+        ValueError,
+        "'names' has the dtype <U3, which MLX does not have.",
+    ),
+    "objects in a checkpoint": (
+        {"model": {"first": Unread(), "state": np.array([None])}},
+        ValueError,
+        "'state' has the dtype object, which MLX does not have.",
+    ),
+}
+
+
+@pytest.mark.parametrize("read", READERS, ids=lambda f: f.__name__)
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_is_no_state_dict_is_refused(read: Reader, name: str) -> None:
+    given, error, text = REFUSED[name]
+    message = f"[{read.__name__}] " + text.format(ARGUMENTS[read.__name__])
+    with pytest.raises(error, match=f"^{re.escape(message)}$"):
+        read(given)
+
+
+@pytest.mark.parametrize("read", READERS, ids=lambda f: f.__name__)
+def test_an_empty_state_dict_has_no_weights(read: Reader) -> None:
+    assert read({}) == []
+
+
+def test_numbers_of_numpy_are_arrays() -> None:
+    weights = dict(mw.from_torch({"scale": np.float32(0.5), "count": np.int64(7)}))
+    assert (weights["scale"].item(), weights["count"].item()) == (0.5, 7)
+
+
+def test_grouped_convolutions() -> None:
+    """Torch and MLX both keep the channels of one group alone: (out, in / groups, ...)."""
+    weight = np.arange(6 * 2 * 3 * 3, dtype=np.float32).reshape(6, 2, 3, 3)
+    model = nn.Sequential(nn.Conv2d(4, 6, 3, groups=2, bias=False))
+    model.load_weights(mw.from_torch({"0.weight": weight}, model))
+    loaded = model.layers[0].weight
+    assert loaded.shape == (6, 3, 3, 2)
+    for group in range(2):
+        x = np.random.default_rng(group).normal(size=(1, 4, 3, 3)).astype(np.float32)
+        y = np.array(model(mx.array(x.transpose(0, 2, 3, 1))))[0, 0, 0]
+        of_group = x[0, 2 * group : 2 * group + 2]
+        expected = (weight[3 * group : 3 * group + 3] * of_group).sum((1, 2, 3))
+        np.testing.assert_allclose(y[3 * group : 3 * group + 3], expected, rtol=1e-5)

@@ -13,6 +13,20 @@ Weights = list[tuple[str, mx.array]]
 
 _COUNTER = "num_batches_tracked"
 
+# MLX's dtypes by the names that they have in NumPy and PyTorch.
+_DTYPES = {
+    "bool": mx.bool_,
+    **{
+        f"{sign}int{bits}": getattr(mx, f"{sign}int{bits}")
+        for sign in ("", "u")
+        for bits in (8, 16, 32, 64)
+    },
+    **{
+        name: getattr(mx, name)
+        for name in ("float16", "bfloat16", "float32", "float64", "complex64")
+    },
+}
+
 _GLUON = {
     "gamma": "weight",
     "beta": "bias",
@@ -31,13 +45,19 @@ def from_torch(state_dict: Mapping[str, Any], model: Module | None = None) -> We
 
     Args:
         state_dict: Arrays by name, of PyTorch, NumPy or MLX; so also what ``mx.load`` reads from a
-            safetensors file.
+            safetensors file. If there are no arrays in it but exactly one such mapping, beside
+            numbers, texts or the state of an optimizer, that mapping is used.
         model: Where the weights shall go. With it the numbers within a ``mlx.nn.Sequential`` get
             the ``layers.`` before them that ``torch.nn.Sequential`` does not have, and the weights
             of convolutions get their channels last. Default: ``None``, only the names are known.
 
     Returns:
         Pairs of a name and an array.
+
+    Raises:
+        TypeError: If a value is no array, or a name no string.
+        ValueError: If there are several mappings of names to arrays, or an array has a dtype that
+            MLX does not have.
 
     Examples:
         >>> import mlx.core as mx
@@ -55,12 +75,12 @@ def from_torch(state_dict: Mapping[str, Any], model: Module | None = None) -> We
         >>> _ = model.load_weights(weights)
     """
     weights = []
-    for name, value in state_dict.items():
+    for name, value in _arrays_by_name(state_dict, "from_torch", "state_dict").items():
         name, owner = _place(name, model)
         last = name.rpartition(".")[2]
         if last == _COUNTER and (owner is None or _COUNTER not in owner):
             continue
-        weights.append((name, _channels_last(last, _array(value), owner)))
+        weights.append((name, _channels_last(last, _to_mlx(value), owner)))
     return weights
 
 
@@ -72,15 +92,19 @@ def from_gluon(params: Mapping[str, Any], model: Module | None = None) -> Weight
 
     Args:
         params: Arrays by name, of MXNet, NumPy or MLX, or gluon's parameters: what
-            ``mxnet.nd.load`` or ``collect_params()`` gives. Both of gluon's forms of a name are
-            known, ``features.1.gamma`` and ``batchnorm0_gamma`` (which becomes
-            ``batchnorm0.weight``), and the ``arg:`` and ``aux:`` of an exported model.
+            ``mxnet.nd.load`` or ``collect_params()`` gives, or a checkpoint as in
+            :func:`from_torch`. Both of gluon's forms of a name are known, ``features.1.gamma`` and
+            ``batchnorm0_gamma`` (which becomes ``batchnorm0.weight``), and the ``arg:`` and
+            ``aux:`` of an exported model.
         model: Where the weights shall go. With it ``layers.`` and the convolutions are as in
             :func:`from_torch`, and the constant ``gamma`` and ``beta`` that gluon keeps with
             ``scale=False`` and ``center=False`` are left out. Default: ``None``.
 
     Returns:
         Pairs of a name and an array.
+
+    Raises:
+        TypeError, ValueError: As :func:`from_torch`.
 
     Examples:
         >>> import mlx.core as mx
@@ -94,10 +118,10 @@ def from_gluon(params: Mapping[str, Any], model: Module | None = None) -> Weight
         >>> _ = layer.load_weights(weights)
     """
     weights = []
-    for gluon_name, value in params.items():
+    for gluon_name, value in _arrays_by_name(params, "from_gluon", "params").items():
         name, owner = _place(_gluon_name(gluon_name), model)
         last = name.rpartition(".")[2]
-        array = _array(value)
+        array = _to_mlx(value)
         if owner is not None and last not in owner and _is_neutral(last, array):
             continue
         weights.append((name, _channels_last(last, array, owner)))
@@ -151,13 +175,91 @@ def _channels_last(name: str, array: mx.array, owner: Module | None) -> mx.array
     return array
 
 
-def _array(value: Any) -> mx.array:
+def _arrays_by_name(given: Any, caller: str, argument: str) -> dict[str, Any]:
+    """The arrays of a state_dict or a checkpoint, as they are.
+
+    Raises:
+        TypeError, ValueError: As :func:`from_torch`.
+    """
+    found = _state_dict(given, caller, argument)
+    for name in found:
+        if not isinstance(name, str):
+            raise TypeError(
+                f"[{caller}] '{argument}' must have strings as names but {name!r} is of type "
+                f"{type(name).__name__}."
+            )
+    arrays = {name: _data(value) for name, value in found.items()}
+    for name, array in arrays.items():
+        if not isinstance(array, mx.array) and _dtype_name(array) not in _DTYPES:
+            dtype = _dtype_name(array)
+            raise ValueError(f"[{caller}] {name!r} has the dtype {dtype}, which MLX does not have.")
+    return arrays
+
+
+def _state_dict(given: Any, caller: str, argument: str) -> dict[Any, Any]:
+    """A mapping of arrays alone: the argument, or the only one in it if it has no arrays itself."""
+    wanted = f"[{caller}] '{argument}' must map names to arrays but"
+    if not _is_mapping(given):
+        raise TypeError(f"{wanted} is of type {type(given).__name__}.{_hint(given)}")
+    found = dict(given.items())
+    others = [name for name, value in found.items() if not _is_array(value)]
+    models = [name for name in others if _hint(found[name])]
+    nested = [name for name in others if _maps_names_to_arrays(found[name])]
+    if len(nested) == 1 and len(others) == len(found) and not models:
+        return dict(found[nested[0]].items())
+    if nested and not models:
+        names = ", ".join(map(repr, nested))
+        are = "is such a mapping" if len(nested) == 1 else "are such mappings"
+        raise ValueError(f"{wanted} {names} {are}. Use {argument}[{nested[0]!r}], for instance.")
+    for name in models or others:
+        kind = type(found[name]).__name__
+        raise TypeError(f"{wanted} {name!r} is of type {kind}.{_hint(found[name])}")
+    return found
+
+
+def _is_mapping(value: Any) -> bool:
+    """Not isinstance(value, Mapping), since gluon's ParameterDict is none."""
+    return callable(getattr(value, "items", None))
+
+
+def _maps_names_to_arrays(value: Any) -> bool:
+    if not _is_mapping(value):
+        return False
+    items = list(value.items())
+    return bool(items) and all(isinstance(k, str) and _is_array(v) for k, v in items)
+
+
+def _is_array(value: Any) -> bool:
+    """Of MLX, NumPy, PyTorch or MXNet, or a parameter of gluon."""
+    is_parameter = callable(getattr(value, "data", None))
+    # Models and command-line options may have a dtype, too.
+    return is_parameter or all(hasattr(value, name) for name in ("dtype", "shape"))
+
+
+def _hint(value: Any) -> str:
+    """How to get the arrays of a whole model; empty for anything else."""
+    if callable(getattr(value, "collect_params", None)):  # gluon
+        return " Use its collect_params()."
+    if all(callable(getattr(value, name, None)) for name in ("named_parameters", "state_dict")):
+        return " Use its state_dict()."
+    return ""
+
+
+def _data(value: Any) -> Any:
+    """The array of gluon's parameters, any other as it is."""
+    return value.data() if callable(getattr(value, "data", None)) else value
+
+
+def _dtype_name(array: Any) -> str:
+    name: str = getattr(array.dtype, "__name__", str(array.dtype)).removeprefix("torch.")
+    return name
+
+
+def _to_mlx(value: Any) -> mx.array:
     """An MLX array of the same dtype and values; no other library is imported for it."""
-    if callable(getattr(value, "data", None)):  # gluon's parameters
-        value = value.data()
     if isinstance(value, mx.array):
         return value
-    dtype = getattr(value.dtype, "__name__", str(value.dtype)).removeprefix("torch.")
+    dtype = _dtype_name(value)
     if hasattr(value, "asnumpy"):  # MXNet
         value = value.asnumpy()
     elif hasattr(value, "detach"):  # PyTorch
@@ -165,4 +267,4 @@ def _array(value: Any) -> mx.array:
         value = (value.float() if dtype == "bfloat16" else value).numpy()
     elif dtype == "bfloat16":  # NumPy knows it from ml_dtypes alone, and MLX does not take those
         value = value.astype("float32")
-    return mx.array(value, getattr(mx, "bool_" if dtype == "bool" else dtype))
+    return mx.array(value, _DTYPES[dtype])
