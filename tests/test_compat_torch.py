@@ -223,6 +223,17 @@ def test_unbatched_input_is_a_batch_of_one(name: str, tracking: bool) -> None:
         assert_same_bits(unbatched[key], a, key)
 
 
+@pytest.mark.parametrize("spatial", [1, 2, 3])
+@pytest.mark.parametrize("size", [1, 5])
+def test_unbatched_input_keeps_dimensions_of_one(spatial: int, size: int) -> None:
+    """One channel, and nowhere but in the last dimension more than one position."""
+    layer = EAGER[f"InstanceNorm{spatial}d"](1, track_running_stats=True).eval()
+    shape = (1,) * spatial + (size,)
+    x = mx.random.normal(shape)
+    assert layer(x).shape == shape
+    assert layer(x[None]).shape == (1, *shape)
+
+
 ALLOWED: dict[str, list[tuple[int, ...]]] = {
     "Batch": [(2, 3), (4,), (5,)],
     "Instance": [(2, 3), (3, 4), (4, 5)],
