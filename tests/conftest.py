@@ -1,8 +1,9 @@
 """Settings that every test shares, and the backends that tests run on.
 
 A module marked ``every_backend`` runs once for each backend that is present: the CPU's kernels, the
-shaders in the simulator, and the shaders on a Mac's GPU. ``--backend`` chooses among them. Tests
-without that mark, and fixtures of modules, run on the CPU, also where MLX's default is the GPU.
+shaders in the simulator (on Linux), and the shaders on a Mac's GPU. ``--backend`` chooses among
+them. Tests without that mark, and fixtures of modules, run on the CPU, also where MLX's default is
+the GPU.
 
 MLX has no float64 on a GPU. Tests with a parameter of that dtype, or marked ``float64``, are
 skipped there; tests that draw a dtype by themselves take it from ``problems.dtypes()``.
@@ -12,6 +13,7 @@ to test, unless MLX_WELFORD_SIM_SEED and MLX_WELFORD_SIM_FTZ are set.
 """
 
 import os
+import sys
 import zlib
 from collections.abc import Iterator
 from functools import cache
@@ -56,11 +58,12 @@ def has_metal() -> bool:
 
 def present() -> list[str]:
     """The backends here. MLX_WELFORD_REQUIRE_GPU=1 makes a missing GPU an error."""
+    found = ["cpu", "sim"] if sys.platform == "linux" else ["cpu"]
     if has_metal():
-        return ["cpu", "sim", "gpu"]
+        return [*found, "gpu"]
     if os.environ.get("MLX_WELFORD_REQUIRE_GPU") == "1":
         raise pytest.UsageError("MLX_WELFORD_REQUIRE_GPU=1, but MLX finds no Metal device.")
-    return ["cpu", "sim"]
+    return found
 
 
 def chosen(config: pytest.Config) -> list[str]:

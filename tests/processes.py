@@ -55,11 +55,15 @@ COMPUTE = """
 
 
 def run(script: str, *arguments: str, **variables: str) -> str:
-    """Runs a script in a fresh interpreter with the variables named above; its output."""
+    """Runs a script in a fresh interpreter with the variables named above; its output.
+
+    MLX's default device is the CPU.
+    """
+    on_cpu = "import mlx.core\nmlx.core.set_default_device(mlx.core.cpu)\n"
     environment = {k: v for k, v in os.environ.items() if k not in VARIABLES.values()}
     environment |= {VARIABLES[name]: value for name, value in variables.items()}
     done = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(script), *arguments],
+        [sys.executable, "-c", on_cpu + textwrap.dedent(script), *arguments],
         env=environment,
         capture_output=True,
         text=True,

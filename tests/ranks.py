@@ -35,8 +35,8 @@ def run_ranks(
 ) -> list[Ended]:
     """Runs a script as every rank of a group, and waits for all of them.
 
-    One rank is a process without a group. Ports are free when they are chosen; should one be taken
-    by the time a rank listens, there are two more attempts.
+    MLX's default device is the CPU. One rank is a process without a group. Ports are free when they
+    are chosen; should one be taken by the time a rank listens, there are two more attempts.
 
     Raises:
         AssertionError: If one still runs after `timeout` seconds. All are ended, and what they
@@ -70,7 +70,7 @@ def _run_ranks_once(
             with log.open("wb") as output:
                 processes.append(
                     subprocess.Popen(
-                        [sys.executable, str(script), *arguments],
+                        [sys.executable, str(TESTS / "on_cpu.py"), str(script), *arguments],
                         env=environment | {"MLX_RANK": str(rank)},
                         stdin=subprocess.DEVNULL,
                         stdout=output,

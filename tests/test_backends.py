@@ -5,8 +5,13 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from unittest import SkipTest
 
+import pytest
+from conftest import present
 from problems import FLOAT64_IS_NOT_ON_GPU
+from simulator import compile_library
+from simulator.oracle.air import link
 
 TESTS = Path(__file__).parent
 CONFIGURATION = TESTS.parent / "pyproject.toml"
@@ -155,3 +160,15 @@ def test_the_pretended_gpu_is_one(tmp_path: Path) -> None:
         for name in report.names(outcome):
             assert name.startswith(prefix), report.text
     assert "Float64IsRefused" in report.text
+
+
+def test_no_simulator_but_on_linux(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    with monkeypatch.context() as patched:
+        patched.setattr(sys, "platform", "darwin")
+        assert present()[0] == "cpu"
+        assert "sim" not in present()
+        with pytest.raises(SkipTest, match="written for Linux"):
+            compile_library("", cache=tmp_path)
+        with pytest.raises(SkipTest, match="written for Linux"):
+            link([], tmp_path)
+    assert list(tmp_path.iterdir()) == []

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 from simulator import CompileError, Library, SimulatorError, Traffic, compile_library
+from simulator.loader import check_system
 from simulator.source import SourceError, translate
 
 KERNELS = Path(__file__).parent / "simulator" / "kernels"
@@ -546,6 +547,7 @@ def test_log(counting: Library, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 
 
 def test_several_processes_compile_the_same_library(tmp_path: Path) -> None:
+    check_system()
     program = (
         "import pathlib, simulator, sys\n"
         "source = '[[kernel]] void f(device float* out [[buffer(0)]]) { out[0] = 1.0f; }'\n"

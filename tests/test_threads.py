@@ -1,6 +1,6 @@
 """Thread counts, several streams at once, and fork: in processes of their own."""
 
-import os
+import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -66,6 +66,11 @@ def test_no_more_threads_than_allowed(threads: str) -> None:
     assert extra <= int(threads) - 1
 
 
+needs_fork = pytest.mark.skipif(
+    sys.platform == "darwin",
+    reason="MLX for macOS allocates through Metal, which a forked process cannot use",
+)
+
 FORK = """
     import os
     import signal
@@ -97,7 +102,7 @@ FORK = """
 """
 
 
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="the system has no fork")
+@needs_fork
 @pytest.mark.parametrize("threads", ["1", "4"])
 def test_a_forked_child_computes_the_same(threads: str) -> None:
     run(FORK, threads=threads)
@@ -121,7 +126,7 @@ MULTIPROCESSING = """
 """
 
 
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="the system has no fork")
+@needs_fork
 def test_a_pool_of_forked_workers() -> None:
     """What a data loader does after the parent has trained for a while."""
     run(MULTIPROCESSING, threads="2")

@@ -5,7 +5,8 @@
                      grid=(4, 1, 1), group=(64, 1, 1))
 
 The compiler is clang out of PyPI's ``ziglang``. A library is kept in ``build/simulator`` under a
-hash of all that it is made from; several processes may compile the same one at once.
+hash of all that it is made from; several processes may compile the same one at once. Its executor
+is written for Linux; in any other system a test that needs one is skipped.
 
 bfloat16 arrays are passed as uint16. A host that dispatches by itself loads ``library.path`` and
 calls ``simulator_dispatch`` (executor.h).
@@ -21,11 +22,13 @@ import os
 import platform
 import re
 import subprocess
+import sys
 import tempfile
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from unittest import SkipTest
 
 import numpy as np
 from numpy.typing import NDArray
@@ -291,6 +294,12 @@ def preprocess(
     return _run(command, "\n".join(body) + "\n").stdout
 
 
+def check_system() -> None:
+    """Raises SkipTest, which skips the test that runs, where there is no executor."""
+    if sys.platform != "linux":
+        raise SkipTest("The simulator's executor is written for Linux.")
+
+
 def compile_library(
     source: str,
     instantiations: Sequence[str] = (),
@@ -306,8 +315,9 @@ def compile_library(
     ``contract`` lets a*b + c become a fused multiply-add, as Apple's compiler does. An
     ``instrumented`` library checks and counts every memory access, and is slow.
 
-    Raises CompileError with the compiler's messages.
+    Raises CompileError with the compiler's messages, and SkipTest in other systems than Linux.
     """
+    check_system()
     if instrumented:
         defines = {**(defines or {}), "SIMULATOR_INSTRUMENTED": "1"}
     text = preprocess(source, instantiations, include=include, defines=defines)

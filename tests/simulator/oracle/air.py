@@ -28,7 +28,7 @@ from pathlib import Path
 
 import llvmlite.binding as llvm
 
-from ..loader import Library
+from ..loader import Library, check_system
 
 DIRECTORY = Path(__file__).resolve().parent
 SIMULATOR = DIRECTORY.parent
@@ -276,7 +276,11 @@ def tables(translations: Sequence[Translation]) -> str:
 
 
 def link(translations: Sequence[Translation], cache: Path) -> Library:
-    """Link kernels with the air.* functions and the executor; kept in `cache` by content."""
+    """Link kernels with the air.* functions and the executor; kept in `cache` by content.
+
+    Raises SkipTest in other systems than Linux.
+    """
+    check_system()
     sources = [DIRECTORY / "air_runtime.cpp", SIMULATOR / "executor.cpp"]
     table = tables(translations)
     digest = hashlib.sha256(table.encode())
