@@ -87,7 +87,8 @@ def _run_ranks_once(
                 late.append(rank)
     finally:
         for process in processes:
-            with contextlib.suppress(ProcessLookupError):
+            # PermissionError is what macOS says of a group of which nothing but a zombie is left.
+            with contextlib.suppress(ProcessLookupError, PermissionError):
                 os.killpg(process.pid, signal.SIGKILL)
             process.wait()
     ended = [
