@@ -72,6 +72,10 @@ NB_MODULE(_ext, m) {
       "x"_a, "axes"_a, "keepdims"_a = false, "stream"_a = nb::none());
 
   m.def(
+      "size_of", [](const mx::array& x) { return mw::size_of(x); }, "x"_a,
+      "The number of elements; an array while MLX traces for any shape.");
+
+  m.def(
       "next_running_statistics",
       [](const mx::array& running_mean, const mx::array& running_var, const mx::array& mean,
          const mx::array& var, const mw::Number& momentum, const mw::Number& count,

@@ -28,13 +28,41 @@ array inverse_deviation(const array& var, double eps, Stream s) {
   return mx::rsqrt(mx::add(var, constant(eps, var), s), s);
 }
 
-double values_per_statistic(const array& x, const std::vector<int>& axes) {
-  double count = 1;
-  for (int axis : axes) {
-    count *= x.shape(axis);
-  }
-  return count;
+/// A constant, or a node of the graph while MLX traces for any shape.
+array values_per_statistic(const array& x, const std::vector<int>& axes, mx::Dtype dtype,
+                           Stream s) {
+  return mx::number_of_elements(x, axes, /* inverted = */ false, dtype, s);
 }
+
+/// As mx::sum. While MLX traces for any shape, all of these axes may come to have length 1, which
+/// MLX's reduction on the CPU does not survive: it reads the last element of an empty list. A view of
+/// x twice over has another axis to reduce; what it makes too much is exact.
+array sum_over(const array& x, const std::vector<int>& axes, bool keepdims, Stream s) {
+  if (!traced_for_any_shape(x, s)) {
+    return mx::sum(x, axes, keepdims, s);
+  }
+  mx::Shape twice(x.ndim() + 1, 1);
+  twice[0] = 2;
+  array ones = mx::full(twice, constant(1, x), s);
+  array views = mx::broadcast_arrays({mx::expand_dims(x, 0, s), ones}, s)[0];
+  std::vector<int> behind{0};
+  for (int axis : axes) {
+    behind.push_back(axis + 1);
+  }
+  array sums = mx::multiply(mx::sum(views, behind, true, s), constant(0.5, x), s);
+  return mx::squeeze(sums, keepdims ? std::vector<int>{0} : behind, s);
+}
+
+array mean_over(const array& x, const std::vector<int>& axes, bool keepdims, Stream s) {
+  if (!traced_for_any_shape(x, s)) {
+    return mx::mean(x, axes, keepdims, s);
+  }
+  array inverse = mx::number_of_elements(x, axes, /* inverted = */ true, x.dtype(), s);
+  return mx::multiply(sum_over(x, axes, keepdims, s), inverse, s);
+}
+
+/// v[i] of a vector whose length no trace changes. Not a slice: MLX cannot trace slices for any shape.
+array element(const array& v, int i, Stream s) { return mx::take(v, array(i), 0, s); }
 
 array affine(const array& normalized, const std::optional<array>& weight,
              const std::optional<array>& bias, const array& x, int channel_axis, Stream s) {
@@ -50,23 +78,28 @@ array affine(const array& normalized, const std::optional<array>& weight,
 
 }  // namespace
 
+bool traced_for_any_shape(const array& a, Stream s) {
+  return a.is_tracer() && mx::number_of_elements(a, {}, false, mx::int32, s).has_primitive();
+}
+
 std::pair<array, array> moments(const array& x, const std::vector<int>& axes, Stream s) {
   array wide = widen(x, s);
-  array mean = mx::mean(wide, axes, /* keepdims = */ true, s);
-  array var = mx::mean(mx::square(mx::subtract(wide, mean, s), s), axes, false, s);
+  array mean = mean_over(wide, axes, /* keepdims = */ true, s);
+  array var = mean_over(mx::square(mx::subtract(wide, mean, s), s), axes, false, s);
   return {mx::squeeze(mean, axes, s), var};
 }
 
 array partial_moments(const array& x, const std::vector<int>& axes, Stream s) {
   array wide = widen(x, s);
-  array rounded = mx::mean(wide, axes, /* keepdims = */ true, s);
+  array rounded = mean_over(wide, axes, /* keepdims = */ true, s);
   array from_rounded = mx::subtract(wide, rounded, s);
-  array tail = mx::mean(from_rounded, axes, true, s);
-  array m2 = mx::sum(mx::square(mx::subtract(from_rounded, tail, s), s), axes, true, s);
-  array count = mx::full(m2.shape(), constant(values_per_statistic(x, axes), m2), s);
+  array tail = mean_over(from_rounded, axes, true, s);
+  array m2 = sum_over(mx::square(mx::subtract(from_rounded, tail, s), s), axes, true, s);
+  array count = mx::full_like(m2, values_per_statistic(x, axes, m2.dtype(), s), s);
   array moments = mx::stack({count, rounded, tail, m2}, -1, s);
-  if (x.size() == 0) {  // the identity, in place of 0 / 0
-    moments = mx::zeros_like(moments, s);
+  if (x.size() == 0 || traced_for_any_shape(x, s)) {  // the identity, in place of 0 / 0
+    array none = mx::equal(mx::expand_dims(count, -1, s), constant(0, count), s);
+    moments = mx::where(none, constant(0, moments), moments, s);
   }
   return mx::squeeze(moments, axes, s);
 }
@@ -74,7 +107,7 @@ array partial_moments(const array& x, const std::vector<int>& axes, Stream s) {
 array moments_gradient(const array& x, const array& mean, const array& grad_mean,
                        const array& grad_var, const std::vector<int>& axes, Stream s) {
   array centred = mx::subtract(widen(x, s), mx::expand_dims(mean, axes, s), s);
-  array count = constant(values_per_statistic(x, axes), mean);
+  array count = values_per_statistic(x, axes, mean.dtype(), s);
   array slope = mx::expand_dims(mx::divide(mx::add(grad_var, grad_var, s), count, s), axes, s);
   array level = mx::expand_dims(mx::divide(grad_mean, count, s), axes, s);
   return mx::astype(mx::add(mx::multiply(slope, centred, s), level, s), x.dtype(), s);
@@ -101,14 +134,14 @@ Gradients normalize_gradient(const array& x, const array& mean, const array& var
   array centred = mx::subtract(widen(x, s), mx::expand_dims(mean, axes, s), s);
   array normalized = mx::multiply(centred, inverse, s);
   array g_normalized = mx::multiply(wide_g, normalized, s);
-  array grad_weight = mx::sum(g_normalized, all_but_channels, false, s);
-  array grad_bias = mx::sum(wide_g, all_but_channels, false, s);
+  array grad_weight = sum_over(g_normalized, all_but_channels, false, s);
+  array grad_bias = sum_over(wide_g, all_but_channels, false, s);
 
   // w * r * (g - mean(g) - xh * mean(g * xh)), and what reaches x through the statistics
   // themselves.
   array projected =
-      mx::subtract(mx::subtract(wide_g, mx::mean(wide_g, axes, true, s), s),
-                   mx::multiply(normalized, mx::mean(g_normalized, axes, true, s), s), s);
+      mx::subtract(mx::subtract(wide_g, mean_over(wide_g, axes, true, s), s),
+                   mx::multiply(normalized, mean_over(g_normalized, axes, true, s), s), s);
   array scale =
       weight ? mx::multiply(inverse, along_channels(*weight, x, channel_axis, s), s) : inverse;
   array through_statistics =
@@ -133,9 +166,9 @@ GivenGradients normalize_given_gradient(const array& x, const array& mean, const
   array wide_g = widen(g, s);
   array centred = mx::subtract(widen(x, s), along_channels(mean, x, channel_axis, s), s);
   array inverse = inverse_deviation(widen(var, s), eps, s);  // (C)
-  array sum_g = mx::sum(wide_g, axes, false, s);
+  array sum_g = sum_over(wide_g, axes, false, s);
   array sum_gx =
-      mx::multiply(mx::sum(mx::multiply(wide_g, centred, s), axes, false, s), inverse, s);
+      mx::multiply(sum_over(mx::multiply(wide_g, centred, s), axes, false, s), inverse, s);
 
   array scale = weight ? mx::multiply(inverse, widen(*weight, s), s) : inverse;
   array grad_x = mx::multiply(wide_g, along_channels(scale, x, channel_axis, s), s);
@@ -148,18 +181,18 @@ GivenGradients normalize_given_gradient(const array& x, const array& mean, const
 }
 
 std::pair<array, array> merge(const array& counts, const array& moments, Stream s) {
-  auto part = [&](int i) { return mx::take(moments, i, -1, s); };  // (ranks, C)
+  auto part = [&](int i) { return mx::take(moments, array(i), -1, s); };  // (ranks, C)
   array total = mx::sum(counts, s);
   array n = mx::expand_dims(counts, 1, s);
   array share = mx::divide(n, total, s);
-  auto average = [&](const array& a) { return mx::sum(mx::multiply(share, a, s), 0, false, s); };
+  auto average = [&](const array& a) { return sum_over(mx::multiply(share, a, s), {0}, false, s); };
 
   // About a rounded mean, so that the next step finds what the rounding has lost.
   array rounded = average(part(1));
   array offsets = mx::add(mx::subtract(part(1), rounded, s), part(2), s);
   array offset = average(offsets);
   array d = mx::subtract(offsets, offset, s);
-  array m2 = mx::sum(mx::add(part(3), mx::multiply(n, mx::square(d, s), s), s), 0, false, s);
+  array m2 = sum_over(mx::add(part(3), mx::multiply(n, mx::square(d, s), s), s), {0}, false, s);
   return {mx::add(rounded, offset, s), mx::divide(m2, total, s)};
 }
 
@@ -179,8 +212,8 @@ array input_gradient(const array& x, const array& mean, const array& var, const 
 std::pair<array, array> running_statistics(const array& running_mean, const array& running_var,
                                            const array& mean, const array& var, const array& update,
                                            Stream s) {
-  auto coefficient = [&](int i) { return mx::take(update, i, s); };
-  auto of_batch = [&](const array& a) { return a.ndim() == 2 ? mx::mean(a, 0, false, s) : a; };
+  auto coefficient = [&](int i) { return element(update, i, s); };
+  auto of_batch = [&](const array& a) { return a.ndim() == 2 ? mean_over(a, {0}, false, s) : a; };
   auto next = [&](const array& running, const array& batch) {
     array kept = mx::multiply(coefficient(0), mx::astype(running, batch.dtype(), s), s);
     array sum = mx::add(kept, mx::multiply(coefficient(1), batch, s), s);

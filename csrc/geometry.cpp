@@ -35,4 +35,8 @@ std::optional<Geometry> find_geometry(const mlx::core::Shape& shape, const std::
   return g;
 }
 
+bool has_geometry_in_any_shape(int ndim, const std::vector<int>& axes) {
+  return find_geometry(mlx::core::Shape(ndim, 2), axes).has_value();
+}
+
 }  // namespace mlx_welford

@@ -57,4 +57,8 @@ std::vector<int> reduced_axes(int ndim, int channel_axis, Statistics statistics)
 /// nothing when its kept and reduced axes alternate too often for (merge, outer, reduce, inner).
 std::optional<Geometry> find_geometry(const mlx::core::Shape& shape, const std::vector<int>& axes);
 
+/// True if arrays of all shapes with so many axes have a geometry, and not only those in which some
+/// axes have length 1.
+bool has_geometry_in_any_shape(int ndim, const std::vector<int>& axes);
+
 }  // namespace mlx_welford

@@ -2,8 +2,10 @@
 
 #include <algorithm>
 #include <memory>
+#include <numeric>
 #include <sstream>
 
+#include "composed.h"
 #include "mlx/ops.h"
 #include "primitives.h"
 
@@ -115,14 +117,28 @@ array update_coefficients(const Number& momentum, const Number& count, mx::Dtype
   if (known_momentum && known_count) {
     return array({1 - *known_momentum, *known_momentum, *known_count / (*known_count - 1)}, dtype);
   }
-  auto of = [&](const Number& n) {
-    const auto* known = std::get_if<double>(&n);
-    return known ? array(*known, dtype) : mx::astype(std::get<array>(n), dtype, s);
-  };
   const array one(1, dtype);
-  const array m = of(momentum);
-  const array n = of(count);
-  return mx::stack({mx::subtract(one, m, s), m, mx::divide(n, mx::subtract(n, one, s), s)}, s);
+  auto of = [&](const Number& n) { return mx::astype(std::get<array>(n), dtype, s); };
+  auto keep = [&] {
+    return known_momentum ? array(1 - *known_momentum, dtype) : mx::subtract(one, of(momentum), s);
+  };
+  auto take = [&] { return known_momentum ? array(*known_momentum, dtype) : of(momentum); };
+  auto unbiased = [&] {
+    if (known_count) {
+      return array(*known_count / (*known_count - 1), dtype);
+    }
+    const array n = of(count);
+    return mx::divide(n, mx::subtract(n, one, s), s);
+  };
+  return mx::stack({keep(), take(), unbiased()}, s);
+}
+
+/// True if kernels can walk over x where it lies, and over whatever may take its place when MLX runs a
+/// graph that it has traced for any shape.
+bool is_walkable(const array& x, const std::vector<int>& axes, mx::Stream s) {
+  return composed::traced_for_any_shape(x, s)
+             ? has_geometry_in_any_shape(static_cast<int>(x.ndim()), axes)
+             : find_geometry(x.shape(), axes).has_value();
 }
 
 void append(std::vector<array>& arrays, const std::optional<array>& a) {
@@ -168,7 +184,7 @@ Normalized normalize(const array& x_, const std::optional<array>& weight_,
   const int ndim = static_cast<int>(x.ndim());
   // Channels first and last are read where they lie; from anywhere else they move to the end and
   // back.
-  const bool moved = !find_geometry(x.shape(), reduced_axes(ndim, channel_axis, statistics));
+  const bool moved = !is_walkable(x, reduced_axes(ndim, channel_axis, statistics), s);
   const int home = channel_axis;
   if (moved) {
     x = mx::moveaxis(x, channel_axis, -1, s);
@@ -218,6 +234,16 @@ Merged merge_ranks(const array& messages, int ranks, int rank, const Caller& cal
   return {outputs[0], outputs[1], outputs[2]};
 }
 
+Number size_of(const array& x, mx::StreamOrDevice s_) {
+  const auto s = mx::to_stream(s_);
+  if (!composed::traced_for_any_shape(x, s)) {
+    return static_cast<double>(x.size());
+  }
+  std::vector<int> axes(x.ndim());
+  std::iota(axes.begin(), axes.end(), 0);
+  return mx::number_of_elements(x, axes, /* inverted = */ false, mx::float32, s);
+}
+
 std::pair<array, array> next_running_statistics(const array& running_mean, const array& running_var,
                                                 const array& mean, const array& var,
                                                 const Number& momentum, const Number& count,
@@ -252,7 +278,7 @@ std::pair<array, array> moments(const array& x_, std::vector<int> axes, bool kee
   const auto s = mx::to_stream(s_);
   array x = x_;
   auto kernel_axes = axes;
-  if (!find_geometry(x.shape(), axes)) {  // bring the kept axes together, in front
+  if (!is_walkable(x, axes, s)) {  // bring the kept axes together, in front
     std::vector<int> order;
     for (int axis = 0; axis < ndim; ++axis) {
       if (!std::binary_search(axes.begin(), axes.end(), axis)) {

@@ -72,6 +72,9 @@ Merged merge_ranks(const array& messages, int ranks, int rank, const Caller& cal
 /// A number that is known, or an array of one that is not yet.
 using Number = std::variant<double, array>;
 
+/// How many elements x has: known, or a float32 node of the graph while MLX traces for any shape.
+Number size_of(const array& x, mlx::core::StreamOrDevice s = {});
+
 /// (1 - momentum) * running + momentum * batch, for the mean and the unbiased variance of a batch
 /// from what `normalize` or `merge_ranks` has found: `mean` and biased `var` of `count` values each.
 /// Those of instances (N, C) are averaged first. What float16 cannot hold becomes its largest number.

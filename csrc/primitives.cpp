@@ -3,6 +3,8 @@
 #include <algorithm>
 #include <atomic>
 #include <cstring>
+#include <initializer_list>
+#include <sstream>
 #include <stdexcept>
 #include <string>
 #include <string_view>
@@ -12,6 +14,7 @@
 #include "memory.h"
 #include "mlx/ops.h"
 #include "mlx/transforms.h"
+#include "mlx/utils.h"
 
 namespace mlx_welford {
 
@@ -31,6 +34,22 @@ mx::Shape kept_shape(const mx::Shape& shape, const std::vector<int>& axes) {
 
 Geometry geometry(const array& x, const std::vector<int>& axes) {
   return find_geometry(x.shape(), axes).value();  // ops.cpp moves axes until there is one
+}
+
+/// Throws unless the inputs from the second on have the shapes that they must have beside x. ops.cpp
+/// has checked the first call's; a graph that was traced for any shape meets others, and kernels would
+/// read past the end of what is too short.
+void check_shapes(Composed& operation, const Arrays& inputs,
+                  std::initializer_list<const mx::Shape*> first, const mx::Shape& others) {
+  for (size_t i = 1; i < inputs.size(); ++i) {
+    const mx::Shape& shape = i <= first.size() ? **(first.begin() + (i - 1)) : others;
+    if (inputs[i].shape() != shape) {
+      std::ostringstream text;
+      text << '[' << operation.name() << "] For x of shape " << inputs[0].shape() << " input " << i
+           << " must have shape " << shape << " but got " << inputs[i].shape() << '.';
+      throw std::invalid_argument(text.str());
+    }
+  }
 }
 
 /// Inputs whose number varies, taken one after another.
@@ -132,7 +151,7 @@ bool Solved::has_kernels(const Arrays& inputs) {
   if (composing || !has_elements(x.dtype())) {
     return false;
   }
-  return x.size() > 0 ? can_run(stream(), problem(inputs)) : is_zero_if_empty();
+  return x.size() == 0 || can_run(stream(), problem(inputs));
 }
 
 void Solved::solve(const Arrays& inputs, Arrays& outputs) {
@@ -140,9 +159,14 @@ void Solved::solve(const Arrays& inputs, Arrays& outputs) {
     evaluate(inputs, outputs);
     return;
   }
-  for (array& output : outputs) {
-    allocate(output);
-    std::memset(output.data<char>(), 0, output.nbytes());
+  for (size_t i = 0; i < outputs.size(); ++i) {
+    allocate(outputs[i]);
+    const float value = value_if_empty(i);
+    if (value == 0) {
+      std::memset(outputs[i].data<char>(), 0, outputs[i].nbytes());
+    } else if (outputs[i].size() > 0) {  // statistics
+      std::fill_n(outputs[i].data<float>(), outputs[i].size(), value);
+    }
   }
 }
 
@@ -151,12 +175,12 @@ Arrays outputs_of(const std::shared_ptr<Composed>& primitive, const Arrays& inpu
   if (!primitive->has_kernels(inputs)) {
     return primitive->compose(inputs);
   }
-  Arrays contiguous;
+  Arrays in_rows;
   for (const array& input : inputs) {
-    contiguous.push_back(
-        known_contiguous(input) ? input : mx::contiguous(input, false, primitive->stream()));
+    in_rows.push_back(known_contiguous(input) ? input
+                                              : mx::contiguous(input, false, primitive->stream()));
   }
-  return array::make_arrays(primitive->output_shapes(inputs), dtypes, primitive, contiguous);
+  return array::make_arrays(primitive->output_shapes(inputs), dtypes, primitive, in_rows);
 }
 
 // ---- Moments ------------------------------------------------------------------------------------
@@ -223,6 +247,7 @@ void MomentsGradient::evaluate(const Arrays& inputs, Arrays& outputs) {
 }
 
 std::vector<mx::Shape> MomentsGradient::output_shapes(const Arrays& inputs) {
+  check_shapes(*this, inputs, {}, kept_shape(inputs[0].shape(), axes_));
   return {inputs[0].shape()};
 }
 
@@ -260,6 +285,12 @@ bool PartialMoments::is_equivalent(const Primitive& other) const {
 }
 
 // ---- Normalise ----------------------------------------------------------------------------------
+
+mx::Shape Normalization::of_channels(const array& x) const { return {x.shape(channel_axis)}; }
+
+mx::Shape Normalization::of_statistics(const array& x) const {
+  return kept_shape(x.shape(), axes(x));
+}
 
 std::vector<int> Normalization::axes(const array& x) const {
   return reduced_axes(static_cast<int>(x.ndim()), channel_axis, statistics);
@@ -368,10 +399,11 @@ Arrays Normalize::vjp(const Arrays& primals, const Arrays& cotangents,
 
 std::vector<mx::Shape> Normalize::output_shapes(const Arrays& inputs) {
   const array& x = inputs[0];
+  check_shapes(*this, inputs, {}, n_.of_channels(x));
   if (n_.given()) {
     return {x.shape()};
   }
-  mx::Shape kept = kept_shape(x.shape(), n_.axes(x));
+  mx::Shape kept = n_.of_statistics(x);
   return {x.shape(), kept, kept};
 }
 
@@ -460,12 +492,18 @@ void NormalizeGradient::evaluate(const Arrays& inputs, Arrays& outputs) {
 
 std::vector<mx::Shape> NormalizeGradient::output_shapes(const Arrays& inputs) {
   const array& x = inputs[0];
+  const mx::Shape kept = n_.of_statistics(x);
+  if (n_.given()) {
+    check_shapes(*this, inputs, {&kept, &kept, &x.shape()}, kept);
+  } else {
+    check_shapes(*this, inputs, {&kept, &kept, &x.shape(), &kept, &kept}, n_.of_channels(x));
+  }
   std::vector<mx::Shape> shapes;
   if (wanted_.x) {
     shapes.push_back(x.shape());
   }
   const size_t vectors = 2 * wanted_.statistics + wanted_.weight + wanted_.bias;
-  shapes.resize(shapes.size() + vectors, mx::Shape{x.shape(n_.channel_axis)});
+  shapes.resize(shapes.size() + vectors, n_.of_channels(x));
   return shapes;
 }
 
@@ -505,7 +543,10 @@ void InputGradient::evaluate(const Arrays& inputs, Arrays& outputs) {
 }
 
 std::vector<mx::Shape> InputGradient::output_shapes(const Arrays& inputs) {
-  return {inputs[0].shape()};
+  const array& x = inputs[0];
+  const mx::Shape vector = n_.of_channels(x);
+  check_shapes(*this, inputs, {&vector, &vector, &x.shape()}, vector);
+  return {x.shape()};
 }
 
 bool InputGradient::is_equivalent(const Primitive& other) const {
@@ -564,6 +605,10 @@ Arrays RunningStatistics::vjp(const Arrays& primals, const Arrays&, const std::v
 }
 
 std::vector<mx::Shape> RunningStatistics::output_shapes(const Arrays& inputs) {
+  const mx::Shape& vector = inputs[0].shape();
+  mx::Shape batch = inputs[2].shape();
+  batch.back() = vector.back();
+  check_shapes(*this, inputs, {&vector, &batch, &batch}, mx::Shape{3});
   return {inputs[0].shape(), inputs[1].shape()};
 }
 

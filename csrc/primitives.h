@@ -6,6 +6,7 @@
 // Statistics are float32, or float64 for float64.
 #pragma once
 
+#include <limits>
 #include <memory>
 #include <string>
 #include <utility>
@@ -48,10 +49,14 @@ class Solved : public Composed {
   void eval_gpu(const Arrays& inputs, Arrays& outputs) override { solve(inputs, outputs); }
 
  protected:
-  /// Whether every output of an empty x is empty or zero. Then a node stands for it as for any other
-  /// x: a process whose share of a batch is empty must have the same graph as those that it
-  /// communicates with, since the order of what is evaluated depends on the graph.
-  virtual bool is_zero_if_empty() const { return false; }
+  /// What the elements of an output are if x is empty. A node stands for an empty x as for any other:
+  /// a process whose share of a batch is empty must have the same graph as those that it communicates
+  /// with, since the order of what is evaluated depends on the graph; and a graph that was traced for
+  /// any shape is run with an empty x, or was traced with one.
+  virtual float value_if_empty(size_t output) const {
+    static_cast<void>(output);
+    return 0;
+  }
 
   /// What the kernels are asked to solve, once the inputs are known.
   virtual Problem problem(const Arrays& inputs) const = 0;
@@ -86,6 +91,7 @@ class Moments : public Solved {
   const char* name() const override { return "WelfordMoments"; }
 
  protected:
+  float value_if_empty(size_t) const override { return std::numeric_limits<float>::quiet_NaN(); }
   Problem problem(const Arrays& inputs) const override;
   void evaluate(const Arrays& inputs, Arrays& outputs) override;
 
@@ -124,7 +130,6 @@ class PartialMoments : public Solved {
   const char* name() const override { return "WelfordPartialMoments"; }
 
  protected:
-  bool is_zero_if_empty() const override { return true; }
   Problem problem(const Arrays& inputs) const override;
   void evaluate(const Arrays& inputs, Arrays& outputs) override;
 
@@ -148,6 +153,9 @@ struct Normalization {
   Problem problem(Operation operation, const array& x) const;
   /// The axes that share a statistic; given statistics are one per channel.
   std::vector<int> axes(const array& x) const;
+  /// Shapes of what there is one of for each channel of x, and for each statistic.
+  mlx::core::Shape of_channels(const array& x) const;
+  mlx::core::Shape of_statistics(const array& x) const;
 };
 
 /// (x, [weight], [bias])            -> (y, mean, var)    statistics of x: (N, C) or (C)
@@ -164,7 +172,7 @@ class Normalize : public Solved {
   const char* name() const override { return "WelfordNormalize"; }
 
  protected:
-  bool is_zero_if_empty() const override { return n_.given(); }
+  float value_if_empty(size_t) const override { return std::numeric_limits<float>::quiet_NaN(); }
   Problem problem(const Arrays& inputs) const override;
   void evaluate(const Arrays& inputs, Arrays& outputs) override;
 
@@ -186,7 +194,6 @@ class NormalizeGradient : public Solved {
   const char* name() const override { return "WelfordNormalizeGradient"; }
 
  protected:
-  bool is_zero_if_empty() const override { return n_.given(); }
   Problem problem(const Arrays& inputs) const override;
   void evaluate(const Arrays& inputs, Arrays& outputs) override;
 
@@ -209,7 +216,6 @@ class InputGradient : public Solved {
   const char* name() const override { return "WelfordInputGradient"; }
 
  protected:
-  bool is_zero_if_empty() const override { return true; }
   Problem problem(const Arrays& inputs) const override;
   void evaluate(const Arrays& inputs, Arrays& outputs) override;
 

@@ -139,13 +139,26 @@ array message_of(const array& x, int channel_axis, mx::Stream s) {
   const auto axes = reduced_axes(static_cast<int>(x.ndim()), channel_axis, Statistics::of_batch);
   const mx::Dtype wide = x.dtype() == mx::float64 ? mx::float64 : mx::float32;
   array moments = outputs_of(std::make_shared<PartialMoments>(s, axes), {x}, {wide})[0];
+  const auto kind = static_cast<double>(kMark + code_of(x.dtype()));
+  if (composed::traced_for_any_shape(x, s)) {
+    auto length = [&](const std::vector<int>& of) {
+      return mx::number_of_elements(x, of, /* inverted = */ false, mx::int64, s);
+    };
+    const array exact(kExact, mx::int64);
+    const array count = length(axes);
+    array about = mx::stack({array(kind, wide), mx::astype(length({channel_axis}), wide, s),
+                             mx::astype(mx::floor_divide(count, exact, s), wide, s),
+                             mx::astype(mx::remainder(count, exact, s), wide, s)},
+                            s);
+    return mx::concatenate({mx::expand_dims(about, 0, s), moments}, 0, s);
+  }
   int64_t count = 1;
   for (int axis : axes) {
     count *= x.shape(axis);
   }
-  const std::vector<double> about{
-      static_cast<double>(kMark + code_of(x.dtype())), static_cast<double>(x.shape(channel_axis)),
-      static_cast<double>(count / kExact), static_cast<double>(count % kExact)};
+  const std::vector<double> about{kind, static_cast<double>(x.shape(channel_axis)),
+                                  static_cast<double>(count / kExact),
+                                  static_cast<double>(count % kExact)};
   return mx::concatenate({array(about.begin(), mx::Shape{1, kRow}, wide), moments}, 0, s);
 }
 
@@ -153,11 +166,11 @@ Arrays MergeRanks::compose(const Arrays& inputs) {
   const auto s = stream();
   const int c = channels(inputs[0]);
   array messages = mx::reshape(inputs[0], {ranks_, 1 + c, kRow}, s);
-  array about =
-      mx::reshape(mx::slice(messages, {0, 0, 0}, {ranks_, 1, kRow}, s), {ranks_, kRow}, s);
-  array high = mx::multiply(mx::take(about, 2, 1, s), array(kExact, about.dtype()), s);
-  array counts = mx::add(high, mx::take(about, 3, 1, s), s);
-  array moments = mx::slice(messages, {0, 1, 0}, {ranks_, 1 + c, kRow}, s);
+  // Not slices, which MLX cannot trace for any shape
+  array about = mx::take(messages, array(0), 1, s);
+  array high = mx::multiply(mx::take(about, array(2), 1, s), array(kExact, about.dtype()), s);
+  array counts = mx::add(high, mx::take(about, array(3), 1, s), s);
+  array moments = mx::take(messages, mx::arange(1, 1 + c, s), 1, s);
   auto [mean, var] = composed::merge(counts, moments, s);
   return {mean, var, mx::sum(counts, s)};
 }

@@ -194,7 +194,8 @@ def composed() -> Iterator[None]:
     For ``mx.export_function``, which cannot write another package's primitives, and for finding out
     whether a kernel is to blame. What counts is where an operation is called: a function that
     ``mx.compile`` traced before keeps its kernels. The switch is the process's, for all threads;
-    blocks may be nested.
+    blocks may be nested. Functions may be exported with ``shapeless=True``; gradients in them are
+    right where no axis has length 1.
 
     Examples:
         >>> import tempfile

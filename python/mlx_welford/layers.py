@@ -175,9 +175,18 @@ class _Normalization(Module):
             several_values=self._needs_several_values(),
             running=evaluates,
         )
-        if updates and x.size > 0:
-            dict.update(self, self._next_running_statistics(mean, var, count=x.size // mean.size))
+        if updates:
+            self._update_running_statistics(x, mean, var)
         return y
+
+    def _update_running_statistics(self, x: mx.array, mean: mx.array, var: mx.array) -> None:
+        """An empty batch leaves them as they are."""
+        size = _ext.size_of(x)
+        if isinstance(size, mx.array):  # a function is traced for any shape
+            following = self._next_running_statistics(mean, var, size / _ext.size_of(mean))
+            dict.update(self, {k: mx.where(size > 0, v, self[k]) for k, v in following.items()})
+        elif size > 0:
+            dict.update(self, self._next_running_statistics(mean, var, size // mean.size))
 
     def _take_features_from(self, x: mx.array, several_values: bool) -> None:
         """The number of channels and what depends on it, if the first input is to tell."""
@@ -199,7 +208,7 @@ class _Normalization(Module):
         return self.training and self.track_running_stats
 
     def _next_running_statistics(
-        self, mean: mx.array, var: mx.array, count: int | mx.array
+        self, mean: mx.array, var: mx.array, count: float | mx.array
     ) -> dict[str, mx.array]:
         """new = (1 - momentum) * old + momentum * batch, with the unbiased variance.
 
