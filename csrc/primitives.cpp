@@ -141,6 +141,58 @@ bool known_contiguous(const array& a) {
   return name.starts_with("Welford");
 }
 
+/// mx::contiguous of an input, as it stands in a graph that MLX traces. It is the first of this
+/// library's nodes there, and so the one that mx.export_function names when it refuses to write it.
+class ExportHint : public mx::Primitive {
+ public:
+  ExportHint(std::shared_ptr<mx::Primitive> contiguous, const char* operation)
+      : Primitive(contiguous->stream()),
+        contiguous_(std::move(contiguous)),
+        // MLX cuts a name at its first space; U+00A0 looks like one.
+        name_("[" + std::string(operation) +
+              "]\u00a0export\u00a0within\u00a0mlx_welford.composed()") {}
+
+  void eval_cpu(const Arrays& inputs, Arrays& outputs) override {
+    contiguous_->eval_cpu(inputs, outputs);
+  }
+  void eval_gpu(const Arrays& inputs, Arrays& outputs) override {
+    contiguous_->eval_gpu(inputs, outputs);
+  }
+  Arrays jvp(const Arrays& primals, const Arrays& tangents,
+             const std::vector<int>& argnums) override {
+    return contiguous_->jvp(primals, tangents, argnums);
+  }
+  Arrays vjp(const Arrays& primals, const Arrays& cotangents, const std::vector<int>& argnums,
+             const Arrays& outputs) override {
+    return contiguous_->vjp(primals, cotangents, argnums, outputs);
+  }
+  std::pair<Arrays, std::vector<int>> vmap(const Arrays& inputs,
+                                           const std::vector<int>& axes) override {
+    return contiguous_->vmap(inputs, axes);
+  }
+  std::vector<mx::Shape> output_shapes(const Arrays& inputs) override {
+    return contiguous_->output_shapes(inputs);
+  }
+  bool is_equivalent(const Primitive& other) const override {
+    return contiguous_->is_equivalent(*static_cast<const ExportHint&>(other).contiguous_);
+  }
+  const char* name() const override { return name_.c_str(); }
+
+ private:
+  std::shared_ptr<mx::Primitive> contiguous_;
+  std::string name_;
+};
+
+/// `a` in row-contiguous memory, for an operation.
+array contiguous(const array& a, Composed& operation) {
+  array made = mx::contiguous(a, false, operation.stream());
+  if (!a.is_tracer()) {
+    return made;
+  }
+  auto hint = std::make_shared<ExportHint>(made.primitive_ptr(), operation.name());
+  return array(made.shape(), made.dtype(), hint, {a});
+}
+
 }  // namespace
 
 void compose_everything(bool always) { composing = always; }
@@ -177,8 +229,7 @@ Arrays outputs_of(const std::shared_ptr<Composed>& primitive, const Arrays& inpu
   }
   Arrays in_rows;
   for (const array& input : inputs) {
-    in_rows.push_back(known_contiguous(input) ? input
-                                              : mx::contiguous(input, false, primitive->stream()));
+    in_rows.push_back(known_contiguous(input) ? input : contiguous(input, *primitive));
   }
   return array::make_arrays(primitive->output_shapes(inputs), dtypes, primitive, in_rows);
 }
