@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any, Protocol
 
 import mlx.core as mx
 import numpy as np
 from hypothesis import strategies as st
+from hypothesis.errors import UnsatisfiedAssumption
 from mlx_welford import _ext
 from numpy.typing import NDArray
 from simulator import Library, Traffic, compile_library
@@ -466,11 +467,13 @@ def as_variances(moments: Array) -> Array:
     return np.stack([count, mean + tail, m2 / count], 1)
 
 
-def run_example(runner: Runner, problem: Problem, **options: Any) -> list[dict[str, Traffic]]:
+def run_example(
+    runner: Runner, problem: Problem, tuning: Mapping[str, int] | None = None, **options: Any
+) -> list[dict[str, Traffic]]:
     """Runs a problem's plan on an example, checks the results, and returns the traffic."""
     example = Example(problem)
     arrays = example.arrays()
-    traffic = run_plan(runner, problem.plan(), arrays, **options)
+    traffic = run_plan(runner, problem.plan(tuning), arrays, **options)
     example.check(arrays)
     return traffic
 
@@ -536,3 +539,33 @@ def problems(draw: st.DrawFn, most_elements: int = 300_000) -> Problem:
         aligned=draw(st.booleans()),
         max_threads=draw(st.sampled_from(THREAD_LIMITS)),
     )
+
+
+# So that few elements are split over several threadgroups
+SPLITTING = {"sweep_threads": 32, "least_vectors": 1, "apply_vectors": 1}
+
+
+def splits(problem: Problem) -> list[Dispatch]:
+    """The dispatches in which several threadgroups share a reduction."""
+    return [d for d in problem.plan(SPLITTING).dispatches if d.sweeps and d["pieces"] > 1]
+
+
+@st.composite
+def remainders(draw: st.DrawFn) -> Problem:
+    """Problems, to be planned with SPLITTING, whose last piece has one position or very few.
+
+    Or lacks so many: what a plan leaves out or takes twice at its end is in them.
+    """
+    problem = draw(
+        problems(most_elements=20_000).filter(lambda p: p.operation != "running_statistics")
+    )
+    problem = replace(problem, max_threads=32)
+    merge, outer, _, inner = problem.geometry
+    rest = draw(st.sampled_from([1, 1, 1, 2, 3, 5, -1, -2]))
+    for reduce in range(draw(st.integers(60, 4000)), 8000):
+        candidate = replace(problem, geometry=(merge, outer, reduce, inner))
+        if candidate.size > 200_000:
+            break
+        if any((reduce - rest) % d["piece"] == 0 for d in splits(candidate)):
+            return candidate
+    raise UnsatisfiedAssumption

@@ -1,6 +1,7 @@
 """Normalising with given statistics: values, and the gradient of every argument."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from itertools import combinations
 
 import mlx.core as mx
 import mlx_welford as mw
@@ -149,6 +150,55 @@ def test_gradients_of_the_given_statistics(case: Case, affine: Affine) -> None:
         truth = problem.evaluation_gradients()
         comparison.add("grad mean", got[0], base[0], truth.mean, problem.dtype)
         comparison.add("grad var", got[1], base[1], truth.var, problem.dtype)
+    comparison.check()
+
+
+ARGUMENTS = ("x", "weight", "bias", "mean", "var")
+WITH_STATISTICS = [
+    names
+    for n in range(1, 6)
+    for names in combinations(ARGUMENTS, n)
+    if "mean" in names or "var" in names
+]
+
+
+def gradients(
+    f: Callable[..., mx.array], inputs: dict[str, mx.array], names: Sequence[str], g: mx.array
+) -> list[mx.array]:
+    """Those of the inputs of these names, in their order."""
+
+    def y(*values: mx.array) -> list[mx.array]:
+        return [f(**{**inputs, **dict(zip(names, values, strict=True))})]
+
+    found: list[mx.array] = mx.vjp(y, [inputs[name] for name in names], [g])[1]
+    return found
+
+
+@pytest.mark.parametrize("names", WITH_STATISTICS, ids=",".join)
+@pytest.mark.parametrize("case", both_layouts([(3, 33, 7)], ["float32"], ["batch"]), ids=str)
+def test_every_set_of_arguments_with_statistics(case: Case, names: tuple[str, ...]) -> None:
+    """Whichever of them are differentiated, and in whichever order they are asked for."""
+    comparison = Comparison()
+    for draw in draws(case):
+        problem = Given(case, draw)
+        inputs = {**problem.inputs, "mean": problem.mean, "var": problem.var}
+
+        def ours(
+            x: mx.array, weight: mx.array, bias: mx.array, mean: mx.array, var: mx.array
+        ) -> mx.array:
+            eps, axis = case.eps, case.axis
+            return mw.batch_norm(x, weight, bias, eps, mean=mean, var=var, axis=axis)[0]
+
+        def theirs(
+            x: mx.array, weight: mx.array, bias: mx.array, mean: mx.array, var: mx.array
+        ) -> mx.array:
+            return systems.evaluation_baseline(x, weight, bias, mean, var, axis=case.axis)
+
+        truth = problem.evaluation_gradients()
+        for asked in (names, names[::-1]):
+            found = [gradients(f, inputs, asked, problem.gy) for f in (ours, theirs)]
+            for name, got, base in zip(asked, *found, strict=True):
+                comparison.add(f"grad {name}", got, base, getattr(truth, name), problem.dtype)
     comparison.check()
 
 

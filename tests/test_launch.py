@@ -25,6 +25,7 @@ from plans import (
     LIMITS,
     METAL_TYPES,
     MOMENTS_BYTES,
+    SPLITTING,
     SUMS_BYTES,
     Dispatch,
     Plan,
@@ -32,6 +33,7 @@ from plans import (
     declared_kernels,
     make_plan,
     problems,
+    remainders,
 )
 from simulator import Library, compile_library
 from walks import SECOND_PASS, walks
@@ -360,6 +362,23 @@ TABLE: list[tuple[str, Problem, list[Expected], int, int]] = [
         "split columns, a piece that falls away",
         # 128 columns, 32 across, 8 along: 65600 / 128 = 512 pieces of 129 reach the end in 509
         Problem("moments", (1, 1, 65600, 128)),
+        [
+            Expected(
+                "partial_moments_float_4_Columns",
+                509,
+                256,
+                PARTIAL_MOMENTS,
+                across(32, 8, 1, 509, 129),
+            ),
+            Expected("merge_moments", 4, 256, MERGE_MOMENTS, parts(509, 128, 32, 8)),
+        ],
+        509 * 128 * 16,
+        0,
+    ),
+    (
+        "split columns, a last piece of one position",
+        # 65533 / 128 = 511 pieces of 129 reach the end in 509: 508 * 129 + 1
+        Problem("moments", (1, 1, 65533, 128)),
         [
             Expected(
                 "partial_moments_float_4_Columns",
@@ -829,9 +848,20 @@ def test_threads_and_threadgroup_memory_are_within_limits(problem: Problem) -> N
             assert simdgroups * d["across"] <= LIMITS["kEntries"]
 
 
+@given(remainders())
+def test_every_walk_takes_the_last_elements_of_a_split_reduction(problem: Problem) -> None:
+    assert_every_element_is_taken_once(problem, SPLITTING)
+
+
 @given(problems())
 def test_every_walk_takes_every_element_once(problem: Problem) -> None:
-    for d in problem.plan().dispatches:
+    assert_every_element_is_taken_once(problem)
+
+
+def assert_every_element_is_taken_once(
+    problem: Problem, tuning: dict[str, int] | None = None
+) -> None:
+    for d in problem.plan(tuning).dispatches:
         if not d.sweeps:
             continue
         w = walks(d)

@@ -12,12 +12,14 @@ from hypothesis import given
 from mlx_welford import _ext
 from plan_cases import SOME, running_statistics, whole_table
 from plans import (
+    SPLITTING,
     Arrays,
     Example,
     Plan,
     Problem,
     declared_kernels,
     problems,
+    remainders,
     run_example,
     run_plan,
     shaders,
@@ -37,6 +39,25 @@ def test_every_instantiation_runs_and_is_right() -> None:
         run_example(library, problem)
         ran.update(names(problem.plan()))
     assert ran.keys() == ALL.keys()
+
+
+@given(remainders())
+def test_the_last_elements_of_a_split_reduction_count(problem: Problem) -> None:
+    run_example(shaders(), problem, SPLITTING)
+
+
+def test_a_last_piece_of_one_position() -> None:
+    """65533 = 508 * 129 + 1, of which the last is far off: alone it makes most of the variance."""
+    problem = Problem("moments", (1, 1, 65533, 128))
+    (split,) = (d for d in problem.plan().dispatches if d.sweeps)
+    assert (split["pieces"], split["piece"]) == (509, 129)
+    x = np.zeros((65533, 128), np.float32)
+    x[-1] = 1e3 + np.arange(128)
+    found = {name: np.full(128, np.nan, np.float32) for name in ("mean", "var")}
+    run_plan(shaders(), problem.plan(), {"x": x, **found})
+    exact = x.astype(np.float64)
+    np.testing.assert_allclose(found["mean"], exact.mean(0), rtol=1e-6)
+    np.testing.assert_allclose(found["var"], exact.var(0), rtol=1e-6)
 
 
 @given(problems())
