@@ -31,6 +31,8 @@ nb::dict to_dict(const Sweep& s) {
   d["reduce"] = s.reduce;
   d["inner"] = s.inner;
   d["channels"] = s.channels;
+  d["blocks"] = s.blocks;
+  d["wraps"] = s.wraps;
   d["piece"] = s.piece;
   d["pieces"] = s.pieces;
   d["strips"] = s.strips;

@@ -70,23 +70,40 @@ struct Elements<T, 8> : Vector<T> {
 // ---- Access patterns ---------------------------------------------------------------------------
 
 /// What one thread reads: vectors at first, first + step, ..., and perhaps one element by itself,
-/// from before the first or after the last place where a vector is aligned.
+/// from before the first or after the last place where a vector is aligned. Places but the first are
+/// relative to it, and of 32 bits: 64-bit arithmetic takes Apple's GPUs several times as long.
 struct Walk {
   long first;
-  long step;
-  long vectors;
-  long edge;       // or -1
+  uint step;
+  uint vectors;
+  int edge;  // the single element, if any
+  bool has_edge;
   bool inside;     // the array; if not, there is nothing to read and no statistic
   long statistic;  // of the first column
+  long channel;    // likewise
   long part;       // its place among the partial results
 };
+
+/// a % b. A division of 64 bits takes as long as a hundred additions, and is hardly ever needed.
+inline long remainder(long a, long b) {
+  if (a < b) {
+    return a;
+  }
+  return a <= 0xffffffff ? long(uint(a) % uint(b)) : a % b;
+}
+
+/// The channel of a column, where `outer` is the segment's place among those of the array's end.
+inline long channel_of(constant Sweep& sweep, long outer, long column) {
+  const long channel = remainder(outer, sweep.blocks) * sweep.inner + column;
+  return sweep.wraps ? remainder(channel, sweep.channels) : channel;
+}
 
 /// Which piece of which strip a threadgroup works on. The second pass over an array takes the
 /// threadgroups in the reverse order of the first: what it reads first is what is still in cache.
 struct Piece {
-  long segment;
-  long strip;
-  long piece;
+  uint segment;
+  uint strip;
+  uint piece;
 };
 
 inline uint in_order(uint group, uint groups, bool reverse) {
@@ -108,24 +125,26 @@ struct Columns {
   static Piece locate(constant Sweep& sweep, uint group, uint groups, bool reverse) {
     const uint i = in_order(group, groups, reverse);
     const uint strips_before = i / sweep.strips;
-    return Piece{long(strips_before / sweep.pieces), long(i % sweep.strips),
-                 long(strips_before % sweep.pieces)};
+    return Piece{strips_before / sweep.pieces, i % sweep.strips, strips_before % sweep.pieces};
   }
 
   template <int V>
   static Walk walk(constant Sweep& sweep, Piece at, Place p) {
-    const long column = (at.strip * sweep.across + p.across) * V;
-    const long begin = at.piece * sweep.piece;
-    const long positions = metal::min(long(sweep.piece), sweep.reduce - begin);
+    const long column = (long(at.strip) * sweep.across + p.across) * V;
+    const long outer = remainder(at.segment, sweep.outer);
+    const long begin = long(at.piece) * sweep.piece;
+    const uint positions = uint(metal::min(long(sweep.piece), sweep.reduce - begin));
     Walk w;
     w.inside = column < sweep.inner;
     w.first = (at.segment * sweep.reduce + begin + p.along) * sweep.inner + column;
-    w.step = sweep.along * sweep.inner;
+    w.step = sweep.along * uint(sweep.inner);
     w.vectors =
         w.inside && p.along < positions ? (positions - p.along + sweep.along - 1) / sweep.along : 0;
-    w.edge = -1;
-    w.statistic = at.segment % sweep.outer * sweep.inner + column;
-    w.part = (at.piece * sweep.segments + at.segment) * sweep.inner + column;
+    w.edge = 0;
+    w.has_edge = false;
+    w.statistic = outer * sweep.inner + column;
+    w.channel = channel_of(sweep, outer, column);
+    w.part = (long(at.piece) * sweep.segments + at.segment) * sweep.inner + column;
     return w;
   }
 };
@@ -144,34 +163,34 @@ struct Rows {
   /// Neighbouring threadgroups take neighbouring pieces, then strips, which are of all segments.
   static Piece locate(constant Sweep& sweep, uint group, uint groups, bool reverse) {
     const uint i = in_order(group, groups, reverse);
-    return Piece{0, long(i / sweep.pieces), long(i % sweep.pieces)};
+    return Piece{0, i / sweep.pieces, i % sweep.pieces};
   }
 
   template <int V>
   static Walk walk(constant Sweep& sweep, Piece at, Place p) {
-    const long segment = at.strip * sweep.across + p.across;
+    const long segment = long(at.strip) * sweep.across + p.across;
+    const long outer = remainder(segment, sweep.outer);
     Walk w;
     w.inside = segment < sweep.segments;
-    const long positions =
-        w.inside ? metal::min(long(sweep.piece), sweep.reduce - at.piece * sweep.piece) : 0;
-    const long begin = segment * sweep.reduce + at.piece * sweep.piece;
-    const long end = begin + positions;
-    long aligned_begin = (begin + V - 1) / V * V;
-    long aligned_end = end / V * V;
-    if (aligned_end <= aligned_begin) {
-      aligned_begin = begin;
-      aligned_end = begin;
-    }
-    const long vectors = (aligned_end - aligned_begin) / V;
-    w.first = aligned_begin + p.along * V;
+    const long before = long(at.piece) * sweep.piece;
+    const uint positions =
+        w.inside ? uint(metal::min(long(sweep.piece), sweep.reduce - before)) : 0;
+    const long begin = segment * sweep.reduce + before;
+    // Up to V - 1 elements before the first vector that is aligned, and behind the last
+    const uint to_aligned = uint(-begin & (V - 1));
+    const uint head = to_aligned + V <= positions ? to_aligned : 0;
+    const uint vectors = to_aligned + V <= positions ? (positions - head) / V : 0;
+    const uint tail = positions - head - vectors * V;
+    w.first = begin + head + long(p.along) * V;
     w.step = sweep.along * V;
     w.vectors = p.along < vectors ? (vectors - p.along + sweep.along - 1) / sweep.along : 0;
-    // Fewer than 2 V elements before and after, one for each of the first threads.
-    const long head = begin + p.along;
-    const long tail = aligned_end + (p.along - (aligned_begin - begin));
-    w.edge = head < aligned_begin ? head : tail < end ? tail : -1;
-    w.statistic = segment % sweep.outer;
-    w.part = at.piece * sweep.segments + segment;
+    // Fewer than 2 V single elements, one for each of the first threads
+    const uint single = p.along < head ? p.along : p.along + vectors * V;
+    w.edge = int(single) - int(head + p.along * V);
+    w.has_edge = p.along < head + tail;
+    w.statistic = outer;
+    w.channel = channel_of(sweep, outer, 0);
+    w.part = long(at.piece) * sweep.segments + segment;
     return w;
   }
 };

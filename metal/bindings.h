@@ -22,6 +22,7 @@ enum Limit {
   kSimd = 32,      // threads of a simdgroup, on every Apple GPU
   kEntries = 256,  // of threadgroup memory: simdgroups * across (columns), simdgroups (rows)
   kKept = 4,       // vectors that a thread of a fused kernel keeps in registers
+  kSpan = 1 << 30  // elements, within which a thread counts in 32 bits
 };
 
 /// Buffer indices, the same in every kernel that has the buffer. An absent weight or bias, or absent
@@ -60,8 +61,10 @@ struct Sweep {
   shared_long outer;  // statistic of a column: segment % outer * inner + column
   shared_long reduce;
   shared_long inner;
-  shared_long channels;  // channel of a statistic: statistic % channels
-  shared_long piece;     // positions of a piece
+  shared_long channels;
+  shared_long blocks;  // channel of a column: segment % outer % blocks * inner + column,
+  shared_uint wraps;   // modulo channels
+  shared_uint piece;   // positions of a piece; a thread's own are within kSpan elements
   shared_uint pieces;
   shared_uint strips;  // of a segment (columns) or in all (rows)
   shared_uint across;  // a power of two, up to kSimd (columns)

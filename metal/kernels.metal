@@ -24,9 +24,10 @@ template <typename T, int V, typename A>
   const Place p = A::place(sweep, thread_index);
   const Walk w = A::template walk<V>(sweep, A::locate(sweep, group, groups, false), p);
   Moments found[S];
-  find_moments<T, V, S>(x, w, found);
-  merge_along<Moments, S>(found, p, entries);
+  find_moments<T, V, S>(x + w.first, w, found);
+  merge_along<Moments, S, false>(found, p, entries);
   if (p.along == 0 && w.inside) {
+    WELFORD_UNROLL
     for (int i = 0; i < S; ++i) {
       mean[w.statistic + i] = found[i].mean;
       var[w.statistic + i] = found[i].m2 / found[i].count;
@@ -47,9 +48,10 @@ template <typename T, int V, typename A>
   const Place p = A::place(sweep, thread_index);
   const Walk w = A::template walk<V>(sweep, A::locate(sweep, group, groups, false), p);
   Moments found[S];
-  find_moments<T, V, S>(x, w, found);
-  merge_along<Moments, S>(found, p, entries);
+  find_moments<T, V, S>(x + w.first, w, found);
+  merge_along<Moments, S, false>(found, p, entries);
   if (p.along == 0 && w.inside) {
+    WELFORD_UNROLL
     for (int i = 0; i < S; ++i) {
       partials[w.part + i] = found[i];
     }
@@ -70,13 +72,15 @@ template <typename T, int V, typename A>
   const Place p = A::place(sweep, thread_index);
   const Walk w = A::template walk<V>(sweep, A::locate(sweep, group, groups, false), p);
   float means[S];
+  WELFORD_UNROLL
   for (int i = 0; i < S; ++i) {
     means[i] = w.inside ? mean[w.statistic + i] : 0.0f;
   }
   Sums found[S];
-  find_sums<T, V, S>(x, g, w, means, found);
-  merge_along<Sums, S>(found, p, entries);
+  find_sums<T, V, S>(x + w.first, g + w.first, w, means, found);
+  merge_along<Sums, S, false>(found, p, entries);
   if (p.along == 0 && w.inside) {
+    WELFORD_UNROLL
     for (int i = 0; i < S; ++i) {
       partials[w.part + i] = found[i];
     }
@@ -85,17 +89,29 @@ template <typename T, int V, typename A>
 
 // ---- Merges ------------------------------------------------------------------------------------
 
-/// The merge over all parts of one column, known to every thread of that column.
+/// The merge over all parts of one column, known to its first thread along. A thread takes four parts
+/// at a time: their loads overlap, and equal ones take one division instead of four.
 template <typename M>
 inline M merge_parts(constant Merge& merging, const device M* partials, M identity, long column,
                      Place p, threadgroup M* entries) {
   M all[1] = {identity};
   if (column < merging.columns) {
-    for (long part = p.along; part < merging.parts; part += merging.along) {
-      all[0] = merge(all[0], partials[part * merging.columns + column]);
+    const device M* own = partials + column;
+    const long step = merging.along * merging.columns;
+    const long end = merging.parts * merging.columns;
+    long i = p.along * merging.columns;
+    for (; i + 3 * step < end; i += 4 * step) {
+      const M a = own[i];
+      const M b = own[i + step];
+      const M c = own[i + 2 * step];
+      const M d = own[i + 3 * step];
+      all[0] = merge(all[0], merge(merge(a, b), merge(c, d)));
+    }
+    for (; i < end; i += step) {
+      all[0] = merge(all[0], M(own[i]));
     }
   }
-  merge_along<M, 1>(all, p, entries);
+  merge_along<M, 1, false>(all, p, entries);
   return all[0];
 }
 
@@ -165,7 +181,7 @@ template <typename T>
       all[0] = merge(all[0], Sums{sums[i].g, sums[i].gd * inverse_deviation(var[i], merging.eps)});
     }
   }
-  merge_along<Sums, 1>(all, p, entries);
+  merge_along<Sums, 1, false>(all, p, entries);
   if (p.along == 0 && channel < merging.columns) {
     if (merging.has_weight) {
       grad_weight[channel] = T(all[0].gd);
@@ -228,7 +244,7 @@ template <typename T>
       all[0] = merge(all[0], Sums{mean[i], var[i]});
     }
   }
-  merge_along<Sums, 1>(all, p, entries);
+  merge_along<Sums, 1, false>(all, p, entries);
   if (p.along == 0 && channel < merging.columns) {
     const float n = float(merging.parts);
     const float keep = update[0];
@@ -251,9 +267,10 @@ inline float bias_of(constant Sweep& sweep, const device T* bias, long channel) 
   return sweep.has_bias ? float(bias[channel]) : 0.0f;
 }
 
-inline Sums sums_of(constant Sweep& sweep, const device Sums* sums, long statistic) {
+/// As floats: what stands in for absent sums may be smaller than one of these.
+inline Sums sums_of(constant Sweep& sweep, const device float* sums, long statistic) {
   if (sweep.has_sums) {
-    return sums[statistic];
+    return Sums{sums[2 * statistic], sums[2 * statistic + 1]};
   }
   return Sums{0.0f, 0.0f};
 }
@@ -276,14 +293,15 @@ template <typename T, int V, typename A>
   const Walk w = A::template walk<V>(sweep, A::locate(sweep, group, groups, true), p);
   if (w.inside) {
     Affine f[S];
-    long channel = w.statistic % sweep.channels;
+    long channel = w.channel;
+    WELFORD_UNROLL
     for (int i = 0; i < S; ++i) {
       const long j = w.statistic + i;
       f[i] = forward(sweep, mean[j], var[j], weight_of(sweep, weight, channel),
                      bias_of(sweep, bias, channel));
       channel = after(channel, sweep.channels);
     }
-    apply<T, V, S>(x, w, f, y);
+    apply<T, V, S>(x + w.first, w, f, y + w.first);
   }
 }
 
@@ -294,7 +312,7 @@ template <typename T, int V, typename A>
     constant Sweep& sweep [[buffer(kParameters)]], const device T* x [[buffer(kX)]],
     const device T* g [[buffer(kG)]], const device float* mean [[buffer(kMean)]],
     const device float* var [[buffer(kVar)]], const device T* weight [[buffer(kWeight)]],
-    const device Sums* sums [[buffer(kSums)]], const device float* grad_mean [[buffer(kGradMean)]],
+    const device float* sums [[buffer(kSums)]], const device float* grad_mean [[buffer(kGradMean)]],
     const device float* grad_var [[buffer(kGradVar)]], device T* grad_x [[buffer(kOut)]],
     uint group [[threadgroup_position_in_grid]], uint groups [[threadgroups_per_grid]],
     uint thread_index [[thread_position_in_threadgroup]]) {
@@ -303,14 +321,15 @@ template <typename T, int V, typename A>
   const Walk w = A::template walk<V>(sweep, A::locate(sweep, group, groups, true), p);
   if (w.inside) {
     Affine f[S];
-    long channel = w.statistic % sweep.channels;
+    long channel = w.channel;
+    WELFORD_UNROLL
     for (int i = 0; i < S; ++i) {
       const long j = w.statistic + i;
       f[i] = backward(sweep, mean[j], var[j], weight_of(sweep, weight, channel),
                       sums_of(sweep, sums, j), grad_mean[j], grad_var[j]);
       channel = after(channel, sweep.channels);
     }
-    apply<T, V, S>(x, g, w, f, grad_x);
+    apply<T, V, S>(x + w.first, g + w.first, w, f, grad_x + w.first);
   }
 }
 
@@ -326,13 +345,14 @@ template <typename T, int V, typename A>
   const Walk w = A::template walk<V>(sweep, A::locate(sweep, group, groups, true), p);
   if (w.inside) {
     Affine f[S];
-    long channel = w.statistic % sweep.channels;
+    long channel = w.channel;
+    WELFORD_UNROLL
     for (int i = 0; i < S; ++i) {
       const float r = inverse_deviation(var[w.statistic + i], sweep.eps);
       f[i] = Affine{0.0f, r * weight_of(sweep, weight, channel), 0.0f, 0.0f};
       channel = after(channel, sweep.channels);
     }
-    apply<T, V, S>(g, w, f, grad_x);
+    apply<T, V, S>(g + w.first, w, f, grad_x + w.first);
   }
 }
 
@@ -349,11 +369,13 @@ template <typename T, int V, typename A>
   const Walk w = A::template walk<V>(sweep, A::locate(sweep, group, groups, true), p);
   if (w.inside) {
     Affine f[S];
+    WELFORD_UNROLL
     for (int i = 0; i < S; ++i) {
       const long j = w.statistic + i;
-      f[i] = Affine{mean[j], 2.0f * grad_var[j] / sweep.count, grad_mean[j] / sweep.count, 0.0f};
+      const float per_value = 1.0f / sweep.count;
+      f[i] = Affine{mean[j], 2.0f * grad_var[j] * per_value, grad_mean[j] * per_value, 0.0f};
     }
-    apply<T, V, S>(x, w, f, grad_x);
+    apply<T, V, S>(x + w.first, w, f, grad_x + w.first);
   }
 }
 
@@ -371,13 +393,14 @@ template <typename T, int V, typename A>
   threadgroup Moments entries[kEntries];
   const Place p = A::place(sweep, thread_index);
   const Walk w = A::template walk<V>(sweep, A::locate(sweep, group, groups, false), p);
-  const Kept<T, V> kept = keep<T, V>(x, w);
+  const Kept<T, V> kept = keep<T, V>(x + w.first, w);
   Moments found[S];
   find_moments<T, V, S>(kept, w, found);
-  merge_along<Moments, S>(found, p, entries);
+  merge_along<Moments, S, true>(found, p, entries);
   if (w.inside) {
     Affine f[S];
-    long channel = w.statistic % sweep.channels;
+    long channel = w.channel;
+    WELFORD_UNROLL
     for (int i = 0; i < S; ++i) {
       const long j = w.statistic + i;
       const float m = found[i].mean;
@@ -389,7 +412,7 @@ template <typename T, int V, typename A>
         var[j] = v;
       }
     }
-    apply<T, V, S>(kept, w, f, y);
+    apply<T, V, S>(kept, w, f, y + w.first);
   }
 }
 
@@ -407,18 +430,20 @@ template <typename T, int V, typename A>
   threadgroup Sums entries[kEntries];
   const Place p = A::place(sweep, thread_index);
   const Walk w = A::template walk<V>(sweep, A::locate(sweep, group, groups, false), p);
-  const Kept<T, V> kept_x = keep<T, V>(x, w);
-  const Kept<T, V> kept_g = keep<T, V>(g, w);
+  const Kept<T, V> kept_x = keep<T, V>(x + w.first, w);
+  const Kept<T, V> kept_g = keep<T, V>(g + w.first, w);
   float means[S];
+  WELFORD_UNROLL
   for (int i = 0; i < S; ++i) {
     means[i] = w.inside ? mean[w.statistic + i] : 0.0f;
   }
   Sums found[S];
   find_sums<T, V, S>(kept_x, kept_g, w, means, found);
-  merge_along<Sums, S>(found, p, entries);
+  merge_along<Sums, S, true>(found, p, entries);
   if (w.inside) {
     Affine f[S];
-    long channel = w.statistic % sweep.channels;
+    long channel = w.channel;
+    WELFORD_UNROLL
     for (int i = 0; i < S; ++i) {
       const long j = w.statistic + i;
       f[i] = backward(sweep, means[i], var[j], weight_of(sweep, weight, channel), found[i],
@@ -428,6 +453,6 @@ template <typename T, int V, typename A>
         sums[j] = found[i];
       }
     }
-    apply<T, V, S>(kept_x, kept_g, w, f, grad_x);
+    apply<T, V, S>(kept_x, kept_g, w, f, grad_x + w.first);
   }
 }

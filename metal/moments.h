@@ -27,6 +27,28 @@ inline Moments moments_about(float count, float a, float b, float m2) {
   return Moments{count, mean, (a - (mean - part)) + (b - part), m2};
 }
 
+/// What Chan's merge of a and b values needs of these counts.
+struct Shares {
+  float count;  // a + b
+  float of_b;   // b / (a + b)
+  float both;   // a b / (a + b)
+};
+
+inline Shares shares_of(float a, float b) {
+  const float count = a + b;
+  float of_b = 0.5f;
+  if (a != b) {  // a division takes longer than the rest of a merge; equal sets need none
+    of_b = b / count;
+  }
+  return Shares{count, of_b, a * of_b};
+}
+
+/// Chan's merge of two sets that have values.
+inline Moments merge(Moments a, Moments b, Shares s) {
+  const float d = (b.mean - a.mean) + (b.tail - a.tail);
+  return moments_about(s.count, a.mean, a.tail + d * s.of_b, a.m2 + b.m2 + d * d * s.both);
+}
+
 /// Chan's merge of two sets. An empty side is skipped, so that (inf - 0) * 0 never makes a nan.
 inline Moments merge(Moments a, Moments b) {
   if (b.count == 0.0f) {
@@ -35,10 +57,7 @@ inline Moments merge(Moments a, Moments b) {
   if (a.count == 0.0f) {
     return b;
   }
-  const float n = a.count + b.count;
-  const float share = b.count / n;
-  const float d = (b.mean - a.mean) + (b.tail - a.tail);
-  return moments_about(n, a.mean, a.tail + d * share, a.m2 + b.m2 + d * d * (a.count * share));
+  return merge(a, b, shares_of(a.count, b.count));
 }
 
 /// Welford's step: the merge with a single value.
@@ -53,13 +72,40 @@ struct Sums {
 
 inline Sums merge(Sums a, Sums b) { return Sums{a.g + b.g, a.gd + b.gd}; }
 
-inline Moments shuffle_xor(Moments m, ushort offset) {
-  return Moments{metal::simd_shuffle_xor(m.count, offset), metal::simd_shuffle_xor(m.mean, offset),
-                 metal::simd_shuffle_xor(m.tail, offset), metal::simd_shuffle_xor(m.m2, offset)};
+/// Merges each of values[0], ..., values[n - 1] over the lanes of a simdgroup that are a multiple of
+/// `step` apart; all of these get the same results. All of a thread's sets have equally many values.
+template <int n>
+inline void merge_lanes(thread Moments* values, uint lane, uint step) {
+  for (uint offset = step; offset < kSimd; offset *= 2) {
+    // In the order of the lanes on both sides, so that both round alike
+    const bool upper = (lane & offset) != 0;
+    const float own = values[0].count;
+    const float other = metal::simd_shuffle_xor(own, ushort(offset));
+    const Shares shares = upper ? shares_of(other, own) : shares_of(own, other);
+    WELFORD_UNROLL
+    for (int i = 0; i < n; ++i) {
+      const Moments m = values[i];
+      const Moments from{other, metal::simd_shuffle_xor(m.mean, ushort(offset)),
+                         metal::simd_shuffle_xor(m.tail, ushort(offset)),
+                         metal::simd_shuffle_xor(m.m2, ushort(offset))};
+      if (own == 0.0f) {
+        values[i] = from;
+      } else if (other != 0.0f) {
+        values[i] = merge(upper ? from : m, upper ? m : from, shares);
+      }
+    }
+  }
 }
 
-inline Sums shuffle_xor(Sums s, ushort offset) {
-  return Sums{metal::simd_shuffle_xor(s.g, offset), metal::simd_shuffle_xor(s.gd, offset)};
+template <int n>
+inline void merge_lanes(thread Sums* values, uint, uint step) {
+  for (uint offset = step; offset < kSimd; offset *= 2) {
+    WELFORD_UNROLL
+    for (int i = 0; i < n; ++i) {
+      values[i] = merge(values[i], Sums{metal::simd_shuffle_xor(values[i].g, ushort(offset)),
+                                        metal::simd_shuffle_xor(values[i].gd, ushort(offset))});
+    }
+  }
 }
 
 /// A thread's place in its threadgroup: which of the statistics side by side, and which of the
@@ -68,7 +114,8 @@ struct Place {
   uint across;
   uint along;
   uint lane;
-  uint lane_step;    // lanes between two of the same statistic: a simdgroup merges those by itself,
+  uint lane_step;    // lanes between two of the same statistic,
+  uint lanes;        // of which a simdgroup has so many: it merges those by itself,
   bool writes;       // and its lanes that hold the results
   uint entry;        // write them to these entries of threadgroup memory;
   uint first_entry;  // those of this statistic begin here,
@@ -83,6 +130,7 @@ inline Place place_across(uint thread_index, uint across, uint along) {
   p.along = thread_index / across;
   p.lane = thread_index % kSimd;
   p.lane_step = across;
+  p.lanes = kSimd / across;
   p.writes = p.lane < across;
   p.entry = thread_index / kSimd * across + p.lane;
   p.first_entry = p.across;
@@ -98,6 +146,7 @@ inline Place place_along(uint thread_index, uint along) {
   p.along = thread_index % along;
   p.lane = thread_index % kSimd;
   p.lane_step = 1;
+  p.lanes = kSimd;
   p.writes = p.lane == 0;
   p.entry = thread_index / kSimd;
   p.entries = along / kSimd;
@@ -106,34 +155,39 @@ inline Place place_along(uint thread_index, uint along) {
   return p;
 }
 
-/// Merges values[0], ..., values[n - 1], each over all threads of the same statistic; all of these
-/// get the same results. Every thread of the threadgroup must come here.
-template <typename M, int n>
+/// Merges each of values[0], ..., values[n - 1] over all threads of the same statistic. Every thread of
+/// the threadgroup must come here. All of them get the results if they are wanted everywhere; otherwise
+/// those of the first simdgroup of a statistic do, among them the one that is first along.
+template <typename M, int n, bool everywhere>
 inline void merge_along(thread M* values, Place p, threadgroup M* entries) {
-  WELFORD_UNROLL
-  for (int i = 0; i < n; ++i) {
-    M m = values[i];
-    for (uint offset = p.lane_step; offset < kSimd; offset *= 2) {
-      const M other = shuffle_xor(m, ushort(offset));
-      // In the order of the lanes on both sides, so that both round alike.
-      if (p.lane & offset) {
-        m = merge(other, m);
-      } else {
-        m = merge(m, other);
+  merge_lanes<n>(values, p.lane, p.lane_step);
+  if (p.entries > 1) {
+    WELFORD_UNROLL
+    for (int i = 0; i < n; ++i) {
+      if (i > 0) {  // the entries before may still be being read
+        metal::threadgroup_barrier(metal::mem_flags::mem_threadgroup);
       }
-    }
-    if (p.entries > 1) {
-      // What these entries held before may still be being read.
-      metal::threadgroup_barrier(metal::mem_flags::mem_threadgroup);
       if (p.writes) {
-        entries[p.entry] = m;
+        entries[p.entry] = values[i];
       }
       metal::threadgroup_barrier(metal::mem_flags::mem_threadgroup);
-      m = entries[p.first_entry];
-      for (uint j = 1; j < p.entries; ++j) {
-        m = merge(m, entries[p.first_entry + j * p.entry_step]);
+      const threadgroup M* own = entries + p.first_entry;
+      if (p.along < p.lanes) {
+        M merged[1] = {M{}};
+        for (uint j = p.along; j < p.entries; j += p.lanes) {
+          merged[0] = merge(merged[0], M(own[j * p.entry_step]));
+        }
+        merge_lanes<1>(merged, p.lane, p.lane_step);
+        values[i] = merged[0];
+      }
+      if (everywhere) {
+        // Where only this simdgroup has read, before the shuffles of the merge
+        if (p.along == 0) {
+          entries[p.first_entry] = values[i];
+        }
+        metal::threadgroup_barrier(metal::mem_flags::mem_threadgroup);
+        values[i] = *own;
       }
     }
-    values[i] = m;
   }
 }

@@ -40,14 +40,25 @@ inline Chain add_value(Chain a, float n, float share, float v) {
 /// to which `rest` belongs then.
 template <int chains, int S>
 inline void merge_chains(const thread Chain* chain, float n, Moments rest, thread Moments* found) {
-  for (int i = 0; i < S; ++i) {
-    found[i] = moments_about(n, chain[i].origin, chain[i].offset, chain[i].m2);
+  Moments all[chains];
+  WELFORD_UNROLL
+  for (int c = 0; c < chains; ++c) {
+    all[c] = moments_about(n, chain[c].origin, chain[c].offset, chain[c].m2);
   }
   if (S == 1) {
-    found[0] = rest;
-    for (int c = 0; c < chains; ++c) {
-      found[0] = merge(found[0], moments_about(n, chain[c].origin, chain[c].offset, chain[c].m2));
+    // In pairs, since equal sets need no division
+    WELFORD_UNROLL
+    for (int distance = 1; distance < chains; distance *= 2) {
+      WELFORD_UNROLL
+      for (int c = 0; c < chains; c += 2 * distance) {
+        all[c] = merge(all[c], all[c + distance]);
+      }
     }
+    all[0] = merge(all[0], rest);
+  }
+  WELFORD_UNROLL
+  for (int i = 0; i < S; ++i) {
+    found[i] = all[i];
   }
 }
 
@@ -61,6 +72,7 @@ inline void find_moments(const device T* x, Walk w, thread Moments* found) {
   typedef Elements<T, V> E;
   enum { chains = V == 1 ? 4 : V, loads = V == 1 ? 4 : 1, block = 4 * loads };
   Chain chain[chains];
+  WELFORD_UNROLL
   for (int c = 0; c < chains; ++c) {
     chain[c] = Chain{0.0f, 0.0f, 0.0f};
   }
@@ -68,15 +80,18 @@ inline void find_moments(const device T* x, Walk w, thread Moments* found) {
   Moments rest = no_moments();
 
   // Merge blocks of four
-  long i = 0;
+  uint i = 0;
   for (; i + block <= w.vectors; i += block) {
     float v[4][chains];
+    WELFORD_UNROLL
     for (int r = 0; r < 4; ++r) {
+      WELFORD_UNROLL
       for (int k = 0; k < loads; ++k) {
-        E::unpack(E::load(x, w.first + (i + r * loads + k) * w.step), &v[r][k]);
+        E::unpack(E::load(x, (i + r * loads + k) * w.step), &v[r][k]);
       }
     }
     const float share = 4.0f / (n + 4.0f);
+    WELFORD_UNROLL
     for (int c = 0; c < chains; ++c) {
       chain[c] = add_block(chain[c], n, share, v[0][c], v[1][c], v[2][c], v[3][c]);
     }
@@ -86,18 +101,19 @@ inline void find_moments(const device T* x, Walk w, thread Moments* found) {
   // Add what is left
   for (; i < w.vectors; ++i) {
     float v[V];
-    E::unpack(E::load(x, w.first + i * w.step), v);
+    E::unpack(E::load(x, i * w.step), v);
     if (V == 1) {
       rest = push(rest, v[0]);
     } else {
       const float share = 1.0f / (n + 1.0f);
+      WELFORD_UNROLL
       for (int c = 0; c < V; ++c) {
         chain[c] = add_value(chain[c], n, share, v[c]);
       }
       n += 1.0f;
     }
   }
-  if (w.edge >= 0) {
+  if (w.has_edge) {
     rest = push(rest, float(x[w.edge]));
   }
   merge_chains<chains, S>(chain, n, rest, found);
@@ -111,23 +127,27 @@ inline void find_sums(const device T* x, const device T* g, Walk w, const thread
   enum { chains = V == 1 ? 4 : V, loads = V == 1 ? 4 : 1 };
   float sum_g[chains];
   float sum_gd[chains];
+  WELFORD_UNROLL
   for (int c = 0; c < chains; ++c) {
     sum_g[c] = 0.0f;
     sum_gd[c] = 0.0f;
   }
 
   // Two vectors of each at a time, so that their loads overlap
-  long i = 0;
+  uint i = 0;
   for (; i + 2 * loads <= w.vectors; i += 2 * loads) {
     float vx[2][chains];
     float vg[2][chains];
+    WELFORD_UNROLL
     for (int r = 0; r < 2; ++r) {
+      WELFORD_UNROLL
       for (int k = 0; k < loads; ++k) {
-        const long at = w.first + (i + r * loads + k) * w.step;
+        const uint at = (i + r * loads + k) * w.step;
         E::unpack(E::load(x, at), &vx[r][k]);
         E::unpack(E::load(g, at), &vg[r][k]);
       }
     }
+    WELFORD_UNROLL
     for (int c = 0; c < chains; ++c) {
       const float m = mean[S == 1 ? 0 : c];
       sum_g[c] += vg[0][c] + vg[1][c];
@@ -137,23 +157,26 @@ inline void find_sums(const device T* x, const device T* g, Walk w, const thread
   for (; i < w.vectors; ++i) {
     float vx[V];
     float vg[V];
-    E::unpack(E::load(x, w.first + i * w.step), vx);
-    E::unpack(E::load(g, w.first + i * w.step), vg);
+    E::unpack(E::load(x, i * w.step), vx);
+    E::unpack(E::load(g, i * w.step), vg);
+    WELFORD_UNROLL
     for (int c = 0; c < V; ++c) {
       sum_g[c] += vg[c];
       sum_gd[c] += vg[c] * (vx[c] - mean[S == 1 ? 0 : c]);
     }
   }
-  if (w.edge >= 0) {
+  if (w.has_edge) {
     const float edge_g = float(g[w.edge]);
     sum_g[0] += edge_g;
     sum_gd[0] += edge_g * (float(x[w.edge]) - mean[0]);
   }
 
+  WELFORD_UNROLL
   for (int i = 0; i < S; ++i) {
     found[i] = Sums{sum_g[i], sum_gd[i]};
   }
   if (S == 1) {
+    WELFORD_UNROLL
     for (int c = 1; c < chains; ++c) {
       found[0] = merge(found[0], Sums{sum_g[c], sum_gd[c]});
     }
@@ -164,30 +187,34 @@ inline void find_sums(const device T* x, const device T* g, Walk w, const thread
 template <typename T, int V, int S>
 inline void apply(const device T* x, Walk w, const thread Affine* f, device T* out) {
   typedef Elements<T, V> E;
-  long i = 0;
+  uint i = 0;
   for (; i + 4 <= w.vectors; i += 4) {
     typename E::Raw raw[4];
+    WELFORD_UNROLL
     for (int r = 0; r < 4; ++r) {
-      raw[r] = E::load(x, w.first + (i + r) * w.step);
+      raw[r] = E::load(x, (i + r) * w.step);
     }
+    WELFORD_UNROLL
     for (int r = 0; r < 4; ++r) {
       float v[V];
       E::unpack(raw[r], v);
+      WELFORD_UNROLL
       for (int c = 0; c < V; ++c) {
         v[c] = Affine::of_x(f[S == 1 ? 0 : c], v[c]);
       }
-      E::store(out, w.first + (i + r) * w.step, E::pack(v));
+      E::store(out, (i + r) * w.step, E::pack(v));
     }
   }
   for (; i < w.vectors; ++i) {
     float v[V];
-    E::unpack(E::load(x, w.first + i * w.step), v);
+    E::unpack(E::load(x, i * w.step), v);
+    WELFORD_UNROLL
     for (int c = 0; c < V; ++c) {
       v[c] = Affine::of_x(f[S == 1 ? 0 : c], v[c]);
     }
-    E::store(out, w.first + i * w.step, E::pack(v));
+    E::store(out, i * w.step, E::pack(v));
   }
-  if (w.edge >= 0) {
+  if (w.has_edge) {
     out[w.edge] = T(Affine::of_x(f[0], float(x[w.edge])));
   }
 }
@@ -197,36 +224,40 @@ template <typename T, int V, int S>
 inline void apply(const device T* x, const device T* g, Walk w, const thread Affine* f,
                   device T* out) {
   typedef Elements<T, V> E;
-  long i = 0;
+  uint i = 0;
   for (; i + 2 <= w.vectors; i += 2) {
     typename E::Raw raw_x[2];
     typename E::Raw raw_g[2];
+    WELFORD_UNROLL
     for (int r = 0; r < 2; ++r) {
-      raw_x[r] = E::load(x, w.first + (i + r) * w.step);
-      raw_g[r] = E::load(g, w.first + (i + r) * w.step);
+      raw_x[r] = E::load(x, (i + r) * w.step);
+      raw_g[r] = E::load(g, (i + r) * w.step);
     }
+    WELFORD_UNROLL
     for (int r = 0; r < 2; ++r) {
       float vx[V];
       float vg[V];
       E::unpack(raw_x[r], vx);
       E::unpack(raw_g[r], vg);
+      WELFORD_UNROLL
       for (int c = 0; c < V; ++c) {
         vx[c] = Affine::of_both(f[S == 1 ? 0 : c], vx[c], vg[c]);
       }
-      E::store(out, w.first + (i + r) * w.step, E::pack(vx));
+      E::store(out, (i + r) * w.step, E::pack(vx));
     }
   }
   for (; i < w.vectors; ++i) {
     float vx[V];
     float vg[V];
-    E::unpack(E::load(x, w.first + i * w.step), vx);
-    E::unpack(E::load(g, w.first + i * w.step), vg);
+    E::unpack(E::load(x, i * w.step), vx);
+    E::unpack(E::load(g, i * w.step), vg);
+    WELFORD_UNROLL
     for (int c = 0; c < V; ++c) {
       vx[c] = Affine::of_both(f[S == 1 ? 0 : c], vx[c], vg[c]);
     }
-    E::store(out, w.first + i * w.step, E::pack(vx));
+    E::store(out, i * w.step, E::pack(vx));
   }
-  if (w.edge >= 0) {
+  if (w.has_edge) {
     out[w.edge] = T(Affine::of_both(f[0], float(x[w.edge]), float(g[w.edge])));
   }
 }
@@ -247,10 +278,10 @@ inline Kept<T, V> keep(const device T* x, Walk w) {
   WELFORD_UNROLL
   for (int k = 0; k < kKept; ++k) {
     if (k < w.vectors) {
-      kept.vectors[k] = Elements<T, V>::load(x, w.first + k * w.step);
+      kept.vectors[k] = Elements<T, V>::load(x, k * w.step);
     }
   }
-  kept.edge = w.edge >= 0 ? float(x[w.edge]) : 0.0f;
+  kept.edge = w.has_edge ? float(x[w.edge]) : 0.0f;
   return kept;
 }
 
@@ -266,7 +297,9 @@ inline void find_moments(Kept<T, V> kept, Walk w, thread Moments* found) {
 
   // Twice through the registers: about the first value, then about the mean
   const float n = float(w.vectors);
+  const float per_vector = w.vectors > 0 ? 1.0f / n : 0.0f;
   Chain chain[V];
+  WELFORD_UNROLL
   for (int c = 0; c < V; ++c) {
     const float origin = w.vectors > 0 ? v[0][c] : 0.0f;
     float sum = 0.0f;
@@ -274,7 +307,7 @@ inline void find_moments(Kept<T, V> kept, Walk w, thread Moments* found) {
     for (int k = 1; k < kKept; ++k) {
       sum += k < w.vectors ? v[k][c] - origin : 0.0f;
     }
-    const float offset = w.vectors > 0 ? sum / n : 0.0f;
+    const float offset = sum * per_vector;
     float m2 = 0.0f;
     WELFORD_UNROLL
     for (int k = 0; k < kKept; ++k) {
@@ -285,7 +318,7 @@ inline void find_moments(Kept<T, V> kept, Walk w, thread Moments* found) {
   }
 
   Moments rest = no_moments();
-  if (w.edge >= 0) {
+  if (w.has_edge) {
     rest = push(rest, kept.edge);
   }
   merge_chains<V, S>(chain, n, rest, found);
@@ -294,6 +327,7 @@ inline void find_moments(Kept<T, V> kept, Walk w, thread Moments* found) {
 template <typename T, int V, int S>
 inline void find_sums(Kept<T, V> x, Kept<T, V> g, Walk w, const thread float* mean,
                       thread Sums* found) {
+  WELFORD_UNROLL
   for (int i = 0; i < S; ++i) {
     found[i] = Sums{0.0f, 0.0f};
   }
@@ -304,13 +338,14 @@ inline void find_sums(Kept<T, V> x, Kept<T, V> g, Walk w, const thread float* me
       float vg[V];
       Elements<T, V>::unpack(x.vectors[k], vx);
       Elements<T, V>::unpack(g.vectors[k], vg);
+      WELFORD_UNROLL
       for (int c = 0; c < V; ++c) {
         const int i = S == 1 ? 0 : c;
         found[i] = merge(found[i], Sums{vg[c], vg[c] * (vx[c] - mean[i])});
       }
     }
   }
-  if (w.edge >= 0) {
+  if (w.has_edge) {
     found[0] = merge(found[0], Sums{g.edge, g.edge * (x.edge - mean[0])});
   }
 }
@@ -322,13 +357,14 @@ inline void apply(Kept<T, V> x, Walk w, const thread Affine* f, device T* out) {
     if (k < w.vectors) {
       float v[V];
       Elements<T, V>::unpack(x.vectors[k], v);
+      WELFORD_UNROLL
       for (int c = 0; c < V; ++c) {
         v[c] = Affine::of_x(f[S == 1 ? 0 : c], v[c]);
       }
-      Elements<T, V>::store(out, w.first + k * w.step, Elements<T, V>::pack(v));
+      Elements<T, V>::store(out, k * w.step, Elements<T, V>::pack(v));
     }
   }
-  if (w.edge >= 0) {
+  if (w.has_edge) {
     out[w.edge] = T(Affine::of_x(f[0], x.edge));
   }
 }
@@ -342,13 +378,14 @@ inline void apply(Kept<T, V> x, Kept<T, V> g, Walk w, const thread Affine* f, de
       float vg[V];
       Elements<T, V>::unpack(x.vectors[k], vx);
       Elements<T, V>::unpack(g.vectors[k], vg);
+      WELFORD_UNROLL
       for (int c = 0; c < V; ++c) {
         vx[c] = Affine::of_both(f[S == 1 ? 0 : c], vx[c], vg[c]);
       }
-      Elements<T, V>::store(out, w.first + k * w.step, Elements<T, V>::pack(vx));
+      Elements<T, V>::store(out, k * w.step, Elements<T, V>::pack(vx));
     }
   }
-  if (w.edge >= 0) {
+  if (w.has_edge) {
     out[w.edge] = T(Affine::of_both(f[0], x.edge, g.edge));
   }
 }

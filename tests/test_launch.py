@@ -1075,7 +1075,7 @@ template <int V, typename A>
   row[0] = w.first;
   row[1] = w.step;
   row[2] = w.vectors;
-  row[3] = w.edge;
+  row[3] = w.has_edge ? w.first + w.edge : -1;
   row[4] = w.inside;
   row[5] = w.statistic;
   row[6] = w.part;

@@ -77,12 +77,16 @@ struct Shape {
 
 Sweep describe(const Problem& p) {
   const Geometry& g = p.geometry;
+  const bool whole = p.channels % g.inner == 0;
   return {.segments = g.segments(),
           .outer = g.outer,
           .reduce = g.reduce,
           .inner = g.inner,
           .channels = p.channels,
-          .piece = g.reduce,
+          // As a rule the channels are the columns of one segment, or of several
+          .blocks = whole ? std::max<int64_t>(1, p.channels / g.inner) : g.outer,
+          .wraps = !whole,
+          .piece = 0,  // see arrange
           .pieces = 1,
           .strips = 1,
           .across = 1,
@@ -99,16 +103,18 @@ Sweep describe(const Problem& p) {
 /// Completes a sweep whose across and along are chosen.
 Shape arrange(const Access& a, Sweep s, int64_t across, int64_t along, int64_t pieces) {
   const int64_t strips = ceil_div(a.columns ? a.vectors : s.segments, across);
-  s.piece = ceil_div(s.reduce, pieces);
+  const int64_t in_span = std::max<int64_t>(along, kSpan / s.inner / along * along);
+  int64_t piece = std::min(ceil_div(s.reduce, pieces), in_span);
   if (!a.columns) {
-    s.piece = round_up(s.piece, a.vector);  // inner boundaries need no edges of their own
+    piece = round_up(piece, a.vector);  // inner boundaries need no edges of their own
   }
-  const int64_t pieces_used = ceil_div(s.reduce, s.piece);
+  const int64_t pieces_used = ceil_div(s.reduce, piece);
   const int64_t groups = strips * pieces_used * (a.columns ? s.segments : 1);
   if (groups > std::numeric_limits<uint32_t>::max()) {
     throw std::invalid_argument("[mlx_welford] The array needs " + std::to_string(groups) +
                                 " threadgroups, more than one dispatch can have.");
   }
+  s.piece = static_cast<uint32_t>(piece);
   s.across = static_cast<uint32_t>(across);
   s.along = static_cast<uint32_t>(along);
   s.strips = static_cast<uint32_t>(strips);
@@ -130,11 +136,11 @@ Shape sweep(const Problem& p, const Access& a, const Limits& limits, int64_t lea
     along = std::clamp(power_of_two_from(positions), kSimd / across, threads / across);
   } else {
     positions = a.vectors;
-    along = std::clamp<int64_t>(power_of_two_from(positions), kSimd, threads);
+    along = std::clamp<int64_t>(power_of_two_from(ceil_div(positions, kKept)), kSimd, threads);
     across = std::min(threads / along, power_of_two_from(p.geometry.segments()));
   }
   const Shape whole = arrange(a, describe(p), across, along, 1);
-  const int64_t wanted = ceil_div(enough_groups, whole.groups);
+  const int64_t wanted = ceil_div(enough_groups, whole.groups / whole.sweep.pieces);
   const int64_t most = std::max<int64_t>(1, positions / (along * least_vectors));
   return arrange(a, describe(p), across, along, std::clamp<int64_t>(wanted, 1, most));
 }
@@ -152,7 +158,7 @@ Shape second_pass(const Problem& p, const Access& a, const Limits& limits) {
 std::optional<Shape> fused(const Problem& p, const Access& a, const Limits& limits,
                            int64_t most_threads) {
   const Geometry& g = p.geometry;
-  if (g.merge > 1) {
+  if (g.merge > 1 || g.reduce > kSpan / g.inner) {
     return std::nullopt;
   }
   most_threads = std::min<int64_t>(most_threads, limits.threads);

@@ -279,7 +279,8 @@ class InstanceNorm(_Normalization, nn.InstanceNorm):
 
     Args:
         dims: The number of channels. Default: ``None``, taken from the first input, or from the
-            first array that is assigned or loaded. Until then empty arrays stand for the parameters.
+            first array that is assigned or loaded. Until then empty arrays stand for the
+            parameters.
         eps: Added to the variance. Default: ``1e-5``.
         affine: Whether to learn ``weight`` and ``bias``. Default: ``False``.
         momentum: Weight of a new batch in the running statistics, in [0, 1], or ``None`` for their
