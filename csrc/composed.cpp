@@ -1,5 +1,7 @@
 #include "composed.h"
 
+#include <limits>
+
 #include "mlx/ops.h"
 
 namespace mlx_welford::composed {
@@ -26,6 +28,11 @@ array constant(double value, const array& like) { return array(value, like.dtype
 
 array inverse_deviation(const array& var, double eps, Stream s) {
   return mx::rsqrt(mx::add(var, constant(eps, var), s), s);
+}
+
+/// To divide by, where MLX differentiates: the derivative of rsqrt underflows from variances of 1e25 on.
+array deviation(const array& var, double eps, Stream s) {
+  return mx::sqrt(mx::add(var, constant(eps, var), s), s);
 }
 
 /// A constant, or a node of the graph while MLX traces for any shape.
@@ -64,6 +71,12 @@ array mean_over(const array& x, const std::vector<int>& axes, bool keepdims, Str
 /// v[i] of a vector whose length no trace changes. Not a slice: MLX cannot trace slices for any shape.
 array element(const array& v, int i, Stream s) { return mx::take(v, array(i), 0, s); }
 
+/// A mean is nan where a value is not finite, as in the kernels; then the variance is, too.
+array finite_or_nan(const array& mean, Stream s) {
+  return mx::where(mx::isfinite(mean, s), mean,
+                   constant(std::numeric_limits<double>::quiet_NaN(), mean), s);
+}
+
 array affine(const array& normalized, const std::optional<array>& weight,
              const std::optional<array>& bias, const array& x, int channel_axis, Stream s) {
   array y = normalized;
@@ -86,12 +99,12 @@ std::pair<array, array> moments(const array& x, const std::vector<int>& axes, St
   array wide = widen(x, s);
   array mean = mean_over(wide, axes, /* keepdims = */ true, s);
   array var = mean_over(mx::square(mx::subtract(wide, mean, s), s), axes, false, s);
-  return {mx::squeeze(mean, axes, s), var};
+  return {finite_or_nan(mx::squeeze(mean, axes, s), s), var};
 }
 
 array partial_moments(const array& x, const std::vector<int>& axes, Stream s) {
   array wide = widen(x, s);
-  array rounded = mean_over(wide, axes, /* keepdims = */ true, s);
+  array rounded = finite_or_nan(mean_over(wide, axes, /* keepdims = */ true, s), s);
   array from_rounded = mx::subtract(wide, rounded, s);
   array tail = mean_over(from_rounded, axes, true, s);
   array m2 = sum_over(mx::square(mx::subtract(from_rounded, tail, s), s), axes, true, s);
@@ -118,8 +131,7 @@ Normalized normalize(const array& x, const std::optional<array>& weight,
                      const std::vector<int>& axes, Stream s) {
   auto [mean, var] = moments(x, axes, s);
   array centred = mx::subtract(widen(x, s), mx::expand_dims(mean, axes, s), s);
-  array inverse = mx::expand_dims(inverse_deviation(var, eps, s), axes, s);
-  array normalized = mx::multiply(centred, inverse, s);
+  array normalized = mx::divide(centred, mx::expand_dims(deviation(var, eps, s), axes, s), s);
   return {affine(normalized, weight, bias, x, channel_axis, s), mean, var};
 }
 
@@ -155,8 +167,8 @@ array normalize_given(const array& x, const array& mean, const array& var,
                       const std::optional<array>& weight, const std::optional<array>& bias,
                       double eps, int channel_axis, Stream s) {
   array centred = mx::subtract(widen(x, s), along_channels(mean, x, channel_axis, s), s);
-  array inverse = inverse_deviation(along_channels(var, x, channel_axis, s), eps, s);
-  return affine(mx::multiply(centred, inverse, s), weight, bias, x, channel_axis, s);
+  array divisor = deviation(along_channels(var, x, channel_axis, s), eps, s);
+  return affine(mx::divide(centred, divisor, s), weight, bias, x, channel_axis, s);
 }
 
 GivenGradients normalize_given_gradient(const array& x, const array& mean, const array& var,
@@ -166,9 +178,9 @@ GivenGradients normalize_given_gradient(const array& x, const array& mean, const
   array wide_g = widen(g, s);
   array centred = mx::subtract(widen(x, s), along_channels(mean, x, channel_axis, s), s);
   array inverse = inverse_deviation(widen(var, s), eps, s);  // (C)
+  array normalized = mx::multiply(centred, along_channels(inverse, x, channel_axis, s), s);
   array sum_g = sum_over(wide_g, axes, false, s);
-  array sum_gx =
-      mx::multiply(sum_over(mx::multiply(wide_g, centred, s), axes, false, s), inverse, s);
+  array sum_gx = sum_over(mx::multiply(wide_g, normalized, s), axes, false, s);
 
   array scale = weight ? mx::multiply(inverse, widen(*weight, s), s) : inverse;
   array grad_x = mx::multiply(wide_g, along_channels(scale, x, channel_axis, s), s);
@@ -192,7 +204,9 @@ std::pair<array, array> merge(const array& counts, const array& moments, Stream 
   array offsets = mx::add(mx::subtract(part(1), rounded, s), part(2), s);
   array offset = average(offsets);
   array d = mx::subtract(offsets, offset, s);
-  array m2 = sum_over(mx::add(part(3), mx::multiply(n, mx::square(d, s), s), s), {0}, false, s);
+  // d * (n d): of a rank without values, whose n is 0, d * d may be infinite
+  array between = mx::multiply(d, mx::multiply(n, d, s), s);
+  array m2 = sum_over(mx::add(part(3), between, s), {0}, false, s);
   return {mx::add(rounded, offset, s), mx::divide(m2, total, s)};
 }
 

@@ -23,6 +23,10 @@ struct Affine {
 
 inline float inverse_deviation(float var, float eps) { return metal::precise::rsqrt(var + eps); }
 
+/// The sum of g * (x - mean) * r. An infinite variance makes the normalised values 0, whatever the sum
+/// of g * (x - mean) has overflowed to.
+inline float sum_of_normalized(Sums sums, float r) { return r == 0.0f ? r * sums.g : r * sums.gd; }
+
 /// y of x.
 inline Affine forward(constant Sweep& sweep, float mean, float var, float weight, float bias) {
   return Affine{mean, inverse_deviation(var, sweep.eps) * weight, bias, 0.0f};
@@ -34,6 +38,6 @@ inline Affine backward(constant Sweep& sweep, float mean, float var, float weigh
   const float r = inverse_deviation(var, sweep.eps);
   const float rw = r * weight;
   const float per_value = 1.0f / sweep.count;  // the same for all: one division
-  return Affine{mean, (2.0f * grad_var - rw * r * (r * sums.gd)) * per_value,
+  return Affine{mean, (2.0f * grad_var - rw * r * sum_of_normalized(sums, r)) * per_value,
                 (grad_mean - rw * sums.g) * per_value, rw};
 }

@@ -29,8 +29,9 @@ template <typename T, int V, typename A>
   if (p.along == 0 && w.inside) {
     WELFORD_UNROLL
     for (int i = 0; i < S; ++i) {
-      mean[w.statistic + i] = found[i].mean;
-      var[w.statistic + i] = found[i].m2 / found[i].count;
+      const Moments m = settled(found[i]);
+      mean[w.statistic + i] = m.mean;
+      var[w.statistic + i] = m.m2 / m.count;
     }
   }
 }
@@ -53,7 +54,7 @@ template <typename T, int V, typename A>
   if (p.along == 0 && w.inside) {
     WELFORD_UNROLL
     for (int i = 0; i < S; ++i) {
-      partials[w.part + i] = found[i];
+      partials[w.part + i] = settled(found[i]);
     }
   }
 }
@@ -125,7 +126,7 @@ inline M merge_parts(constant Merge& merging, const device M* partials, M identi
   threadgroup Moments entries[kEntries];
   const Place p = place_across(thread_index, merging.across, merging.along);
   const long column = long(group) * merging.across + p.across;
-  const Moments all = merge_parts(merging, partials, no_moments(), column, p, entries);
+  const Moments all = settled(merge_parts(merging, partials, no_moments(), column, p, entries));
   if (p.along == 0 && column < merging.columns) {
     mean[column] = all.mean;
     var[column] = all.m2 / all.count;
@@ -141,7 +142,7 @@ inline M merge_parts(constant Merge& merging, const device M* partials, M identi
   threadgroup Moments entries[kEntries];
   const Place p = place_across(thread_index, merging.across, merging.along);
   const long column = long(group) * merging.across + p.across;
-  const Moments all = merge_parts(merging, partials, no_moments(), column, p, entries);
+  const Moments all = settled(merge_parts(merging, partials, no_moments(), column, p, entries));
   if (p.along == 0 && column < merging.columns) {
     moments[column] = all;
   }
@@ -178,7 +179,9 @@ template <typename T>
   if (channel < merging.columns) {
     for (long part = p.along; part < merging.parts; part += merging.along) {
       const long i = part * merging.columns + channel;
-      all[0] = merge(all[0], Sums{sums[i].g, sums[i].gd * inverse_deviation(var[i], merging.eps)});
+      const Sums of_part = sums[i];
+      const float r = inverse_deviation(var[i], merging.eps);
+      all[0] = merge(all[0], Sums{of_part.g, sum_of_normalized(of_part, r)});
     }
   }
   merge_along<Sums, 1, false>(all, p, entries);
@@ -207,8 +210,9 @@ template <typename T>
   if (p.along == 0 && channel < merging.columns) {
     const float r = inverse_deviation(var[channel], merging.eps);
     const float rw = r * (merging.has_weight ? float(weight[channel]) : 1.0f);
-    grad_mean[channel] = -rw * sums[channel].g;
-    grad_var[channel] = -0.5f * rw * r * (r * sums[channel].gd);
+    const Sums all = sums[channel];
+    grad_mean[channel] = -rw * all.g;
+    grad_var[channel] = -0.5f * rw * r * sum_of_normalized(all, r);
   }
 }
 
@@ -237,20 +241,20 @@ template <typename T>
   threadgroup Sums entries[kEntries];
   const Place p = place_across(thread_index, merging.across, merging.along);
   const long channel = long(group) * merging.across + p.across;
-  Sums all[1] = {Sums{0.0f, 0.0f}};  // of means and variances
+  const float n = float(merging.parts);
+  Sums all[1] = {Sums{0.0f, 0.0f}};  // averages of means and of variances
   if (channel < merging.columns) {
     for (long part = p.along; part < merging.parts; part += merging.along) {
       const long i = part * merging.columns + channel;
-      all[0] = merge(all[0], Sums{mean[i], var[i]});
+      all[0] = merge(all[0], Sums{mean[i] / n, var[i] / n});
     }
   }
   merge_along<Sums, 1, false>(all, p, entries);
   if (p.along == 0 && channel < merging.columns) {
-    const float n = float(merging.parts);
     const float keep = update[0];
     const float take = update[1];
-    const float unbiased = all[0].gd / n * update[2];
-    next_mean[channel] = storable<T>(keep * float(running_mean[channel]) + take * (all[0].g / n));
+    const float unbiased = all[0].gd * update[2];
+    next_mean[channel] = storable<T>(keep * float(running_mean[channel]) + take * all[0].g);
     next_var[channel] = storable<T>(keep * float(running_var[channel]) + take * unbiased);
   }
 }
@@ -403,8 +407,9 @@ template <typename T, int V, typename A>
     WELFORD_UNROLL
     for (int i = 0; i < S; ++i) {
       const long j = w.statistic + i;
-      const float m = found[i].mean;
-      const float v = found[i].m2 / found[i].count;
+      const Moments of_x = settled(found[i]);
+      const float m = of_x.mean;
+      const float v = of_x.m2 / of_x.count;
       f[i] = forward(sweep, m, v, weight_of(sweep, weight, channel), bias_of(sweep, bias, channel));
       channel = after(channel, sweep.channels);
       if (p.along == 0) {

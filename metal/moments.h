@@ -63,6 +63,13 @@ inline Moments merge(Moments a, Moments b) {
 /// Welford's step: the merge with a single value.
 inline Moments push(Moments a, float x) { return merge(a, Moments{1.0f, x, 0.0f, 0.0f}); }
 
+/// Moments as they are told to others. What one value that is not finite leaves in a mean depends on
+/// where it stood: inf, or nan when more values came after it. All of it becomes nan.
+inline Moments settled(Moments m) {
+  const float zero = m.mean - m.mean;  // or nan
+  return Moments{m.count, m.mean + zero, m.tail + zero, m.m2 + zero};
+}
+
 /// What the gradients need of a set of values: the sums of g and of g * d, where g is the cotangent
 /// of y and d = x - mean. The identity is zero.
 struct Sums {

@@ -26,14 +26,15 @@ inline Chain add_block(Chain a, float n, float share, float v0, float v1, float 
   const float d3 = e3 - block_offset;
   const float block_m2 = (d0 * d0 + d1 * d1) + (d2 * d2 + d3 * d3);
   const float d = block_offset - a.offset;
-  return Chain{origin, a.offset + d * share, a.m2 + (block_m2 + d * d * (n * share))};
+  // In this order, so that an empty chain stays without a nan where d * d overflows
+  return Chain{origin, a.offset + d * share, a.m2 + (block_m2 + d * (d * (n * share)))};
 }
 
 /// The same with a single value, and share = 1 / (n + 1).
 inline Chain add_value(Chain a, float n, float share, float v) {
   const float origin = n == 0.0f ? v : a.origin;
   const float d = (v - origin) - a.offset;
-  return Chain{origin, a.offset + d * share, a.m2 + d * d * (n * share)};
+  return Chain{origin, a.offset + d * share, a.m2 + d * (d * (n * share))};
 }
 
 /// The chains of a thread as the moments of its S statistics: a chain each, or all of them of one,

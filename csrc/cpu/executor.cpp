@@ -539,7 +539,8 @@ void normalize_gradient(const Problem& problem, BoundArrays& a) {
           const float r = inverse_deviation(var[i], problem.eps);
           const float scale = weight[channel] * r;
           const double g_sum = sums_wanted ? *w.first(merged) : 0;
-          const double gx_sum = sums_wanted ? *w.second(merged) * r : 0;
+          // Infinite variance makes the normalised values 0, whatever the sum overflowed to.
+          const double gx_sum = !sums_wanted ? 0 : r == 0 ? r * g_sum : *w.second(merged) * r;
           *w.scale(i) = scale;
           if (given) {
             *w.slope(i) = *w.level(i) = 0;

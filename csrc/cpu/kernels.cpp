@@ -14,16 +14,72 @@
 namespace mlx_welford::cpu {
 namespace {
 
+/// The moments of one column, in double: nothing overflows there. Slow, and for what is seldom. If any
+/// value is not finite both are nan, as in the shaders, in which the place of such a value would decide
+/// what is left of it in the mean.
+template <typename T>
+void careful_moments(const T* x, const Panel& panel, double* mean, double* m2) {
+  auto sum = [&](auto term) {
+    double total = 0;
+    for (int64_t r = 0; r < panel.repeats; ++r) {
+      for (int64_t i = 0; i < panel.positions; ++i) {
+        total += term(static_cast<double>(load<float>(x + r * panel.apart + i * panel.stride)));
+      }
+    }
+    return total;
+  };
+  const auto count = static_cast<double>(panel.positions * panel.repeats);
+  *mean = sum([](double v) { return v; }) / count;
+  *mean += *mean - *mean;  // inf becomes nan
+  *m2 = sum([&](double v) { return (v - *mean) * (v - *mean); });
+}
+
+/// 0, or nan for moments of which one is not finite.
+template <typename V>
+V zero_if_finite(const double* mean, const double* m2) {
+  const V a = bits_at<V>(mean);
+  const V b = bits_at<V>(m2);
+  return (a - a) + (b - b);
+}
+
+/// Finds again what float32 was too small for, from deviations of 1e19 on, or what is not finite.
+template <typename T>
+void mend_moments(const T* x, const Panel& panel, double* mean, double* m2) {
+  using Doubles = double __attribute__((vector_size(kLanes * 4)));
+  constexpr int64_t kDoubles = kLanes / 2;
+  const int64_t columns = panel.columns();
+  Doubles zeros{};
+  double zero = 0;
+  int64_t c = 0;
+  for (; c + kDoubles <= columns; c += kDoubles) {
+    zeros += zero_if_finite<Doubles>(mean + c, m2 + c);
+  }
+  for (int i = 0; i < kDoubles; ++i) {
+    zero += zeros[i];
+  }
+  for (; c < columns; ++c) {
+    zero += zero_if_finite<double>(mean + c, m2 + c);
+  }
+  for (c = 0; zero != 0 && c < columns; ++c) {
+    if (zero_if_finite<double>(mean + c, m2 + c) != 0) {
+      const int64_t e = c / panel.width * panel.width * panel.positions + c % panel.width;
+      careful_moments(x + e, panel, mean + c, m2 + c);
+    }
+  }
+}
+
 template <typename T>
 void moments(const void* x_, Panel panel, double* mean, double* m2) {
   const T* x = static_cast<const T*>(x_);
   if (panel.stride == 1) {
-    return line_moments(x, panel, mean, m2);
+    line_moments(x, panel, mean, m2);
+  } else {
+    for (int64_t i = 0; i < panel.count; ++i) {
+      const int64_t c = i * panel.width;
+      column_moments(x + c * panel.positions, panel, mean + c, m2 + c);
+    }
   }
-  for (int64_t i = 0; i < panel.count; ++i) {
-    const int64_t c = i * panel.width;
-    column_moments(x + c * panel.positions, panel, mean + c, m2 + c);
-  }
+  mend_moments(x, panel, mean, m2);
 }
 
 template <typename T>

@@ -95,9 +95,10 @@ inline __attribute__((always_inline)) LineSums gradient_sums(const T* x, const T
                                                              int64_t end, float mean) {
   const Vector m = broadcast(mean);
   return add_vectors(begin, end, [&](LineSums& sums, int64_t i, int lanes) {
+    // Both: an infinite x in a lane that does not count would make it 0 * inf
     const Vector gi = only_values(values(g, i, lanes), i, lanes);
     sums.first += gi;
-    sums.second += gi * (values(x, i, lanes) - m);
+    sums.second += gi * only_values(values(x, i, lanes) - m, i, lanes);
   });
 }
 
