@@ -2,13 +2,14 @@
 
 import importlib.metadata
 import importlib.util
+import shutil
 import subprocess
 import sys
 from collections.abc import Mapping
 from importlib.machinery import ModuleSpec
 from pathlib import Path
 
-import mlx_welford  # noqa: F401  (must load before anything is replaced)
+import mlx_welford  # must load before anything is replaced
 import pytest
 from mlx_welford import _versions
 
@@ -96,6 +97,39 @@ def test_no_mlx_is_named_with_its_cure(monkeypatch: pytest.MonkeyPatch, tmp_path
     install(monkeypatch, tmp_path, "linux", {})
     with pytest.raises(ImportError, match=rf"pip install 'mlx=={_versions.MLX}'"):
         _versions.check()
+
+
+@pytest.mark.parametrize("first", ["mlx_welford", "mlx.core"])
+def test_mlx_may_be_installed_in_another_folder(first: str, tmp_path: Path) -> None:
+    """As with `pip install --target`, or a virtual environment that sees the system's packages."""
+    if sys.platform != "linux":
+        pytest.skip("tried on Linux alone: elsewhere the packages of MLX are others")
+    ours, theirs = tmp_path / "ours", tmp_path / "theirs"
+    package = Path(mlx_welford.__file__).parent
+    shutil.copytree(package, ours / "mlx_welford", ignore=shutil.ignore_patterns("__pycache__"))
+    theirs.mkdir()
+    for path in package.parent.glob("mlx*"):
+        if not path.name.startswith("mlx_welford"):
+            (theirs / path.name).symlink_to(path)
+    program = f"""
+import sys
+sys.path[:0] = {[str(ours), str(theirs)]!r}
+import {first}
+import mlx.core as mx, mlx_welford as mw
+print(mw.__file__, mx.__file__)
+print(mw.instance_norm(mx.ones((2, 3, 4))).tolist() == mx.zeros((2, 3, 4)).tolist())
+"""
+    run = subprocess.run(  # -S: without the folder that they are installed in
+        [sys.executable, "-S", "-c", program],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=120,
+    )
+    assert run.returncode == 0, run.stderr
+    places, right = run.stdout.splitlines()
+    assert all(str(folder) in places for folder in (ours, theirs))
+    assert right == "True"
 
 
 def test_importing_the_package_checks_before_it_loads_the_extension() -> None:

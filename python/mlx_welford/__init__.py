@@ -1,8 +1,12 @@
 """Instance and batch normalisation for MLX: single-pass statistics behind mlx.nn's interface."""
 
+from importlib import import_module
+
 from mlx_welford import _versions
 
 _versions.check()  # before the extension is loaded: it would crash beside another libmlx
+# This loads libmlx from where mlx is; the extension alone would look for it beside its own folder.
+import_module("mlx.core")
 
 from mlx_welford import _ext  # noqa: E402
 from mlx_welford.checkpoints import from_gluon, from_torch  # noqa: E402
