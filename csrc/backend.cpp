@@ -3,22 +3,35 @@
 #include "cpu/executor.h"
 #include "gpu/metal.h"
 #include "gpu/simulator.h"
+#include "mlx/backend/cpu/encoder.h"
 
 namespace mlx_welford {
 
 namespace mx = mlx::core;
 
 bool can_run(mx::Stream s, const Problem& problem) {
-  return s.device == mx::Device::cpu || gpu::metal_can_run(s, problem);
+  if (s.device == mx::Device::gpu) {
+    return gpu::metal_can_run(s, problem);
+  }
+  return !gpu::simulates() || gpu::simulator_can_run(problem);
 }
 
-void run(mx::Stream s, const Problem& problem, const BoundArrays& arrays) {
+bool run(mx::Stream s, const Problem& problem, const BoundArrays& arrays) {
   if (s.device == mx::Device::gpu) {
-    gpu::run_on_metal(s, problem, arrays);
-  } else if (gpu::simulates()) {
-    gpu::run_in_simulator(s, problem, arrays);
+    return gpu::run_on_metal(s, problem, arrays);
+  }
+  if (gpu::simulates()) {
+    return gpu::run_in_simulator(s, problem, arrays);
+  }
+  cpu::run(s, problem, arrays);
+  return true;
+}
+
+void keep_until_done(mx::Stream s, const mx::array& a) {
+  if (s.device == mx::Device::gpu) {
+    gpu::keep_for_metal(s, a);
   } else {
-    cpu::run(s, problem, arrays);
+    mx::cpu::get_command_encoder(s).add_temporary(a);
   }
 }
 

@@ -164,9 +164,6 @@ void bind_launch(nb::module_& m) {
         if (!geometry || geometry->size() == 0) {
           throw std::invalid_argument("[launch_plan] no kernels for this shape and these axes.");
         }
-        if (!has_elements(dtype)) {
-          throw std::invalid_argument("[launch_plan] no kernels for this dtype.");
-        }
         const Problem problem{.operation = operation_of(operation),
                               .element = element_of(dtype),
                               .geometry = *geometry,

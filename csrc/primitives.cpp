@@ -8,6 +8,7 @@
 #include <stdexcept>
 #include <string>
 #include <string_view>
+#include <unordered_set>
 
 #include "backend.h"
 #include "composed.h"
@@ -206,9 +207,60 @@ bool Solved::has_kernels(const Arrays& inputs) {
   return x.size() == 0 || can_run(stream(), problem(inputs));
 }
 
+namespace {
+
+/// Evaluates a graph within the evaluation of one of its users, where mx::eval cannot be called: calls
+/// the primitives one after another, and keeps all arrays until they have run.
+class Interpreter {
+ public:
+  Interpreter(mx::Stream s, const Arrays& evaluated) : stream_(s) {
+    for (const array& a : evaluated) {
+      done_.insert(a.id());
+    }
+  }
+
+  void evaluate(const array& a) {
+    if (!done_.insert(a.id()).second) {
+      return;
+    }
+    keep_until_done(stream_, a);
+    if (!a.has_primitive()) {
+      return;
+    }
+    for (const array& input : a.inputs()) {
+      evaluate(input);
+    }
+    Arrays outputs = a.outputs();
+    for (const array& output : outputs) {
+      if (done_.insert(output.id()).second) {
+        keep_until_done(stream_, output);
+      }
+    }
+    if (stream_.device == mx::Device::gpu) {
+      a.primitive().eval_gpu(a.inputs(), outputs);
+    } else {
+      a.primitive().eval_cpu(a.inputs(), outputs);
+    }
+  }
+
+ private:
+  mx::Stream stream_;
+  std::unordered_set<std::uintptr_t> done_;
+};
+
+}  // namespace
+
 void Solved::solve(const Arrays& inputs, Arrays& outputs) {
   if (inputs[0].size() > 0) {
-    evaluate(inputs, outputs);
+    if (!evaluate(inputs, outputs)) {
+      Interpreter interpreter(stream(), inputs);
+      const Arrays composed = compose(inputs);
+      for (size_t i = 0; i < outputs.size(); ++i) {
+        const array in_rows = mx::contiguous(composed[i], false, stream());
+        interpreter.evaluate(in_rows);
+        outputs[i].copy_shared_buffer(in_rows);
+      }
+    }
     return;
   }
   for (size_t i = 0; i < outputs.size(); ++i) {
@@ -248,14 +300,14 @@ Problem Moments::problem(const Arrays& inputs) const {
           .geometry = geometry(x, axes_)};
 }
 
-void Moments::evaluate(const Arrays& inputs, Arrays& outputs) {
+bool Moments::evaluate(const Arrays& inputs, Arrays& outputs) {
   allocate(outputs[0]);
   allocate(outputs[1]);
   BoundArrays arrays;
   arrays.set(kX, inputs[0]);
   arrays.set(kMean, outputs[0]);
   arrays.set(kVar, outputs[1]);
-  run(stream(), problem(inputs), arrays);
+  return run(stream(), problem(inputs), arrays);
 }
 
 Arrays Moments::vjp(const Arrays& primals, const Arrays& cotangents, const std::vector<int>&,
@@ -286,7 +338,7 @@ Problem MomentsGradient::problem(const Arrays& inputs) const {
           .geometry = geometry(x, axes_)};
 }
 
-void MomentsGradient::evaluate(const Arrays& inputs, Arrays& outputs) {
+bool MomentsGradient::evaluate(const Arrays& inputs, Arrays& outputs) {
   allocate_or_donate(outputs[0], {&inputs[0]});
   BoundArrays arrays;
   arrays.set(kX, inputs[0]);
@@ -294,7 +346,7 @@ void MomentsGradient::evaluate(const Arrays& inputs, Arrays& outputs) {
   arrays.set(kGradMean, inputs[2]);
   arrays.set(kGradVar, inputs[3]);
   arrays.set(kOut, outputs[0]);
-  run(stream(), problem(inputs), arrays);
+  return run(stream(), problem(inputs), arrays);
 }
 
 std::vector<mx::Shape> MomentsGradient::output_shapes(const Arrays& inputs) {
@@ -317,12 +369,12 @@ Problem PartialMoments::problem(const Arrays& inputs) const {
           .geometry = geometry(x, axes_)};
 }
 
-void PartialMoments::evaluate(const Arrays& inputs, Arrays& outputs) {
+bool PartialMoments::evaluate(const Arrays& inputs, Arrays& outputs) {
   allocate(outputs[0]);
   BoundArrays arrays;
   arrays.set(kX, inputs[0]);
   arrays.set(kMoments, outputs[0]);
-  run(stream(), problem(inputs), arrays);
+  return run(stream(), problem(inputs), arrays);
 }
 
 std::vector<mx::Shape> PartialMoments::output_shapes(const Arrays& inputs) {
@@ -378,7 +430,7 @@ Problem Normalize::problem(const Arrays& inputs) const {
   return n_.problem(Operation::normalize, inputs[0]);
 }
 
-void Normalize::evaluate(const Arrays& inputs, Arrays& outputs) {
+bool Normalize::evaluate(const Arrays& inputs, Arrays& outputs) {
   release_inputs_of_siblings(inputs, outputs);
   allocate_or_donate(outputs[0], {&inputs[0]});
   for (size_t i = 1; i < outputs.size(); ++i) {
@@ -396,7 +448,7 @@ void Normalize::evaluate(const Arrays& inputs, Arrays& outputs) {
     arrays.set(kBias, in.next());
   }
   arrays.set(kOut, outputs[0]);
-  run(stream(), problem(inputs), arrays);
+  return run(stream(), problem(inputs), arrays);
 }
 
 Arrays Normalize::vjp(const Arrays& primals, const Arrays& cotangents,
@@ -502,7 +554,7 @@ Problem NormalizeGradient::problem(const Arrays& inputs) const {
   return problem;
 }
 
-void NormalizeGradient::evaluate(const Arrays& inputs, Arrays& outputs) {
+bool NormalizeGradient::evaluate(const Arrays& inputs, Arrays& outputs) {
   release_inputs_of_siblings(inputs, outputs);
   const array& x = inputs[0];
   const array& g = inputs[3];
@@ -538,7 +590,7 @@ void NormalizeGradient::evaluate(const Arrays& inputs, Arrays& outputs) {
   if (wanted_.bias) {
     arrays.set(kGradBias, out.next());
   }
-  run(stream(), problem(inputs), arrays);
+  return run(stream(), problem(inputs), arrays);
 }
 
 std::vector<mx::Shape> NormalizeGradient::output_shapes(const Arrays& inputs) {
@@ -579,7 +631,7 @@ Problem InputGradient::problem(const Arrays& inputs) const {
   return n_.problem(Operation::input_gradient, inputs[0]);
 }
 
-void InputGradient::evaluate(const Arrays& inputs, Arrays& outputs) {
+bool InputGradient::evaluate(const Arrays& inputs, Arrays& outputs) {
   allocate_or_donate(outputs[0], {&inputs[3], &inputs[0]});
   Reader in(inputs);
   BoundArrays arrays;
@@ -590,7 +642,7 @@ void InputGradient::evaluate(const Arrays& inputs, Arrays& outputs) {
     arrays.set(kWeight, in.next());
   }
   arrays.set(kOut, outputs[0]);
-  run(stream(), problem(inputs), arrays);
+  return run(stream(), problem(inputs), arrays);
 }
 
 std::vector<mx::Shape> InputGradient::output_shapes(const Arrays& inputs) {
@@ -627,7 +679,7 @@ Problem RunningStatistics::problem(const Arrays& inputs) const {
           .channels = channels};
 }
 
-void RunningStatistics::evaluate(const Arrays& inputs, Arrays& outputs) {
+bool RunningStatistics::evaluate(const Arrays& inputs, Arrays& outputs) {
   release_inputs_of_siblings(inputs, outputs);
   BoundArrays arrays;
   for (int i = 0; i < 2; ++i) {
@@ -639,7 +691,7 @@ void RunningStatistics::evaluate(const Arrays& inputs, Arrays& outputs) {
   }
   arrays.set(kNextMean, outputs[0]);
   arrays.set(kNextVar, outputs[1]);
-  run(stream(), problem(inputs), arrays);
+  return run(stream(), problem(inputs), arrays);
 }
 
 Arrays RunningStatistics::jvp(const Arrays& primals, const Arrays&, const std::vector<int>&) {

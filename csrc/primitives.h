@@ -61,8 +61,8 @@ class Solved : public Composed {
   /// What the kernels are asked to solve, once the inputs are known.
   virtual Problem problem(const Arrays& inputs) const = 0;
 
-  /// Gives the outputs memory and has their problem run.
-  virtual void evaluate(const Arrays& inputs, Arrays& outputs) = 0;
+  /// Gives the outputs memory and has their problem run; false if a kernel for it does not compile.
+  virtual bool evaluate(const Arrays& inputs, Arrays& outputs) = 0;
 
  private:
   void solve(const Arrays& inputs, Arrays& outputs);
@@ -93,7 +93,7 @@ class Moments : public Solved {
  protected:
   float value_if_empty(size_t) const override { return std::numeric_limits<float>::quiet_NaN(); }
   Problem problem(const Arrays& inputs) const override;
-  void evaluate(const Arrays& inputs, Arrays& outputs) override;
+  bool evaluate(const Arrays& inputs, Arrays& outputs) override;
 
  private:
   std::vector<int> axes_;
@@ -111,7 +111,7 @@ class MomentsGradient : public Solved {
 
  protected:
   Problem problem(const Arrays& inputs) const override;
-  void evaluate(const Arrays& inputs, Arrays& outputs) override;
+  bool evaluate(const Arrays& inputs, Arrays& outputs) override;
 
  private:
   std::vector<int> axes_;
@@ -131,7 +131,7 @@ class PartialMoments : public Solved {
 
  protected:
   Problem problem(const Arrays& inputs) const override;
-  void evaluate(const Arrays& inputs, Arrays& outputs) override;
+  bool evaluate(const Arrays& inputs, Arrays& outputs) override;
 
  private:
   std::vector<int> axes_;
@@ -174,7 +174,7 @@ class Normalize : public Solved {
  protected:
   float value_if_empty(size_t) const override { return std::numeric_limits<float>::quiet_NaN(); }
   Problem problem(const Arrays& inputs) const override;
-  void evaluate(const Arrays& inputs, Arrays& outputs) override;
+  bool evaluate(const Arrays& inputs, Arrays& outputs) override;
 
  private:
   Normalization n_;
@@ -195,7 +195,7 @@ class NormalizeGradient : public Solved {
 
  protected:
   Problem problem(const Arrays& inputs) const override;
-  void evaluate(const Arrays& inputs, Arrays& outputs) override;
+  bool evaluate(const Arrays& inputs, Arrays& outputs) override;
 
  private:
   Normalization n_;
@@ -217,7 +217,7 @@ class InputGradient : public Solved {
 
  protected:
   Problem problem(const Arrays& inputs) const override;
-  void evaluate(const Arrays& inputs, Arrays& outputs) override;
+  bool evaluate(const Arrays& inputs, Arrays& outputs) override;
 
  private:
   Normalization n_;
@@ -242,7 +242,7 @@ class RunningStatistics : public Solved {
 
  protected:
   Problem problem(const Arrays& inputs) const override;
-  void evaluate(const Arrays& inputs, Arrays& outputs) override;
+  bool evaluate(const Arrays& inputs, Arrays& outputs) override;
 };
 
 /// (messages) -> (mean, var, count), of shape (C), (C) and (): Chan's merge over ranks.

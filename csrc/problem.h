@@ -3,6 +3,7 @@
 
 #include <array>
 #include <optional>
+#include <stdexcept>
 
 #include "../metal/bindings.h"
 #include "geometry.h"
@@ -23,14 +24,28 @@ enum class Operation {
 /// The types of elements that there are kernels for.
 enum class Element { float32, float16, bfloat16 };
 
-inline bool has_elements(mlx::core::Dtype dtype) {
-  return dtype == mlx::core::float32 || dtype == mlx::core::float16 || dtype == mlx::core::bfloat16;
+/// The type of a dtype's elements, if there are kernels for it.
+inline std::optional<Element> find_element(mlx::core::Dtype dtype) {
+  switch (dtype) {
+    case mlx::core::float32:
+      return Element::float32;
+    case mlx::core::float16:
+      return Element::float16;
+    case mlx::core::bfloat16:
+      return Element::bfloat16;
+    default:
+      return std::nullopt;
+  }
 }
 
+inline bool has_elements(mlx::core::Dtype dtype) { return find_element(dtype).has_value(); }
+
+/// Throws std::invalid_argument if there are no kernels for it.
 inline Element element_of(mlx::core::Dtype dtype) {
-  return dtype == mlx::core::float32   ? Element::float32
-         : dtype == mlx::core::float16 ? Element::float16
-                                       : Element::bfloat16;
+  if (const auto element = find_element(dtype)) {
+    return *element;
+  }
+  throw std::invalid_argument("[mlx_welford] There are no kernels for this dtype.");
 }
 
 /// Everything but the arrays. Empty arrays make no problem.

@@ -342,15 +342,15 @@ class Channels {
     if (!v) {
       return;
     }
-    switch (v->dtype()) {
-      case mx::float16:
+    switch (element_of(v->dtype())) {
+      case Element::float32:
+        copy<float>(*v);
+        break;
+      case Element::float16:
         copy<mx::float16_t>(*v);
         break;
-      case mx::bfloat16:
+      case Element::bfloat16:
         copy<mx::bfloat16_t>(*v);
-        break;
-      default:
-        copy<float>(*v);
         break;
     }
   }
@@ -384,13 +384,13 @@ void store(const std::vector<double>& values, array& out) {
     std::transform(values.begin(), values.end(), to,
                    [](double v) { return static_cast<T>(static_cast<float>(v)); });
   };
-  switch (out.dtype()) {
-    case mx::float16:
-      return as(out.data<mx::float16_t>());
-    case mx::bfloat16:
-      return as(out.data<mx::bfloat16_t>());
-    default:
+  switch (element_of(out.dtype())) {
+    case Element::float32:
       return as(out.data<float>());
+    case Element::float16:
+      return as(out.data<mx::float16_t>());
+    case Element::bfloat16:
+      return as(out.data<mx::bfloat16_t>());
   }
 }
 

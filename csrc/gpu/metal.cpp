@@ -4,14 +4,11 @@
 
 #ifdef MLX_WELFORD_METAL
 
-#include <algorithm>
-#include <atomic>
-#include <cstdlib>
-#include <cstring>
-#include <iostream>
+#include <optional>
 #include <string>
 #include <variant>
 
+#include "gpu/compilation.h"
 #include "gpu/launch.h"
 #include "memory.h"
 #include "mlx/backend/metal/device.h"
@@ -32,38 +29,13 @@ MTL::ComputePipelineState* pipeline(mx::metal::Device& device, const Dispatch& d
   return device.get_kernel(d.host_name(), library);
 }
 
-/// The plan for the threads that its pipelines allow. A kernel that uses many registers allows fewer than the
-/// device; then there is a plan with smaller groups.
-Plan plan_for(mx::metal::Device& device, const Problem& problem) {
-  Limits limits;
-  for (;;) {
-    Plan p = plan(problem, limits);
-    uint32_t allowed = limits.threads;
-    for (const Dispatch& d : p.dispatches) {
-      const auto most = static_cast<uint32_t>(pipeline(device, d)->maxTotalThreadsPerThreadgroup());
-      if (most < kSimd) {
-        throw std::runtime_error(d.host_name() + " may have no more than " + std::to_string(most) +
-                                 " threads.");
-      }
-      if (d.threads > most) {
-        allowed = std::min(allowed, most / kSimd * kSimd);
-      }
-    }
-    if (allowed == limits.threads) {
-      return p;
-    }
-    limits.threads = allowed;
-  }
-}
+Compilation compilation;
 
-/// Whether a shader has failed to compile. MLX does not remember it, and another attempt at each call
-/// would take longer than the operations that are used instead.
-std::atomic<bool> failed{false};
-
-/// Whether MLX_WELFORD_STRICT=1 asks for errors in place of a fallback.
-bool strict() {
-  const char* value = std::getenv("MLX_WELFORD_STRICT");
-  return value != nullptr && std::strcmp(value, "1") == 0;
+/// The plan for a problem, compiled, or nothing.
+std::optional<Plan> plan_for(mx::metal::Device& device, const Problem& problem) {
+  return compilation.plan_for(problem, [&](const Dispatch& d) {
+    return static_cast<uint32_t>(pipeline(device, d)->maxTotalThreadsPerThreadgroup());
+  });
 }
 
 /// Uninitialised memory that lives until the GPU is done with it. Rows of 8 bytes: one side of an
@@ -78,43 +50,28 @@ mx::array temporary(mx::metal::CommandEncoder& encoder, int64_t bytes) {
 
 }  // namespace
 
-bool has_metal() { return !failed; }
+bool has_metal() { return !compilation.failed(); }
 
 bool metal_can_run(mx::Stream s, const Problem& problem) {
-  if (failed && !strict()) {
-    return false;
-  }
-  try {
-    plan_for(mx::metal::device(s.device), problem);
-    return true;
-  } catch (const std::runtime_error& error) {
-    if (strict()) {
-      throw std::runtime_error(std::string("mlx_welford: a shader does not compile.\n") +
-                               error.what());
-    }
-    if (!failed.exchange(true)) {
-      std::cerr
-          << "mlx_welford: a shader does not compile; using MLX's own operations from now on. "
-             "Please report this:\n"
-          << error.what() << std::endl;
-    }
-    return false;
-  }
+  return compilation.worth_trying() && plan_for(mx::metal::device(s.device), problem).has_value();
 }
 
-void run_on_metal(mx::Stream s, const Problem& problem, const BoundArrays& given) {
+bool run_on_metal(mx::Stream s, const Problem& problem, const BoundArrays& given) {
   auto& device = mx::metal::device(s.device);
-  auto& encoder = mx::metal::get_command_encoder(s);
   // Views that begin off 16 bytes need other kernels than metal_can_run has tried.
-  const Plan p = plan_for(device, with_alignment(problem, given));
+  const std::optional<Plan> p = plan_for(device, with_alignment(problem, given));
+  if (!p) {
+    return false;
+  }
+  auto& encoder = mx::metal::get_command_encoder(s);
   BoundArrays arrays = given;
-  if (p.partials_bytes > 0) {
-    arrays.set(kPartials, temporary(encoder, p.partials_bytes));
+  if (p->partials_bytes > 0) {
+    arrays.set(kPartials, temporary(encoder, p->partials_bytes));
   }
-  if (p.sums_bytes > 0) {
-    arrays.set(kSums, temporary(encoder, p.sums_bytes));
+  if (p->sums_bytes > 0) {
+    arrays.set(kSums, temporary(encoder, p->sums_bytes));
   }
-  for (const Dispatch& d : p.dispatches) {
+  for (const Dispatch& d : p->dispatches) {
     encoder.set_compute_pipeline_state(pipeline(device, d));
     std::visit([&](const auto& parameters) { encoder.set_bytes(parameters, kParameters); },
                d.parameters);
@@ -127,6 +84,11 @@ void run_on_metal(mx::Stream s, const Problem& problem, const BoundArrays& given
     }
     encoder.dispatch_threadgroups(MTL::Size(d.groups, 1, 1), MTL::Size(d.threads, 1, 1));
   }
+  return true;
+}
+
+void keep_for_metal(mx::Stream s, const mx::array& a) {
+  mx::metal::get_command_encoder(s).add_temporary(a);
 }
 
 }  // namespace mlx_welford::gpu
@@ -139,7 +101,11 @@ bool has_metal() { return false; }
 
 bool metal_can_run(mlx::core::Stream, const Problem&) { return false; }
 
-void run_on_metal(mlx::core::Stream, const Problem&, const BoundArrays&) {
+bool run_on_metal(mlx::core::Stream, const Problem&, const BoundArrays&) {
+  throw std::logic_error("This build has no Metal.");
+}
+
+void keep_for_metal(mlx::core::Stream, const mlx::core::array&) {
   throw std::logic_error("This build has no Metal.");
 }
 

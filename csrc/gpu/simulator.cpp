@@ -13,6 +13,7 @@
 #include <vector>
 
 #include "../tests/simulator/executor.h"
+#include "gpu/compilation.h"
 #include "gpu/launch.h"
 #include "mlx/backend/cpu/encoder.h"
 
@@ -27,8 +28,20 @@ using SimulatorFunction = const char* (*)(SimulatorDispatch*);
 /// simulator_dispatch of the library in use: the shaders, compiled for this machine.
 std::atomic<SimulatorFunction> simulator{nullptr};
 
-void simulate(SimulatorFunction function, const Problem& problem, BoundArrays& arrays) {
-  const Plan p = plan(with_alignment(problem, arrays));
+using HasKernel = uint32_t (*)(const char*);
+std::atomic<HasKernel> has_kernel{nullptr};  // of that library
+
+Compilation compilation;
+
+/// What is in no library does not compile, as far as those who ask can tell.
+uint32_t compile(const Dispatch& d) {
+  if (!has_kernel.load()(d.host_name().c_str())) {
+    throw std::runtime_error("there is no kernel '" + d.host_name() + "'");
+  }
+  return Limits{}.threads;
+}
+
+void simulate(SimulatorFunction function, const Plan& p, BoundArrays& arrays) {
   std::vector<char> partials(p.partials_bytes);
   std::vector<char> sums(p.sums_bytes);
   for (const Dispatch& d : p.dispatches) {
@@ -86,23 +99,38 @@ bool simulates() {
 }
 
 void simulate_with(const std::optional<std::string>& library) {
+  compilation.reset();
   if (!library) {
     simulator.store(nullptr);
     return;
   }
   void* handle = dlopen(library->c_str(), RTLD_NOW | RTLD_LOCAL);
-  void* symbol = handle ? dlsym(handle, "simulator_dispatch") : nullptr;
-  if (symbol == nullptr) {
-    throw std::runtime_error(std::string("[simulate_with] ") + dlerror());
-  }
-  simulator.store(reinterpret_cast<SimulatorFunction>(symbol));
+  auto find = [&](const char* name) {
+    void* symbol = handle ? dlsym(handle, name) : nullptr;
+    if (symbol == nullptr) {
+      throw std::runtime_error(std::string("[simulate_with] ") + dlerror());
+    }
+    return symbol;
+  };
+  auto dispatch = reinterpret_cast<SimulatorFunction>(find("simulator_dispatch"));
+  has_kernel.store(reinterpret_cast<HasKernel>(find("simulator_has_kernel")));
+  simulator.store(dispatch);
 }
 
-void run_in_simulator(mx::Stream s, const Problem& problem, const BoundArrays& arrays) {
+bool simulator_can_run(const Problem& problem) {
+  return compilation.worth_trying() && compilation.plan_for(problem, compile).has_value();
+}
+
+bool run_in_simulator(mx::Stream s, const Problem& problem, const BoundArrays& arrays) {
+  const auto p = compilation.plan_for(with_alignment(problem, arrays), compile);
+  if (!p) {
+    return false;
+  }
   mx::cpu::get_command_encoder(s).dispatch(
-      [function = simulator.load(), problem, arrays = arrays.weak()]() mutable {
-        simulate(function, problem, arrays);
+      [function = simulator.load(), p = *p, arrays = arrays.weak()]() mutable {
+        simulate(function, p, arrays);
       });
+  return true;
 }
 
 }  // namespace mlx_welford::gpu
@@ -126,7 +154,9 @@ void simulate_with(const std::optional<std::string>&) {
   throw std::runtime_error("This build has no simulator.");
 }
 
-void run_in_simulator(mlx::core::Stream, const Problem&, const BoundArrays&) {
+bool simulator_can_run(const Problem&) { return false; }
+
+bool run_in_simulator(mlx::core::Stream, const Problem&, const BoundArrays&) {
   throw std::logic_error("This build has no simulator.");
 }
 

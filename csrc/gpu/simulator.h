@@ -16,7 +16,10 @@ bool simulates();
 /// The library of compiled shaders to use from now on, or none: the CPU's kernels.
 void simulate_with(const std::optional<std::string>& library);
 
-/// Queues the plan for a problem on a CPU stream.
-void run_in_simulator(mlx::core::Stream s, const Problem& problem, const BoundArrays& arrays);
+/// As metal_can_run: a kernel that the library lacks is one that does not compile.
+bool simulator_can_run(const Problem& problem);
+
+/// Queues the plan for a problem on a CPU stream; as run_on_metal.
+bool run_in_simulator(mlx::core::Stream s, const Problem& problem, const BoundArrays& arrays);
 
 }  // namespace mlx_welford::gpu

@@ -1140,6 +1140,13 @@ __attribute__((visibility("default"))) const char* simulator_dispatch(SimulatorD
   return result == nullptr ? nullptr : error;
 }
 
+__attribute__((visibility("default"))) uint32_t simulator_has_kernel(const char* name) {
+  for (uint32_t i = 0; i < simulator_kernel_count; ++i) {
+    if (strcmp(simulator_kernels[i].name, name) == 0) return 1;
+  }
+  return 0;
+}
+
 __attribute__((visibility("default"))) uint32_t simulator_instrumented() {
   return simulator_is_instrumented;
 }

@@ -75,6 +75,9 @@ struct SimulatorDispatch {
 //   MLX_WELFORD_SIM_LOG   append one line of JSON per dispatch to this file
 const char* simulator_dispatch(SimulatorDispatch* dispatch);
 
+// 1 if the library has a kernel of this name.
+uint32_t simulator_has_kernel(const char* name);
+
 // 1 if the library was compiled to count and check every memory access.
 uint32_t simulator_instrumented();
 #endif
