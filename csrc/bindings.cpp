@@ -112,9 +112,10 @@ NB_MODULE(_ext, m) {
       "messages"_a, "ranks"_a, "rank"_a, "caller"_a);
 
   m.def(
-      "is_differentiated",
-      [](const mx::array& a) { return a.is_tracer() && a.has_primitive(); }, "array"_a,
-      "Whether a transformation such as mx.grad traces this array; mx.compile alone does not count.");
+      "is_differentiated", [](const mx::array& a) { return a.is_tracer() && a.has_primitive(); },
+      "array"_a,
+      "Whether a transformation such as mx.grad traces this array; mx.compile alone does not "
+      "count.");
   m.def(
       "backend", [](mx::StreamOrDevice s) { return mw::backend_name(mx::to_stream(s)); },
       "stream"_a = nb::none(), "What kernels run on, on this stream.");

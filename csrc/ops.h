@@ -29,7 +29,7 @@ struct Caller {
   std::string name;
   std::optional<int> channels = std::nullopt;  // the number of channels that x must have
   bool several_values = false;                 // statistics of a single value are refused
-  bool running = false;                        // given statistics are a layer's running_mean, running_var
+  bool running = false;  // given statistics are a layer's running_mean, running_var
 };
 
 /// The number of channels of x, after checking its dtype, its dimensions and `axis`.

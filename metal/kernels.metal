@@ -241,12 +241,12 @@ template <typename T>
   threadgroup Sums entries[kEntries];
   const Place p = place_across(thread_index, merging.across, merging.along);
   const long channel = long(group) * merging.across + p.across;
-  const float n = float(merging.parts);
+  const float per_part = 1.0f / float(merging.parts);
   Sums all[1] = {Sums{0.0f, 0.0f}};  // averages of means and of variances
   if (channel < merging.columns) {
     for (long part = p.along; part < merging.parts; part += merging.along) {
       const long i = part * merging.columns + channel;
-      all[0] = merge(all[0], Sums{mean[i] / n, var[i] / n});
+      all[0] = merge(all[0], Sums{mean[i] * per_part, var[i] * per_part});
     }
   }
   merge_along<Sums, 1, false>(all, p, entries);
