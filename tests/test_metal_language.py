@@ -5,7 +5,9 @@ Every ban is tried on a planted violation and on a clean variant of the same cod
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import re
+from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 
 import mlx_welford._ext as ext
@@ -281,19 +283,54 @@ PLANTED = {
 }
 
 
+# Names that the snippets declare. In a text of all of them each gets names of its own.
+DECLARED = re.compile(r"\b(?:sample|f|g|F|S|get|one|same|cast|add|total|Short|scale)\b")
+
+
+@cache
+def checked_together(texts: tuple[str, ...]) -> list[list[Violation]]:
+    """What is found in each of several snippets, with the lines that it has behind the prologue.
+
+    They are compiled as one text, which takes hardly longer than one of them alone.
+    """
+    own_names = [DECLARED.sub(rf"\g<0>_{i}", text) for i, text in enumerate(texts)]
+    found = check(PROLOGUE + "".join(own_names))
+    first = 1 + len(PROLOGUE.splitlines())
+    result, begin = [], first
+    for text in own_names:
+        end = begin + len(text.splitlines())
+        inside = [v for v in found if v.file == "source" and begin <= v.line < end]
+        result.append([replace(v, line=v.line - begin + first) for v in inside])
+        begin = end
+    assert sum(map(len, result)) == len(found), "a violation lies in no snippet"
+    return result
+
+
+def planted_texts(which: str) -> tuple[str, ...]:
+    return tuple(getattr(planted, which) for planted in PLANTED.values())
+
+
 def lines_with(text: str, mark: str) -> set[int]:
     return {number for number, line in enumerate(text.splitlines(), 1) if mark in line}
 
 
 @pytest.mark.parametrize("name", PLANTED)
 def test_a_planted_violation_is_named_with_its_line(name: str) -> None:
-    planted = PLANTED[name]
-    source = PROLOGUE + planted.bad
-    found = {(v.rule, v.line) for v in check(source)}
-    expected = {(planted.rule, line) for line in lines_with(source, planted.mark)}
+    planted, position = PLANTED[name], list(PLANTED).index(name)
+    found = {(v.rule, v.line) for v in checked_together(planted_texts("bad"))[position]}
+    expected = {(planted.rule, line) for line in lines_with(PROLOGUE + planted.bad, planted.mark)}
     assert expected, "the mark is in no line"
     assert found & expected, found
-    assert not check(PROLOGUE + planted.good)
+    assert not checked_together(planted_texts("good"))[position]
+
+
+def test_one_snippet_is_checked_as_several_are() -> None:
+    """What stands beside a snippet neither hides what is wrong with it nor adds to it."""
+    for name in ("recursion", "address spaces mixed", "float to half in a template"):
+        position = list(PLANTED).index(name)
+        alone = checked_together((PLANTED[name].bad,))[0]
+        among = checked_together(planted_texts("bad"))[position]
+        assert [(v.rule, v.line) for v in alone] == [(v.rule, v.line) for v in among]
 
 
 def test_names_of_metal_must_be_in_scope() -> None:
@@ -321,10 +358,13 @@ SAMPLE = "  const float a = metal::precise::rsqrt(x[i]);\n  y[i] = a;"
 def test_what_the_vocabulary_lacks_is_named_with_its_line(
     source: str, line: int, detail: str
 ) -> None:
-    assert not check(PROLOGUE + kernel(SAMPLE), vocabulary=VOCABULARY)
     found = check(PROLOGUE + source, vocabulary=VOCABULARY)
     assert {v.rule for v in found} == {"not in MLX's kernels"}
     assert any(v.line == line and detail in v.detail for v in found), found
+
+
+def test_what_the_vocabulary_has_is_allowed() -> None:
+    assert not check(PROLOGUE + kernel(SAMPLE), vocabulary=VOCABULARY)
 
 
 def test_a_macro_of_mlx_is_no_name() -> None:
