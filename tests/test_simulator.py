@@ -556,7 +556,7 @@ def test_several_processes_compile_the_same_library(tmp_path: Path) -> None:
     command = [sys.executable, "-c", program, str(tmp_path)]
     running = [subprocess.Popen(command, cwd=Path(__file__).parent) for _ in range(3)]
     assert [process.wait(timeout=120) for process in running] == [0, 0, 0]
-    assert [path.suffix for path in tmp_path.iterdir()] == [".so"]
+    assert sorted(path.suffix for path in tmp_path.iterdir()) == [".lock", ".so"]
 
 
 def test_every_part_of_a_library_is_in_its_name(tmp_path: Path) -> None:

@@ -5,8 +5,8 @@
                      grid=(4, 1, 1), group=(64, 1, 1))
 
 The compiler is clang out of PyPI's ``ziglang``. A library is kept in ``build/simulator`` under a
-hash of all that it is made from; several processes may compile the same one at once. Its executor
-is written for Linux; in any other system a test that needs one is skipped.
+hash of all that it is made from; of several processes that need one, the first compiles it. Its
+executor is written for Linux; in any other system a test that needs one is skipped.
 
 bfloat16 arrays are passed as uint16. A host that dispatches by itself loads ``library.path`` and
 calls ``simulator_dispatch`` (executor.h).
@@ -31,6 +31,7 @@ from typing import Any
 from unittest import SkipTest
 
 import numpy as np
+from locks import exclusively
 from numpy.typing import NDArray
 
 from .source import SourceError, Translation, translate
@@ -343,9 +344,9 @@ def compile_library(
     key = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:32]
     path = cache / f"{key}.so"
     if not path.exists():
-        cache.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=cache) as folder:
-            _build(Path(folder), translation, options).replace(path)
+        with exclusively(path), tempfile.TemporaryDirectory(dir=cache) as folder:
+            if not path.exists():  # another process may have made it
+                _build(Path(folder), translation, options).replace(path)
     return Library(path)
 
 

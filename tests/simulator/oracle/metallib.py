@@ -24,6 +24,8 @@ import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
+from locks import exclusively
+
 # Where the wheel keeps what the oracle reads.
 METALLIB = "mlx/lib/mlx.metallib"
 INCLUDE = "mlx/include"
@@ -71,9 +73,10 @@ def fetch_wheel(
     root = cache / f"{package}-{version}-{platform}-cp{python}"
     if root.is_dir():
         return root
-    cache.mkdir(parents=True, exist_ok=True)
     # Unpacked elsewhere and then renamed: an interrupted run leaves nothing half done.
-    with tempfile.TemporaryDirectory(dir=cache) as name:
+    with exclusively(root), tempfile.TemporaryDirectory(dir=cache) as name:
+        if root.is_dir():
+            return root
         folder = Path(name)
         command = [sys.executable, "-m", "pip", "--disable-pip-version-check", "download"]
         command += ["--quiet", "--no-deps", "--only-binary=:all:", "--platform", platform]
