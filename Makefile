@@ -17,13 +17,16 @@ CXX_SOURCES = $(shell find $(wildcard csrc metal tests) -name '*.cpp' -o -name '
 PIP := $(PY) -m pip --disable-pip-version-check --quiet
 export PRE_COMMIT_HOME := $(CURDIR)/build/pre-commit
 
+# Called with each command of the compiler: python;tests/compiler_cache.py;folder
+LAUNCHER ?=
 # Any interpreter builds with the tools in $(VENV), of which none is compiled for one CPython.
 PYTHONS ?= $(shell $(PY) cmake/interpreters.py)
 SITE_PACKAGES = $(abspath $(wildcard $(VENV)/lib/python3*/site-packages))
 BUILD_WHEEL = PYTHONPATH=$(SITE_PACKAGES) $$python -m pip --disable-pip-version-check --quiet wheel \
 	--no-build-isolation --no-deps --no-index \
 	--config-settings=cmake.define.MLX_WELFORD_WERROR=$(WERROR) \
-	--config-settings=cmake.define.MLX_WELFORD_STUB=$(CURDIR)/$(PACKAGE)/_ext.pyi
+	--config-settings=cmake.define.MLX_WELFORD_STUB=$(CURDIR)/$(PACKAGE)/_ext.pyi \
+	$(if $(LAUNCHER),--config-settings=cmake.define.CMAKE_CXX_COMPILER_LAUNCHER='$(LAUNCHER)')
 # Finds out on which releases of Linux wheels run; libmlx is there with mlx-cpu or mlx-cuda.
 AUDITWHEEL = PATH="$(abspath $(VENV)/bin):$$PATH" $(PY) -m auditwheel repair --exclude libmlx.so --wheel-dir $(DIST)
 MACOS_MLX := build/macos/mlx
@@ -32,13 +35,14 @@ DIST ?= dist
 # What wheels are made of: this checkout, or an unpacked source distribution.
 SOURCE ?= .
 
-.PHONY: help build demo test bench lint format sdist wheels wheel-macos wheel-aarch64 try-mlx cuda clean force
+.PHONY: help build demo test test-quick test-nightly bench lint format sdist wheels wheel-macos wheel-aarch64 try-mlx cuda clean force
 .DEFAULT_GOAL := help
 
 help:
 	@echo 'make build    create $(VENV) and install the package into it'
 	@echo 'make demo     train a small network with both libraries, then compare their speed'
-	@echo 'make test     run the tests                        PYTEST_ARGS="-k moments -x"'
+	@echo 'make test     run the tests                        PYTEST_ARGS="-k moments -x" JOBS=auto'
+	@echo 'make test-quick    a few rows of every test, in a minute; test-nightly: all rows, for hours'
 	@echo 'make bench    measure all of docs/performance.md   BENCH_ARGS="--only cases-tuned"'
 	@echo 'make lint     run every check on the sources'
 	@echo 'make format   rewrite the sources as the checks want them'
@@ -82,8 +86,16 @@ demo: build
 	$(PY) examples/train_digits.py
 	$(PY) bench/compare.py --quick
 
+# A file's tests stay in one process, where its fixtures are made once, and dear files come first
+# (tests/conftest.py). JOBS=0 runs all in one process, as a debugger needs.
+JOBS ?= auto
+PYTEST = $(PY) -m pytest --numprocesses $(JOBS) --dist loadfile --no-loadscope-reorder
 test: build
-	$(PY) -m pytest $(PYTEST_ARGS)
+	$(PYTEST) $(PYTEST_ARGS)
+
+test-quick: export MLX_WELFORD_TEST_PROFILE = quick
+test-nightly: export MLX_WELFORD_TEST_PROFILE = nightly
+test-quick test-nightly: test
 
 bench: build
 	$(PY) bench/suite.py $(BENCH_ARGS)

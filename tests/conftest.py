@@ -10,32 +10,60 @@ skipped there; tests that draw a dtype by themselves take it from ``problems.dty
 
 In the simulator the seed that orders the threads and whether denormals are flushed vary from test
 to test, unless MLX_WELFORD_SIM_SEED and MLX_WELFORD_SIM_FTZ are set.
+
+Three profiles, chosen by MLX_WELFORD_TEST_PROFILE and by targets of the Makefile: `quick` runs a
+few rows of each test, the dear tests not at all; `default` runs everything, tables marked
+`pairwise` thinned; `nightly` runs whole tables, with many more random problems. All random numbers
+begin with MLX_WELFORD_TEST_SEED (0 unless set); a test that fails says which seeds it ran with.
 """
 
 import os
+import random
 import sys
 import zlib
-from collections.abc import Iterator
+from collections import defaultdict
+from collections.abc import Generator, Iterator
 from functools import cache
 
 import mlx.core as mx
+import numpy as np
 import pytest
 from hypothesis import HealthCheck, settings
 from mlx_welford import _ext
-from problems import FLOAT64_IS_NOT_ON_GPU
+from pairwise import Row, cover
+from problems import FLOAT64_IS_NOT_ON_GPU, SEED, Case
 from simulator.loader import compile_library
 
 BACKENDS = ("cpu", "sim", "gpu")
-SEEDS = 3
+SIMULATOR_SEEDS = 3
 
-settings.register_profile(
-    "suite",
-    deadline=None,  # the first example pays for thread start-up and page faults
-    max_examples=60,
-    derandomize=True,
-    suppress_health_check=[HealthCheck.too_slow],
+PROFILE = os.environ.get("MLX_WELFORD_TEST_PROFILE", "default")
+EXAMPLES = {"quick": 8, "default": 60, "nightly": 1000}  # of each test with random problems
+QUICK_ROWS = 2  # of each test on each backend
+
+# Their fixtures or processes are so dear that they should not be what the others wait for in the
+# end; the rest follows in order of names. Only the order, not what is run.
+DEAR_FIRST = (
+    "test_wheel.py",
+    "test_simulator_fidelity.py",
+    "test_backward.py",
+    "test_cuda.py",
+    "test_train_distributed.py",
+    "test_instruction_sets.py",
+    "test_past_caches.py",
+    "test_macos.py",
 )
-settings.load_profile("suite")
+
+for _name, _examples in EXAMPLES.items():
+    settings.register_profile(
+        _name,
+        deadline=None,  # the first example pays for thread start-up and page faults
+        max_examples=_examples,
+        derandomize=_name != "nightly",
+        print_blob=True,
+        suppress_health_check=[HealthCheck.too_slow],
+    )
+settings.load_profile(PROFILE)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -44,6 +72,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         action="append",
         choices=BACKENDS,
         help="run on this backend alone; may be given again (default: all that are present)",
+    )
+    parser.addoption(
+        "--shuffle",
+        type=int,
+        metavar="SEED",
+        help="run the files, and the tests of each, in a random order",
     )
 
 
@@ -76,7 +110,10 @@ def chosen(config: pytest.Config) -> list[str]:
 
 def pytest_report_header(config: pytest.Config) -> str:
     missing = [name for name in BACKENDS if name not in chosen(config)]
-    return f"backends: {', '.join(chosen(config))}; not run: {', '.join(missing) or 'none'}"
+    return (
+        f"backends: {', '.join(chosen(config))}; not run: {', '.join(missing) or 'none'}; "
+        f"profile: {PROFILE}; seed: {SEED}"
+    )
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -84,10 +121,92 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         metafunc.parametrize("backend", chosen(metafunc.config), indirect=True)
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     for item in items:
         if "gpu" in backends_of(item) and needs_float64(item):
             item.add_marker(pytest.mark.skip(reason=FLOAT64_IS_NOT_ON_GPU))
+    if PROFILE != "nightly":
+        keep(config, items, thinned(items))
+    if PROFILE == "quick":
+        keep(config, items, quick(items))
+    seed = config.getoption("--shuffle")
+    if seed is not None:
+        rng = random.Random(seed)
+        place = {path: rng.random() for path in sorted({item.path for item in items})}
+        rng.shuffle(items)
+        items.sort(key=lambda item: place[item.path])
+    else:
+        items.sort(key=lambda item: dearness(item.path.name))
+
+
+def dearness(name: str) -> int:
+    return DEAR_FIRST.index(name) if name in DEAR_FIRST else len(DEAR_FIRST)
+
+
+def keep(config: pytest.Config, items: list[pytest.Item], wanted: set[pytest.Item]) -> None:
+    """Leaves these items alone in the list, and reports the others as deselected."""
+    dropped = [item for item in items if item not in wanted]
+    if dropped:
+        config.hook.pytest_deselected(items=dropped)
+        items[:] = [item for item in items if item in wanted]
+
+
+def by_test(items: list[pytest.Item]) -> dict[str, list[pytest.Item]]:
+    """The items that one test function becomes, by its place."""
+    found: dict[str, list[pytest.Item]] = defaultdict(list)
+    for item in items:
+        found[item.nodeid.split("[", 1)[0]].append(item)
+    return found
+
+
+def row(item: pytest.Item) -> Row:
+    """The parameters of a test as a row of a table; a case is as many as it has attributes.
+
+    Sizes are (outer..., channels) whatever the layout, and `axis` says which.
+    """
+    found: dict[str, object] = {}
+    for name, value in getattr(getattr(item, "callspec", None), "params", {}).items():
+        if isinstance(value, Case):
+            outer = list(value.shape)
+            channels = outer.pop(value.axis)
+            found |= {"kind": value.kind, "dtype": value.dtype, "axis": value.axis}
+            found |= {"sizes": (*outer, channels), "affine": value.affine, "eps": value.eps}
+        else:
+            found[name] = value
+    return {name: str(value) for name, value in found.items()}
+
+
+def thinned(items: list[pytest.Item]) -> set[pytest.Item]:
+    """All items but those rows of a test marked `pairwise` whose combinations others hold too.
+
+    What decides between paths is combined in full: the backend, the layer and the layout with the
+    type, and with the sizes.
+    """
+    wanted: set[pytest.Item] = set()
+    for group in by_test(items).values():
+        mark = group[0].get_closest_marker("pairwise")
+        if mark is None:
+            wanted.update(group)
+            continue
+        chosen = cover([row(item) for item in group], mark.args)
+        wanted.update(group[i] for i in chosen)
+    return wanted
+
+
+def quick(items: list[pytest.Item]) -> set[pytest.Item]:
+    """Of each test that is not slow QUICK_ROWS rows on each backend, and what is marked `quick`."""
+    wanted: set[pytest.Item] = set()
+    for group in by_test(items).values():
+        if group[0].get_closest_marker("slow") and not group[0].get_closest_marker("quick"):
+            continue
+        of_backend: dict[str, list[pytest.Item]] = defaultdict(list)
+        for item in group:
+            of_backend[" ".join(str(b) for b in backends_of(item) if b in BACKENDS)].append(item)
+        for rows in of_backend.values():
+            step = max(1, -(-len(rows) // QUICK_ROWS))
+            wanted.update(rows[step // 2 :: step])
+    return wanted
 
 
 def parameters(item: pytest.Item) -> list[object]:
@@ -123,8 +242,9 @@ def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
     name: str = getattr(request, "param", "cpu")
     mx.set_default_device(mx.gpu if name == "gpu" else mx.cpu)
     if name == "sim":
-        number = zlib.crc32(request.node.nodeid.encode())
-        for variable, value in (("SEED", number % SEEDS), ("FTZ", number // SEEDS % 2)):
+        number = zlib.crc32(f"{request.path.name}::{request.node.name}".encode()) + SEED
+        values = ("SEED", number % SIMULATOR_SEEDS), ("FTZ", number // SIMULATOR_SEEDS % 2)
+        for variable, value in values:
             if f"MLX_WELFORD_SIM_{variable}" not in os.environ:
                 monkeypatch.setenv(f"MLX_WELFORD_SIM_{variable}", str(value))
         _ext.simulate_with(shaders())
@@ -137,4 +257,18 @@ def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
 @pytest.fixture(autouse=True)
 def seed() -> None:
     """The same random numbers whichever tests are selected."""
-    mx.random.seed(0)
+    mx.random.seed(SEED)
+    np.random.seed(SEED % 2**32)  # noqa: NPY002 (what a library draws from without being told)
+    random.seed(SEED)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport() -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """A test that fails says which seeds it ran with."""
+    report = yield
+    if report.failed:
+        names = ("MLX_WELFORD_SIM_SEED", "MLX_WELFORD_SIM_FTZ")
+        values = [f"MLX_WELFORD_TEST_SEED={SEED}"]
+        values += [f"{name}={os.environ[name]}" for name in names if name in os.environ]
+        report.sections.append(("seeds", " ".join(values)))
+    return report

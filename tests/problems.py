@@ -1,6 +1,7 @@
 """What the tests run over: sizes, types, layouts, and the data made for them."""
 
 import math
+import os
 import zlib
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -10,6 +11,7 @@ from typing import Literal, NamedTuple
 
 import mlx.core as mx
 import numpy as np
+import pytest
 import reference
 from reference import Array, Forward, Gradients, Kind
 from systems import System
@@ -29,6 +31,19 @@ KINDS: tuple[Kind, ...] = ("batch", "instance")
 SUBSETS = [
     names for n in (1, 2, 3) for names in combinations(("x", "weight", "bias"), n)
 ]  # every set of arguments to differentiate with respect to
+
+
+# For a table of cases: each geometry in each layout on each backend, with one type or another; and
+# each type in each layout on each backend, with one geometry or another. What a type changes it
+# changes in every geometry that takes the same path.
+spread_types = pytest.mark.pairwise(
+    ("backend", "kind", "axis", "sizes", "affine", "names", "name", "transposed"),
+    ("backend", "kind", "axis", "dtype"),
+    ("backend", "affine", "dtype"),
+)
+
+# Random data begins here; another seed draws other data for every test.
+SEED = int(os.environ.get("MLX_WELFORD_TEST_SEED", "0"))
 
 
 def dtypes() -> list[str]:
@@ -134,7 +149,7 @@ class Problem:
     def __init__(self, case: Case, x: Array | None = None, *, draw: int = 0):
         self.case = case
         self.dtype = DTYPES[case.dtype]
-        rng = np.random.default_rng([zlib.crc32(str(case).encode()), draw])
+        rng = np.random.default_rng([zlib.crc32(str(case).encode()), draw, *[SEED] * (SEED != 0)])
         channels = case.shape[case.axis]
         per_channel = [1] * len(case.shape)
         per_channel[case.axis] = channels

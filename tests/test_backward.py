@@ -19,6 +19,7 @@ from problems import (
     Problem,
     both_layouts,
     drawn,
+    spread_types,
     with_affine,
 )
 from reference import Kind
@@ -49,16 +50,19 @@ def check(
     comparison.check()
 
 
+@spread_types
 @pytest.mark.parametrize("case", both_layouts(ROLES, list(DTYPES)), ids=str)
 def test_every_size_in_every_role(case: Case) -> None:
     check(drawn(case))
 
 
+@spread_types
 @pytest.mark.parametrize("case", both_layouts(LARGE, ["float32", "float16", "bfloat16"]), ids=str)
 def test_large(case: Case) -> None:
     check(drawn(case))
 
 
+@spread_types
 @pytest.mark.parametrize("names", SUBSETS, ids=",".join)
 @pytest.mark.parametrize("case", both_layouts([(3, 33, 7)], list(DTYPES)), ids=str)
 def test_every_set_of_arguments(case: Case, names: tuple[str, ...]) -> None:
@@ -86,12 +90,14 @@ def test_every_set_of_argnums(kind: Kind, names: tuple[str, ...], backend: str) 
             assert_within(gradient, wide(expected[name]), mx.float32, ulps=2, name=f"grad {name}")
 
 
+@spread_types
 @pytest.mark.parametrize("affine", ["plain", "weight", "bias"])
 @pytest.mark.parametrize("case", both_layouts([(3, 33, 7), (31, 9, 33)], list(DTYPES)), ids=str)
 def test_weight_and_bias_are_independent(case: Case, affine: Affine) -> None:
     check(drawn(with_affine(case, affine)))
 
 
+@spread_types
 @pytest.mark.parametrize("affine", ["affine", "plain"])
 @pytest.mark.parametrize(
     "case",
@@ -127,6 +133,7 @@ def test_eps(case: Case, eps: float) -> None:
     check(drawn(Case(case.kind, case.shape, case.axis, eps=eps)))
 
 
+@spread_types
 @pytest.mark.parametrize("case", both_layouts(ROLES, HALVES), ids=str)
 def test_half_precision_rounds_once(case: Case) -> None:
     """All arithmetic is float32: what is left is the rounding of the result."""

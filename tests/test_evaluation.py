@@ -19,6 +19,7 @@ from problems import (
     Problem,
     both_layouts,
     draws,
+    spread_types,
     with_affine,
 )
 from tolerance import Comparison, assert_same_bits, wide
@@ -104,6 +105,7 @@ def check(case: Case, names: Sequence[str] = ("x", "weight", "bias")) -> None:
     comparison.check()
 
 
+@spread_types
 @pytest.mark.parametrize("case", both_layouts([*ROLES, LARGE[0]], list(DTYPES), ["batch"]), ids=str)
 def test_every_size_in_every_role(case: Case) -> None:
     check(case)

@@ -16,6 +16,7 @@ from problems import (
     Problem,
     both_layouts,
     drawn,
+    spread_types,
     with_affine,
 )
 from reference import Kind
@@ -45,21 +46,25 @@ def check(case: Case) -> None:
     comparison.check()
 
 
+@spread_types
 @pytest.mark.parametrize("case", both_layouts(ROLES, list(DTYPES)), ids=str)
 def test_every_size_in_every_role(case: Case) -> None:
     check(case)
 
 
+@spread_types
 @pytest.mark.parametrize("case", ROWS_ONLY, ids=str)
 def test_two_axes(case: Case) -> None:
     check(case)
 
 
+@spread_types
 @pytest.mark.parametrize("case", both_layouts(LARGE, ["float32", "float16", "bfloat16"]), ids=str)
 def test_large(case: Case) -> None:
     check(case)
 
 
+@spread_types
 @pytest.mark.parametrize("affine", ["plain", "weight", "bias"])
 @pytest.mark.parametrize("case", both_layouts([(3, 33, 7)], list(DTYPES)), ids=str)
 def test_weight_and_bias_are_independent(case: Case, affine: Affine) -> None:
@@ -72,6 +77,7 @@ def test_eps(case: Case, eps: float) -> None:
     check(Case(case.kind, case.shape, case.axis, eps=eps))
 
 
+@spread_types
 @pytest.mark.parametrize("case", both_layouts([*ROLES, LARGE[1]], HALVES), ids=str)
 def test_half_precision_rounds_once(case: Case) -> None:
     """All arithmetic is float32: what is left is the rounding of the result."""

@@ -7,7 +7,7 @@ import mlx_welford as mw
 import numpy as np
 import pytest
 import systems
-from problems import KINDS, Affine, Case, Problem, drawn
+from problems import KINDS, Affine, Case, Problem, drawn, spread_types
 from reference import Kind
 from tolerance import Comparison, assert_as_good_as, assert_same_bits, wide
 
@@ -77,6 +77,7 @@ def check(problems: Sequence[Problem]) -> None:
     comparison.check()
 
 
+@spread_types
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
 @pytest.mark.parametrize("axis", [-1, 1])
 @pytest.mark.parametrize("kind", KINDS)
