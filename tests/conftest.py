@@ -21,7 +21,6 @@ import os
 import random
 import sys
 import zlib
-from collections import defaultdict
 from collections.abc import Generator, Iterator
 from functools import cache
 
@@ -30,16 +29,14 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, settings
 from mlx_welford import _ext
-from pairwise import Row, cover
-from problems import FLOAT64_IS_NOT_ON_GPU, SEED, Case
+from problems import FLOAT64_IS_NOT_ON_GPU, SEED
+from selection import BACKENDS, UNTOUCHED, backends_of, parameters, quick, thinned
 from simulator.loader import compile_library
 
-BACKENDS = ("cpu", "sim", "gpu")
 SIMULATOR_SEEDS = 3
 
 PROFILE = os.environ.get("MLX_WELFORD_TEST_PROFILE", "default")
 EXAMPLES = {"quick": 8, "default": 60, "nightly": 1000}  # of each test with random problems
-QUICK_ROWS = 2  # of each test on each backend
 
 # Their fixtures or processes are so dear that they should not be what the others wait for in the
 # end; the rest follows in order of names. Only the order, not what is run.
@@ -128,8 +125,11 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             item.add_marker(pytest.mark.skip(reason=FLOAT64_IS_NOT_ON_GPU))
     if PROFILE != "nightly":
         keep(config, items, thinned(items))
+    kept = quick(items)
+    untouched = {item.path for item in items} - {item.path for item in kept}
+    config.stash[UNTOUCHED] = {path.name for path in untouched}
     if PROFILE == "quick":
-        keep(config, items, quick(items))
+        keep(config, items, kept)
     seed = config.getoption("--shuffle")
     if seed is not None:
         rng = random.Random(seed)
@@ -150,72 +150,6 @@ def keep(config: pytest.Config, items: list[pytest.Item], wanted: set[pytest.Ite
     if dropped:
         config.hook.pytest_deselected(items=dropped)
         items[:] = [item for item in items if item in wanted]
-
-
-def by_test(items: list[pytest.Item]) -> dict[str, list[pytest.Item]]:
-    """The items that one test function becomes, by its place."""
-    found: dict[str, list[pytest.Item]] = defaultdict(list)
-    for item in items:
-        found[item.nodeid.split("[", 1)[0]].append(item)
-    return found
-
-
-def row(item: pytest.Item) -> Row:
-    """The parameters of a test as a row of a table; a case is as many as it has attributes.
-
-    Sizes are (outer..., channels) whatever the layout, and `axis` says which.
-    """
-    found: dict[str, object] = {}
-    for name, value in getattr(getattr(item, "callspec", None), "params", {}).items():
-        if isinstance(value, Case):
-            outer = list(value.shape)
-            channels = outer.pop(value.axis)
-            found |= {"kind": value.kind, "dtype": value.dtype, "axis": value.axis}
-            found |= {"sizes": (*outer, channels), "affine": value.affine, "eps": value.eps}
-        else:
-            found[name] = value
-    return {name: str(value) for name, value in found.items()}
-
-
-def thinned(items: list[pytest.Item]) -> set[pytest.Item]:
-    """All items but those rows of a test marked `pairwise` whose combinations others hold too.
-
-    What decides between paths is combined in full: the backend, the layer and the layout with the
-    type, and with the sizes.
-    """
-    wanted: set[pytest.Item] = set()
-    for group in by_test(items).values():
-        mark = group[0].get_closest_marker("pairwise")
-        if mark is None:
-            wanted.update(group)
-            continue
-        chosen = cover([row(item) for item in group], mark.args)
-        wanted.update(group[i] for i in chosen)
-    return wanted
-
-
-def quick(items: list[pytest.Item]) -> set[pytest.Item]:
-    """Of each test that is not slow QUICK_ROWS rows on each backend, and what is marked `quick`."""
-    wanted: set[pytest.Item] = set()
-    for group in by_test(items).values():
-        if group[0].get_closest_marker("slow") and not group[0].get_closest_marker("quick"):
-            continue
-        of_backend: dict[str, list[pytest.Item]] = defaultdict(list)
-        for item in group:
-            of_backend[" ".join(str(b) for b in backends_of(item) if b in BACKENDS)].append(item)
-        for rows in of_backend.values():
-            step = max(1, -(-len(rows) // QUICK_ROWS))
-            wanted.update(rows[step // 2 :: step])
-    return wanted
-
-
-def parameters(item: pytest.Item) -> list[object]:
-    return list(getattr(getattr(item, "callspec", None), "params", {}).values())
-
-
-def backends_of(item: pytest.Item) -> list[object]:
-    """Its parameters that name a backend, themselves or in an attribute of that name."""
-    return [getattr(value, "backend", value) for value in parameters(item)]
 
 
 def needs_float64(item: pytest.Item) -> bool:

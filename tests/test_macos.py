@@ -17,6 +17,7 @@ def linked(folder: Path, text: str, options: tuple[str, ...] = ANNOTATED) -> Pat
     return library(source, folder / "planted.so", options)
 
 
+@pytest.mark.quick
 def test_mlx_itself_is_read_rightly() -> None:
     """What Apple's linker joined fits together: MLX's bindings find all of MLX in libmlx."""
     assert read(libmlx()).name == "@rpath/libmlx.dylib"

@@ -31,9 +31,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import mlx.core as mx
 import numpy as np
 import pytest
 from numpy.typing import NDArray
+from problems import SEED
 from simulator import Library, SimulatorError, compile_library
 from simulator.loader import preprocess
 from simulator.oracle.air import Translation, link, translate
@@ -555,6 +557,19 @@ def libraries(oracle: Oracle) -> dict[bool, Library]:
         )
         for contracted in (False, True)
     }
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("name", FORMATS)
+def test_numbers_are_encoded_as_mlx_does(name: str) -> None:
+    """To nearest and ties to even: what both sides of every comparison here begin with."""
+    rng = np.random.default_rng(SEED)
+    halfway = 1 + np.arange(64) * 2.0**-12  # between two of float16, and of bfloat16
+    x = np.concatenate([rng.standard_normal(1000), halfway, -halfway, [0.0, math.inf, 7e4, 3e38]])
+    x = x.astype(np.float32)
+    expected = mx.array(x).astype(getattr(mx, name)).astype(mx.float32)
+    with np.errstate(over="ignore"):
+        np.testing.assert_array_equal(decode(encode(x, name)), np.array(expected))
 
 
 @pytest.mark.parametrize("name", SHIPPED)

@@ -25,8 +25,14 @@ def losses(text: str) -> list[float]:
     return [float(loss) for loss in found.groups()]
 
 
-def test_two_processes_train_as_one(tmp_path: Path) -> None:
-    (one,) = run(1, tmp_path / "one")
+@pytest.fixture(scope="module")
+def one(tmp_path_factory: pytest.TempPathFactory) -> Ended:
+    """One process with the whole batch."""
+    (ended,) = run(1, tmp_path_factory.mktemp("one") / "rank")
+    return ended
+
+
+def test_two_processes_train_as_one(one: Ended, tmp_path: Path) -> None:
     first, second = run(2, tmp_path / "two")
     assert "processes                 2" in first.text
     assert "the same on all processes" in first.text
@@ -38,8 +44,7 @@ def test_two_processes_train_as_one(tmp_path: Path) -> None:
     assert [one.status, first.status, second.status] == [1, 1, 1]
 
 
-def test_local_statistics_do_not(tmp_path: Path) -> None:
-    (one,) = run(1, tmp_path / "one")
+def test_local_statistics_do_not(one: Ended, tmp_path: Path) -> None:
     first, second = run(2, tmp_path / "two", "--local")
     assert "not the same on all processes" in first.text
     assert first.status == second.status == 1

@@ -11,6 +11,7 @@ import shutil
 import subprocess
 import sys
 import tarfile
+import tomllib
 import zipfile
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -84,6 +85,17 @@ def interpreters() -> list[CPython]:
     return [CPython(path, run(path, "-c", program).strip()) for path in paths]
 
 
+@pytest.mark.quick
+def test_wheels_are_built_for_every_supported_cpython_here() -> None:
+    """The running one first, each release once, and none that pyproject.toml does not name."""
+    running, *others = (cpython.release for cpython in interpreters())
+    assert running == "{}.{}".format(*sys.version_info[:2])
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    named = {line.rpartition(" :: ")[2] for line in project["classifiers"]}
+    assert {running, *others} <= named
+    assert len({running, *others}) == 1 + len(others)
+
+
 @pytest.fixture(scope="module", params=["running", "newest other"])
 def cpython(request: pytest.FixtureRequest) -> CPython:
     running, *others = interpreters()
@@ -94,9 +106,21 @@ def cpython(request: pytest.FixtureRequest) -> CPython:
     return others[-1]
 
 
-def make(target: str, folder: Path, cpython: CPython, source: Path = ROOT) -> Path:
-    """The one file that a target of the Makefile puts into `folder`. Warnings are errors."""
-    variables = [f"DIST={folder}", f"SOURCE={source}", f"PYTHONS={cpython.path}", "WERROR=ON"]
+def make(target: str, folder: Path, cpython: CPython, source: Path | None = None) -> Path:
+    """The one file that a target of the Makefile puts into `folder`. Warnings are errors.
+
+    Of this checkout what does not depend on the CPython is compiled once, of another folder anew.
+    """
+    variables = [f"DIST={folder}", f"PYTHONS={cpython.path}", "WERROR=ON"]
+    if source is None:
+        once = [
+            sys.executable,
+            str(ROOT / "tests" / "compiler_cache.py"),
+            str(ROOT / "build/objects"),
+        ]
+        variables.append("LAUNCHER=" + ";".join(map(str, once)))
+    else:
+        variables.append(f"SOURCE={source}")
     run("make", "--assume-old=build", target, *variables)
     (result,) = folder.iterdir()
     return result

@@ -6,15 +6,20 @@ neither a GPU nor a CUDA toolkit.
 
 from __future__ import annotations
 
+import hashlib
+import pickle
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from locks import exclusively
+
 from .source import Parameter, translate
 
 DIRECTORY = Path(__file__).resolve().parent
+CACHE = DIRECTORY.parents[1] / "build" / "cuda" / "programs"
 INCLUDE = (DIRECTORY / "include", DIRECTORY.parent / "simulator" / "include")
 
 # Of a multiprocessor: registers, allotted in blocks to each of its warps, and warps in fours.
@@ -96,7 +101,7 @@ def compile_program(
         f"--ftz={'true' if flush_denormals else 'false'}",
         *(f"--include-path={directory}" for directory in INCLUDE),
     ]
-    cubin, ptx, log = _compile(translation.text, options)
+    cubin, ptx, log = _compile_once(translation.text, options)
     resources = read_resources(log)
     if resources.keys() != translation.kernels.keys():
         raise CompileError(f"the compiler does not say what each kernel takes:\n{log}")
@@ -115,6 +120,24 @@ def read_resources(log: str) -> dict[str, Resources]:
             int(shared[1]) if shared else 0,
         )
     return found
+
+
+def _compile_once(text: str, options: Sequence[str]) -> tuple[bytes, str, str]:
+    """What _compile returns; kept under a hash of all that it is made from."""
+    from cuda.bindings import nvrtc
+
+    headers = sorted(path for folder in INCLUDE for path in folder.rglob("*") if path.is_file())
+    parts = [text, *options, repr(nvrtc.nvrtcVersion()), *(path.read_text() for path in headers)]
+    path = CACHE / hashlib.sha256("\0".join(parts).encode()).hexdigest()[:32]
+    with exclusively(path):
+        if path.exists():
+            found: tuple[bytes, str, str] = pickle.loads(path.read_bytes())
+            return found
+        made = _compile(text, options)
+        unfinished = path.with_suffix(".new")
+        unfinished.write_bytes(pickle.dumps(made))
+        unfinished.replace(path)
+    return made
 
 
 def _compile(text: str, options: Sequence[str]) -> tuple[bytes, str, str]:
