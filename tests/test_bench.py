@@ -43,6 +43,7 @@ from contestants import (
 from environment import cache_limit_bytes, environment
 from harness import Figures, Samples, Step, measure, milliseconds, mlx_step, net, peak_above_inputs
 from mlx_welford.selftest.chips import nominal_bandwidth
+from plots import Reports
 from results import Report, Row
 from settings import AS_FOUND, TUNED
 from workloads import CASES, SOME, SWEEP, TARGETS, Case
@@ -508,9 +509,26 @@ def test_asking_for_the_cache_limit_leaves_it() -> None:
 
 
 def test_nominal_bandwidth_is_of_the_chip_and_not_of_its_family() -> None:
-    assert nominal_bandwidth("Apple M1") == 68.25
-    assert nominal_bandwidth("Apple M4 Pro") == 273
-    assert nominal_bandwidth("AMD EPYC") is None
+    """Bus widths in bytes times transfers a second, of the memory that each generation has."""
+    widths = {"": 16, " Pro": 32, " Max": 64, " Ultra": 128}
+    transfers = {"M1": 4.266, "M2": 6.4, "M3": 6.4, "M4": 7.5}  # LPDDR4X, then LPDDR5 and 5X
+    for generation, rate in transfers.items():
+        for variant, width in widths.items():
+            stated = nominal_bandwidth(f"Apple {generation}{variant}")
+            if (generation, variant) == ("M4", " Ultra"):
+                assert stated is None  # there is none
+            elif (generation, variant) == ("M3", " Pro"):
+                assert stated == pytest.approx(24 * rate, rel=0.03)  # a narrower bus
+            elif (generation, variant) in (("M1", " Pro"), ("M1", " Max"), ("M1", " Ultra")):
+                assert stated == pytest.approx(width * 6.4, rel=0.03)  # has LPDDR5 already
+            elif (generation, variant) in (("M4", " Pro"), ("M4", " Max")):
+                assert stated == pytest.approx(width * 8.533, rel=0.03)
+            else:
+                assert stated == pytest.approx(width * rate, rel=0.03)
+    # Whatever else the system may say
+    for name in ("AMD EPYC", "Apple M4 Pro Max", "Apple M", "Apple M99", "Apple Paravirtual device"):
+        assert nominal_bandwidth(name) is None
+    assert nominal_bandwidth("M2 Pro") == nominal_bandwidth("Apple M2 Pro")
 
 
 # Settings
@@ -878,22 +896,43 @@ def test_spans_and_numbers() -> None:
     assert report._number(12.34) == "12.3"
 
 
-def test_plots_are_drawn_from_what_is_there(tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def drawn(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+    """The figures of the reports made up, by name."""
+    plots = pytest.importorskip("plots", reason="plots need matplotlib")
+    written = plots.draw(made_up_reports(), tmp_path_factory.mktemp("drawn"))
+    return {path.stem: path.read_bytes() for path in written}
+
+
+def test_plots_are_drawn_from_what_is_there(drawn: dict[str, bytes], tmp_path: Path) -> None:
+    assert list(drawn) == ["cases", "memory", "bandwidth", "scaling"]
+    for data in drawn.values():
+        assert ElementTree.fromstring(data).tag.endswith("svg")
+
     plots = pytest.importorskip("plots", reason="plots need matplotlib")
     reports = made_up_reports()
-    written = plots.draw(reports, tmp_path)
-    assert [path.stem for path in written] == ["cases", "memory", "bandwidth", "scaling"]
-    for path in written:
-        assert ElementTree.parse(path).getroot().tag.endswith("svg")
-    before = [path.read_bytes() for path in written]
-    assert [path.read_bytes() for path in plots.draw(reports, tmp_path)] == before
-
     del reports["sizes-as-found"]
-    some = plots.draw(reports, tmp_path)
-    assert [path.stem for path in some] == ["cases", "memory", "scaling"]
+    some = {path.stem: path.read_bytes() for path in plots.draw(reports, tmp_path)}
+    assert list(some) == ["cases", "memory", "scaling"]
+    # The same figures give the same bytes.
+    assert [some[name] for name in ("cases", "memory")] == [drawn["cases"], drawn["memory"]]
 
 
-def test_report_writes_tables_and_plots(tmp_path: Path) -> None:
+def test_report_writes_tables_and_plots(
+    drawn: dict[str, bytes], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    plots = pytest.importorskip("plots", reason="plots need matplotlib")
+
+    def draw(reports: Reports, directory: Path) -> list[Path]:
+        """As drawn before: drawing takes seconds."""
+        assert reports.keys() == made_up_reports().keys()
+        directory.mkdir(parents=True, exist_ok=True)
+        paths = [directory / f"{name}.svg" for name in drawn]
+        for path in paths:
+            path.write_bytes(drawn[path.stem])
+        return paths
+
+    monkeypatch.setattr(plots, "draw", draw)
     for name, of_job in made_up_reports().items():
         of_job.write(tmp_path / "results" / f"{name}.json")
     document = tmp_path / "performance.md"

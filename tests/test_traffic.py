@@ -7,6 +7,7 @@ statistic's elements, forward 1R + 1W and backward 2R + 1W. Every result is comp
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 
 import pytest
@@ -19,14 +20,17 @@ from plans import (
     OF_CHANNELS,
     SUMS_BYTES,
     Dispatch,
+    Example,
     Plan,
     Problem,
     dtype_of,
     problems,
     run_example,
+    run_plan,
     shaders,
 )
-from simulator import Traffic
+from simulator import SimulatorError, Traffic
+from walks import SECOND_PASS
 
 LARGE = {"x", "g", "out"}
 
@@ -285,6 +289,43 @@ def test_nothing_is_read_or_written_in_part_or_twice_in_a_pass(problem: Problem)
         for name, bound in small_traffic(problem, plan, d).items():
             assert counted[name].read <= bound.read, (d.kernel, name)
             assert counted[name].written == bound.written, (d.kernel, name)
+
+
+# ---- The order of a pass -------------------------------------------------------------------------
+
+TWO_PASSES = {
+    "columns": Problem("", (1, 1, 1201, 16), channels=16, weight=True, max_threads=64),
+    "rows": Problem("", (1, 2, 17003, 1), channels=2, weight=True, max_threads=32),
+}
+OPERATIONS = ("moments", "moments_gradient", "normalize", "normalize_gradient", "input_gradient")
+
+
+@pytest.mark.parametrize("problem", TWO_PASSES.values(), ids=TWO_PASSES.keys())
+@pytest.mark.parametrize("operation", OPERATIONS)
+def test_the_second_pass_begins_where_the_first_ends(problem: Problem, operation: str) -> None:
+    """What the first pass read last is still in caches: threadgroup 0 then has the last elements.
+
+    Without them a dispatch fails in the threadgroup that would read them.
+    """
+    wanted = "x" if operation == "normalize_gradient" else ""
+    problem = replace(problem, operation=operation, wanted=wanted)
+    library, arrays = shaders(), Example(problem).arrays()
+    plan = problem.plan()
+    seen = set()
+    for d in plan.dispatches:
+        one = replace(plan, dispatches=[d])
+        if d.sweeps:
+            assert d.groups > 1
+            seen.add(d.kernel)
+            read = {name for name in ("x", "g") if any(b.array == name for b in d.buffers)}
+            short = {name: arrays[name].ravel()[:-64].copy() for name in read}
+            with pytest.raises(SimulatorError, match="out of bounds") as caught:
+                run_plan(library, one, {**arrays, **short}, seed=0)
+            where = re.search(r"threadgroup \((\d+), 0, 0\)", str(caught.value))
+            assert where is not None
+            last = 0 if d.kernel in SECOND_PASS else d.groups - 1
+            assert int(where[1]) == last, d.kernel
+    assert seen
 
 
 # ---- A batch that several processes share: 2R + 1W and 4R + 1W, as with one's own ----------------
