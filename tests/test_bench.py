@@ -526,7 +526,13 @@ def test_nominal_bandwidth_is_of_the_chip_and_not_of_its_family() -> None:
             else:
                 assert stated == pytest.approx(width * rate, rel=0.03)
     # Whatever else the system may say
-    for name in ("AMD EPYC", "Apple M4 Pro Max", "Apple M", "Apple M99", "Apple Paravirtual device"):
+    for name in (
+        "AMD EPYC",
+        "Apple M4 Pro Max",
+        "Apple M",
+        "Apple M99",
+        "Apple Paravirtual device",
+    ):
         assert nominal_bandwidth(name) is None
     assert nominal_bandwidth("M2 Pro") == nominal_bandwidth("Apple M2 Pro")
 

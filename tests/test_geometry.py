@@ -75,9 +75,20 @@ def test_a_geometry_reduces_what_the_axes_do_or_is_refused(shape: tuple[int, ...
         )
 
 
+def is_refused(shape: tuple[int, ...], axes: tuple[int, ...]) -> bool:
+    try:
+        geometry(shape, axes)
+    except ValueError:
+        return True
+    return False
+
+
 def test_some_axes_alternate_too_often() -> None:
-    refused = {axes for axes in subsets(5) if alternations((2, 3, 2, 3, 2), axes) > 4}
-    assert refused == {(1, 3), (1, 4), (2, 4), (0, 2, 4), (1, 2, 4), (1, 3, 4)}
+    """An axis of length 1 does not count, whether it is reduced or not."""
+    refused = {(1, 3), (1, 4), (2, 4), (0, 2, 4), (1, 2, 4), (1, 3, 4)}
+    assert {axes for axes in subsets(5) if is_refused((2, 3, 2, 3, 2), axes)} == refused
+    refused = {axes for axes in subsets(5) if is_refused((2, 3, 2, 3, 1), axes)}
+    assert refused == {(1, 3), (1, 3, 4)}
 
 
 @pytest.mark.parametrize("ndim", [2, 3, 4, 5])

@@ -1051,9 +1051,13 @@ def test_buffer_indices_are_all_different() -> None:
     assert BUFFER_INDICES["buffers"] == max(BUFFER_INDICES.values()) < 31  # Metal's limit
 
 
-@given(problems())
-def test_the_plan_is_a_function_of_the_problem(problem: Problem) -> None:
-    assert problem.plan() == problem.plan()
+@given(problems(), problems())
+def test_a_plan_does_not_depend_on_those_made_before(problem: Problem, other: Problem) -> None:
+    """Nor on the tuning that they were made with."""
+    first = problem.plan()
+    other.plan(SPLITTING)
+    problem.plan(SPLITTING)
+    assert problem.plan() == first
 
 
 # ---- The model of the walks is what the shaders do -----------------------------------------------

@@ -5,8 +5,10 @@ import importlib.metadata
 import json
 import math
 import os
+import re
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
@@ -150,6 +152,58 @@ def test_a_plan_is_the_launch_plan(
     assert_same_plan(plans["backward"], backward)
     named = [d["host_name"] for d in [*forward[0], *backward[0]]]
     assert kernels(plans) == list(dict.fromkeys(named))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the simulator is written for Linux")
+@pytest.mark.parametrize("backend", ["sim"], indirect=True)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("layer", "shape", "axis"),
+    [
+        ("batch", (3, 19, 7, 16), -1),
+        ("batch", (3, 16, 19, 7), 1),
+        ("batch", (7, 5), 1),
+        ("instance", (2, 37, 24), 2),
+        ("instance", (2, 3, 4097), -2),
+        ("instance", (2, 1500, 5), -1),
+    ],
+)
+def test_a_plan_is_what_runs(
+    layer: Layer,
+    shape: tuple[int, ...],
+    axis: int,
+    dtype: str,
+    backend: str,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> None:
+    """The same kernels over as many threadgroups of as many threads, with the same buffers."""
+    log = tmp_path / "dispatches"
+    monkeypatch.setenv("MLX_WELFORD_SIM_LOG", str(log))
+    weight = mx.ones((shape[axis],), DTYPES[dtype])
+
+    def norm(x: mx.array, w: mx.array, b: mx.array) -> mx.array:
+        if layer == "batch":
+            return mw.batch_norm(x, w, b, axis=axis)[0]
+        return mw.instance_norm(x, w, b, axis=axis)
+
+    x = mx.random.normal(shape).astype(DTYPES[dtype])
+    mx.eval(x, weight)
+    outputs, gradients = mx.vjp(norm, [x, weight, weight], [x])
+    plans = normalization_plans(layer, shape, axis=axis, dtype=dtype)
+    for name, arrays in (("forward", outputs), ("backward", gradients)):
+        log.write_text("")
+        mx.eval(arrays)
+        ran = [json.loads(line) for line in log.read_text().splitlines()]
+        planned = plans[name]["dispatches"]
+        assert [d["kernel"] for d in ran] == [d["kernel"] for d in planned]
+        for d, expected in zip(ran, planned, strict=True):
+            assert d["grid"] == [expected["threadgroups"], 1, 1]
+            assert d["group"] == [expected["threads"], 1, 1]
+            names = {constant(b["name"]) for b in expected["buffers"]}
+            indices = {b["index"] for b in d["buffers"]}
+            found = re.findall(r"(k\w+) = (\d+),", _ext.shader_source)
+            assert {int(i) for n, i in found if n in names} == indices
 
 
 def test_absent_arguments_and_gradients() -> None:
