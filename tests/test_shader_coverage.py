@@ -24,6 +24,7 @@ from plans import (
     run_plan,
     shaders,
 )
+from simulator import SimulatorError, compile_library
 
 ALL = dict(_ext.shader_kernels())
 
@@ -39,6 +40,34 @@ def test_every_instantiation_runs_and_is_right() -> None:
         run_example(library, problem)
         ran.update(names(problem.plan()))
     assert ran.keys() == ALL.keys()
+
+
+@pytest.mark.parametrize(("longer", "max_threads", "seed"), [(1, 32, 0), (4, 128, 1)])
+def test_every_instantiation_passes_every_check(longer: int, max_threads: int, seed: int) -> None:
+    """Bounds, races, memory never written: in one simdgroup, and in several that need barriers."""
+    library = shaders(instrumented=True)
+    assert library.instrumented
+    ran: Counter[str] = Counter()
+    for problem in whole_table(longer=longer, max_threads=max_threads):
+        run_example(library, problem, seed=seed)
+        ran.update(names(problem.plan()))
+    assert ran.keys() == ALL.keys()
+
+
+BARRIER = "metal::threadgroup_barrier(metal::mem_flags::mem_threadgroup);"
+
+
+@pytest.mark.parametrize("which", range(_ext.shader_source.count(BARRIER)))
+def test_a_missing_barrier_is_noticed(which: int) -> None:
+    """Also where the results are right without it, as they are in most orders of the threads."""
+    parts = _ext.shader_source.split(BARRIER)
+    source = BARRIER.join(parts[: which + 1]) + BARRIER.join(parts[which + 1 :])
+    problem = Problem("moments", (1, 2, 403, 16), channels=32, max_threads=128)
+    plan = problem.plan()
+    library = compile_library(source, [d.instantiation for d in plan.dispatches], instrumented=True)
+    with pytest.raises(SimulatorError, match="threadgroup variable"):
+        for seed in range(4):
+            run_plan(library, plan, Example(problem).arrays(), seed=seed)
 
 
 @given(remainders())
