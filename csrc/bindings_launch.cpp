@@ -13,6 +13,7 @@
 
 #include "bindings.h"
 #include "gpu/launch.h"
+#include "gpu/record.h"
 #include "mlx/dtype.h"
 #include "shaders.h"
 
@@ -204,6 +205,32 @@ void bind_launch(nb::module_& m) {
         return kernels;
       },
       "Host name and instantiation of every kernel that a plan can contain.");
+
+  m.def(
+      "pipelines",
+      [] {
+        std::map<std::string, std::tuple<uint32_t, uint32_t, double>> pipelines;
+        for (const auto& [kernel, p] : gpu::recorded_pipelines()) {
+          pipelines.emplace(kernel,
+                            std::make_tuple(p.most_threads, p.threadgroup_bytes, p.milliseconds));
+        }
+        return pipelines;
+      },
+      "Of every kernel that the GPU was asked for so far: the threads that a threadgroup of it may "
+      "have, the bytes of threadgroup memory that it declares, and the milliseconds that the first "
+      "request took, which compiles it. Empty where no shaders run.");
+  m.def("record_dispatches", &gpu::record_dispatches, "on"_a,
+        "Note from now on which dispatches run, or no longer.");
+  m.def(
+      "take_recorded_dispatches",
+      [] {
+        std::vector<std::tuple<std::string, uint32_t, uint32_t>> dispatches;
+        for (const gpu::UsedDispatch& d : gpu::take_recorded_dispatches()) {
+          dispatches.emplace_back(d.kernel, d.groups, d.threads);
+        }
+        return dispatches;
+      },
+      "Host name, threadgroups and threads of the dispatches that ran since the last call.");
 }
 
 }  // namespace mlx_welford

@@ -4,12 +4,14 @@
 
 #ifdef MLX_WELFORD_METAL
 
+#include <chrono>
 #include <optional>
 #include <string>
 #include <variant>
 
 #include "gpu/compilation.h"
 #include "gpu/launch.h"
+#include "gpu/record.h"
 #include "memory.h"
 #include "mlx/backend/metal/device.h"
 #include "shaders.h"
@@ -23,10 +25,14 @@ namespace {
 /// The pipeline of a dispatch, compiled at its first use. MLX keeps libraries by name, so the name holds a hash
 /// of the source; each holds the one instantiation that is needed.
 MTL::ComputePipelineState* pipeline(mx::metal::Device& device, const Dispatch& d) {
+  const auto start = std::chrono::steady_clock::now();
   const std::string name = std::string("mlx_welford_") + kShaderHash + "_" + d.host_name();
   auto* library =
       device.get_library(name, [&d] { return std::string(kShaderSource) + d.instantiation(); });
-  return device.get_kernel(d.host_name(), library);
+  auto* state = device.get_kernel(d.host_name(), library);
+  record_pipeline(d.host_name(), state->maxTotalThreadsPerThreadgroup(),
+                  state->staticThreadgroupMemoryLength(), start);
+  return state;
 }
 
 Compilation compilation;
@@ -63,6 +69,7 @@ bool run_on_metal(mx::Stream s, const Problem& problem, const BoundArrays& given
   if (!p) {
     return false;
   }
+  record_plan(*p);
   auto& encoder = mx::metal::get_command_encoder(s);
   BoundArrays arrays = given;
   if (p->partials_bytes > 0) {

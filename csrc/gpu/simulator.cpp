@@ -15,6 +15,7 @@
 #include "../tests/simulator/executor.h"
 #include "gpu/compilation.h"
 #include "gpu/launch.h"
+#include "gpu/record.h"
 #include "mlx/backend/cpu/encoder.h"
 
 namespace mlx_welford::gpu {
@@ -42,6 +43,7 @@ uint32_t compile(const Dispatch& d) {
 }
 
 void simulate(SimulatorFunction function, const Plan& p, BoundArrays& arrays) {
+  record_plan(p);
   std::vector<char> partials(p.partials_bytes);
   std::vector<char> sums(p.sums_bytes);
   for (const Dispatch& d : p.dispatches) {
@@ -62,6 +64,8 @@ void simulate(SimulatorFunction function, const Plan& p, BoundArrays& arrays) {
     const SimulatorConstant parameters = std::visit(
         [](const auto& v) { return SimulatorConstant{kParameters, &v, sizeof v}; }, d.parameters);
     const std::string kernel = d.host_name();
+    // Compiled long ago, and as many threads as plans are made for.
+    record_pipeline(kernel, Limits{}.threads, 0, std::chrono::steady_clock::now());
     SimulatorDispatch dispatch{};
     dispatch.kernel = kernel.c_str();
     dispatch.buffers = buffers.data();
