@@ -15,7 +15,7 @@ import mlx.core as mx
 import mlx_welford as mw
 import pytest
 from conftest import has_metal
-from mlx_welford import _ext
+from mlx_welford import _ext, _machine
 from mlx_welford.__main__ import main
 from mlx_welford.dispatches import (
     DTYPES,
@@ -60,6 +60,142 @@ def test_status_agrees_with_the_extension(backend: str) -> None:
         assert facts["shaders_compile"] is None
         assert "no Metal" in facts["shaders"]
     assert json.loads(json.dumps(facts)) == facts
+
+
+# What the commands print on a Mac, in the form that Apple documents: no Mac printed this.
+ON_A_MAC = {
+    ("sysctl", "-n", "machdep.cpu.brand_string"): "Apple M2 Pro\n",
+    ("sysctl", "-n", "hw.model"): "Mac14,9\n",
+    ("sw_vers", "-buildVersion"): "24G90\n",
+    ("ioreg", "-r", "-d", "1", "-c", "AGXAccelerator"): (
+        "+-o AGXAcceleratorG14X  <class AGXAcceleratorG14X, id 0x100000480>\n"
+        '    {\n      "IOClass" = "AGXAcceleratorG14X"\n      "gpu-core-count" = 19\n    }\n'
+    ),
+}
+
+
+def test_what_a_mac_says_of_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    def run(command: tuple[str, ...], **options: Any) -> subprocess.CompletedProcess[str]:
+        return subprocess.CompletedProcess(command, 0, ON_A_MAC[tuple(command)], "")
+
+    monkeypatch.setattr("platform.system", lambda: "Darwin")
+    monkeypatch.setattr("platform.mac_ver", lambda: ("15.6.1", ("", "", ""), "arm64"))
+    monkeypatch.setattr(subprocess, "run", run)
+    facts = mw.status()
+    assert facts["chip"] == "Apple M2 Pro"
+    assert facts["model"] == "Mac14,9"
+    assert facts["gpu_cores"] == 19
+    assert (facts["system"], facts["system_build"]) == ("macOS 15.6.1", "24G90")
+
+
+@pytest.mark.parametrize(
+    "fails", [FileNotFoundError("ioreg"), subprocess.CalledProcessError(1, "ioreg")]
+)
+def test_a_mac_that_says_nothing(monkeypatch: pytest.MonkeyPatch, fails: Exception) -> None:
+    def run(*a: Any, **k: Any) -> Any:
+        raise fails
+
+    monkeypatch.setattr("platform.system", lambda: "Darwin")
+    monkeypatch.setattr(subprocess, "run", run)
+    facts = mw.status()
+    assert facts["chip"] == facts["machine"]
+    assert facts["model"] is facts["gpu_cores"] is None
+    assert facts["system_build"] == "unknown"
+
+
+def test_the_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    facts = mw.status()
+    assert facts["cpu_cores"] == os.cpu_count()
+    assert facts["architecture"] == mx.device_info(mx.default_device())["architecture"]
+    pages = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    assert facts["memory_gib"] == pytest.approx(pages / 2**30, abs=0.1)
+    if sys.platform == "linux":
+        assert facts["chip"] in Path("/proc/cpuinfo").read_text()
+
+
+def test_metals_version_is_asked_of_a_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert has_metal() or mw.status()["metal_language"] is None
+    asked: list[dict[str, Any]] = []
+
+    def metal_kernel(**description: Any) -> Any:
+        asked.append(description)
+
+        def run(*, inputs: list[mx.array], stream: Any, **shapes: Any) -> list[mx.array]:
+            assert shapes["output_shapes"] == [(1,)]
+            return [inputs[0] + 320]
+
+        return run
+
+    monkeypatch.setattr(mx.metal, "is_available", lambda: True)
+    monkeypatch.setattr(mx, "is_available", lambda device: True)
+    monkeypatch.setattr(mx, "gpu", mx.cpu)
+    monkeypatch.setattr(mx.fast, "metal_kernel", metal_kernel)
+    assert _machine.metal_language() == "3.2"
+    assert "__METAL_VERSION__" in asked[0]["source"]
+
+    def fails(**description: Any) -> Any:
+        raise RuntimeError("Unable to build metal library from source\nprogram_source:1")
+
+    monkeypatch.setattr(mx.fast, "metal_kernel", fails)
+    assert _machine.metal_language() == "unknown: Unable to build metal library from source"
+
+
+@pytest.mark.parametrize(
+    ("origin", "words"),
+    [
+        ({"url": "file:///Users/someone/mlx-welford", "dir_info": {}}, "built from a checkout"),
+        ({"url": "file:///Users/someone/x", "dir_info": {"editable": True}}, "editable"),
+        (
+            {"url": "https://example.org/x.git", "vcs_info": {"vcs": "git", "commit_id": "0123ab"}},
+            "built from commit 0123ab",
+        ),
+        ({"url": "file:///Users/someone/a-1.whl", "archive_info": {}}, "a wheel file"),
+        ({"url": "file:///Users/someone/a-1.tar.gz", "archive_info": {}}, "built from an archive"),
+        (None, "a wheel from an index, or built from its sdist"),
+    ],
+)
+def test_how_the_package_came_here(
+    monkeypatch: pytest.MonkeyPatch, origin: dict[str, Any] | None, words: str
+) -> None:
+    class Distribution:
+        version = "1"
+
+        def read_text(self, name: str) -> str | None:
+            if name == "WHEEL":
+                return "Wheel-Version: 1.0\nTag: cp312-cp312-macosx_14_0_arm64\n"
+            return None if origin is None else json.dumps(origin)
+
+    monkeypatch.setattr(importlib.metadata, "distribution", lambda name: Distribution())
+    build = _machine.build()
+    assert build == f"{words} (cp312-cp312-macosx_14_0_arm64)"
+    assert "someone" not in build
+    assert _machine.wheels().startswith("mlx 1 (cp312-cp312-macosx_14_0_arm64), mlx-metal 1 (")
+
+
+def test_wheels_of_mlx() -> None:
+    wheels = mw.status()["wheels"]
+    version = importlib.metadata.version("mlx")
+    assert wheels.startswith(f"mlx {version} (cp{sys.version_info[0]}{sys.version_info[1]}-")
+    library = "mlx-metal" if sys.platform == "darwin" else "mlx-cpu"
+    assert f", {library} {version} (" in wheels
+
+
+def test_variables_of_mlx_and_metal_without_the_home_folder(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in list(os.environ):
+        if name.startswith(("MLX_", "MTL_", "METAL_")):
+            monkeypatch.delenv(name)
+    monkeypatch.setenv("HOME", "/home/someone")
+    monkeypatch.setenv("MTL_DEBUG_LAYER", "1")
+    monkeypatch.setenv("MLX_METAL_PATH", "/home/someone/mlx")
+    monkeypatch.setenv("UNRELATED", "secret")
+    expected = {"MLX_METAL_PATH": "~/mlx", "MTL_DEBUG_LAYER": "1"}
+    assert mw.status()["variables"] == expected
+    assert main(["status"]) == 0
+    out = capsys.readouterr().out
+    assert "MLX_METAL_PATH=~/mlx MTL_DEBUG_LAYER=1" in out
+    assert "secret" not in out
 
 
 def pretend_metal(monkeypatch: pytest.MonkeyPatch, batch_norm: Any) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 
 import mlx.core as mx
 
-from mlx_welford import _ext, _versions
+from mlx_welford import _ext, _machine, _versions
 from mlx_welford._text import table
 from mlx_welford.dispatches import DTYPES, Plan, Plans
 from mlx_welford.functional import batch_norm
@@ -25,8 +25,13 @@ def status() -> dict[str, Any]:
 
         - ``mlx_welford``, ``mlx``, ``mlx_built_against``, ``python``: releases; the two of MLX
           agree, or the package would not have been imported.
-        - ``system``, ``machine``: operating system and processor architecture.
-        - ``device``, ``device_name``: MLX's default device, ``"cpu"`` or ``"gpu"``, and its model.
+        - ``build``, ``wheels``: how this package came here, and releases and tags of MLX's parts.
+        - ``system``, ``system_build``, ``machine``: operating system and processor architecture.
+        - ``chip``, ``model``, ``cpu_cores``, ``gpu_cores``, ``memory_gib``: the computer; ``None``
+          where the system does not tell.
+        - ``device``, ``device_name``, ``architecture``: MLX's default device, ``"cpu"`` or
+          ``"gpu"``, its model, and the name of its architecture (``applegpu_g14s``).
+        - ``metal_language``: the Metal that MLX compiles source as, ``"3.2"``; ``None`` without.
         - ``backend``: what the default stream runs on: ``"metal"`` (the shaders), ``"cpu"``
           (kernels for the processor), ``"simulator"`` (the shaders, on the processor, for tests),
           or ``"composed"`` (MLX's own operations).
@@ -36,6 +41,7 @@ def status() -> dict[str, Any]:
           which needs a few kernels of each; ``None`` where there is no Metal to compile them.
         - ``shaders``: the same in words, with the compiler's log if there was an error.
         - ``simulator``: whether it stands in for the CPU's kernels.
+        - ``variables``: those of the environment that MLX, Metal and this package look at.
 
     Examples:
         >>> import mlx_welford as mw
@@ -44,15 +50,26 @@ def status() -> dict[str, Any]:
     """
     compile_, words = _shaders()
     device = mx.default_device()
+    about = mx.device_info(device)
     return {
         "mlx_welford": _versions.PACKAGE,
         "mlx": importlib.metadata.version("mlx"),
         "mlx_built_against": _ext.mlx_version,
         "python": platform.python_version(),
-        "system": _system(),
+        "build": _machine.build(),
+        "wheels": _machine.wheels(),
+        "system": _machine.system(),
+        "system_build": _machine.system_build(),
         "machine": platform.machine(),
+        "chip": _machine.chip(),
+        "model": _machine.model(),
+        "cpu_cores": os.cpu_count(),
+        "gpu_cores": _machine.gpu_cores(),
+        "memory_gib": round(_machine.memory_bytes() / 2**30, 1),
         "device": "gpu" if device == mx.gpu else "cpu",
-        "device_name": str(mx.device_info(device).get("device_name", "unknown")),
+        "device_name": str(about.get("device_name", "unknown")),
+        "architecture": str(about.get("architecture", "unknown")),
+        "metal_language": _machine.metal_language(),
         "backend": _ext.backend(),
         "threads": _ext.num_threads(),
         "instruction_set": _ext.instruction_set(),
@@ -61,6 +78,7 @@ def status() -> dict[str, Any]:
         "shaders_compile": compile_,
         "shaders": words,
         "simulator": _ext.backend(mx.cpu) == "simulator",
+        "variables": _machine.variables(),
     }
 
 
@@ -81,12 +99,14 @@ def strict_shaders() -> Iterator[None]:
 def describe(facts: Mapping[str, Any]) -> str:
     """The status as a table of names and values."""
 
-    def words(value: Any) -> str:
+    def words(name: str, value: Any) -> str:
         if value is None:
-            return "not tried"
+            return "not tried" if name == "shaders_compile" else "unknown"
+        if isinstance(value, Mapping):
+            return " ".join(f"{name}={v}" for name, v in value.items()) or "none"
         return ("no", "yes")[value] if isinstance(value, bool) else str(value)
 
-    return table([(name.replace("_", " "), words(value)) for name, value in facts.items()])
+    return table([(name.replace("_", " "), words(name, value)) for name, value in facts.items()])
 
 
 def describe_plans(plans: Plans) -> str:
@@ -108,12 +128,6 @@ def describe_plans(plans: Plans) -> str:
         heading += f"{plan['temporary_bytes']} bytes of temporary arrays"
         blocks.append(heading + "\n" + table(rows, numbers=(1, 2), indent=2))
     return "\n".join(blocks)
-
-
-def _system() -> str:
-    if platform.system() == "Darwin":
-        return f"macOS {platform.mac_ver()[0]}"
-    return f"{platform.system()} {platform.release()}"
 
 
 def _shaders() -> tuple[bool | None, str]:
