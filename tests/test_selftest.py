@@ -1,6 +1,8 @@
 """The self-test passes, and fails where it should."""
 
 import json
+import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -9,17 +11,30 @@ from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
+import mlx.nn as nn
 import mlx_welford as mw
 import numpy as np
 import pytest
 import reference
+from conftest import shaders
 from memory import address
 from mlx_welford import _ext, selftest
 from mlx_welford.__main__ import main
 from mlx_welford.dispatches import kernels, normalization_plans, traffic
 from mlx_welford.selftest import truth
 from mlx_welford.selftest.cases import CASES, PATHS, Case, coverage
-from mlx_welford.selftest.check import TEMPORARY, Outcome, _data, check
+from mlx_welford.selftest.check import (
+    REPEATED,
+    TEMPORARY,
+    Outcome,
+    Result,
+    Used,
+    _data,
+    check,
+)
+from mlx_welford.selftest.chips import CHIPS, nominal_bandwidth
+from mlx_welford.selftest.report import LIMIT, MOST_LOGS
+from mlx_welford.selftest.scenarios import SCENARIOS, check_scenario
 from mlx_welford.selftest.times import TimedLayer, measure
 from mlx_welford.selftest.truth import Arguments
 from reference import Array, Kind
@@ -38,18 +53,45 @@ SHORT = (
 
 
 @pytest.mark.every_backend
-def test_every_case_passes() -> None:
-    report = selftest.run(times=False)
-    failed = [case for case in report["cases"] if not case["passed"]]
+def test_every_case_passes(backend: str) -> None:
+    report = selftest.run(times=False, repeats=20 if backend == "cpu" else 3)
+    failed = [part for part in report["cases"] + report["scenarios"] if not part["passed"]]
     assert not failed
     assert report["passed"]
     assert len(report["cases"]) == len(CASES)
+    assert [s["scenario"] for s in report["scenarios"]] == list(SCENARIOS)
+    assert all(s["composed"]["passed"] for s in report["scenarios"])
     assert report["status"]["backend"] == _ext.backend()
     assert report["status"] == mw.status()
+    # What ran is what status prints as the plan, in the order that MLX chose.
+    ran = [bool(case["used"]) for case in report["cases"]]
+    assert not any(ran) if backend == "cpu" else all(ran)
+    if backend == "sim":
+        assert not any(case["unplanned"] for case in report["cases"])
+        for case, result in zip(CASES, report["cases"], strict=True):
+            plans = (case.plans["forward"], case.plans.get("backward"))
+            planned = [d["kernel"] for plan in plans if plan for d in plan["dispatches"]]
+            assert sorted(d["kernel"] for d in result["used"]) == sorted(planned)
+        assert set(report["pipelines"]) == {name for name, _ in _ext.shader_kernels()}
+        assert all(p["threads"] == 1024 for p in report["pipelines"].values())
+
+
+def test_dispatches_are_noted_only_when_asked() -> None:
+    _ext.simulate_with(shaders())
+    try:
+        for on in (True, False):
+            _ext.record_dispatches(on)
+            mx.eval(mw.moments(mx.ones((3, 5)), 0))
+            dispatches = _ext.take_recorded_dispatches()
+            assert [d[0].partition("_float")[0] for d in dispatches] == ["moments"] * on
+            assert _ext.take_recorded_dispatches() == []
+    finally:
+        _ext.simulate_with(None)
+        _ext.record_dispatches(False)
 
 
 def test_every_kernel_is_in_the_plan_of_some_case() -> None:
-    report = selftest.run(cases=(), times=False)
+    report = selftest.run(cases=(), scenarios=(), times=False)
     everything = {name for name, _ in _ext.shader_kernels()}
     assert set(report["kernels_in_no_plan"]) == everything
     assert coverage(PATHS) == everything
@@ -252,10 +294,80 @@ def test_results_that_depend_on_who_holds_x_are_found(monkeypatch: pytest.Monkey
     def change(f: Operation, *a: Any, **k: Any) -> Any:
         calls.append(a)
         y, mean, var = f(*a, **k)
-        return (y if len(calls) == 1 else y * (1 + 2.0**-23)), mean, var
+        return (y if len(calls) <= 20 else y * (1 + 2.0**-23)), mean, var
 
     plant(monkeypatch, "batch_norm", change)
-    assert failures(check(Case("batch", (4, 9, 8), temporary=True))) == {TEMPORARY}
+    assert failures(check(Case("batch", (4, 9, 8), temporary=True), 20)) == {TEMPORARY}
+
+
+def test_bits_that_change_once_in_twenty_runs_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+
+    def change(f: Operation, x: mx.array, *a: Any, **k: Any) -> Any:
+        calls.append(a)
+        y = f(x, *a, **k)
+        return y * (1 + 2.0**-23) if len(calls) == 13 else y
+
+    plant(monkeypatch, "instance_norm", change)
+    outcome = check(Case("instance", (3, 50, 8), nan=True))
+    assert failures(outcome) == {REPEATED}
+    assert [r.error for r in outcome.results if r.name == REPEATED] == [1]
+    assert len(calls) == 20
+
+
+def late(f: Operation, x: mx.array, *a: Any, **k: Any) -> Any:
+    """As if x were read before the operation that writes it is done: its last part is not there."""
+    return f(mx.where(mx.arange(x.size).reshape(x.shape) < x.size * 15 // 16, x, 0), *a, **k)
+
+
+@pytest.mark.parametrize("name", [name for name in SCENARIOS if not name.startswith("training")])
+def test_programs_find_what_is_read_too_early(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    assert check_scenario(name).passed
+    with monkeypatch.context() as patch:
+        on_the_kernels = _ext.normalize
+
+        def normalize(x: mx.array, *a: Any, **k: Any) -> Any:
+            return late(on_the_kernels, x, *a, **k) if x.dtype == mx.float32 else plain(x, *a, **k)
+
+        plain = on_the_kernels
+        patch.setattr(_ext, "normalize", normalize)
+        wrong = check_scenario(name)
+        assert not wrong.passed
+        assert not all(result.passed for result in wrong.results)
+
+
+@pytest.mark.parametrize("name", [name for name in SCENARIOS if name.startswith("training")])
+def test_programs_find_wrong_training(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    call = mw.BatchNorm.__call__
+
+    def wrong(self: mw.BatchNorm, x: mx.array) -> mx.array:
+        y: mx.array = call(self, x)
+        return y + 0.05 if x.dtype == mx.float32 else y
+
+    monkeypatch.setattr(mw.BatchNorm, "__call__", wrong)
+    outcome = check_scenario(name)
+    assert "losses" in {result.name for result in outcome.results if not result.passed}
+
+
+def test_a_program_that_raises_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
+    def raises(*a: Any, **k: Any) -> Any:
+        raise RuntimeError("no such stream")
+
+    monkeypatch.setattr(mx, "new_stream", raises)
+    report = selftest.run(cases=(), scenarios=["mx.async_eval", "a second stream"], times=False)
+    assert (report["passed"], report["failures"]) == (False, 1)
+    line = "a second stream: FAIL  RuntimeError: no such stream; composed: FAIL  RuntimeError: no"
+    assert line in selftest.to_text(report)
+
+
+def test_compiled_training_on_a_cpu_needs_a_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("shutil.which", lambda name: None)
+    monkeypatch.setattr("sys.platform", "linux")
+    report = selftest.run(cases=(), scenarios=["training under mx.compile"], times=False)
+    assert report["passed"]
+    text = selftest.to_text(report)
+    assert "not run: on a CPU mx.compile needs g++" in text
+    assert "0 of 0 programs" in text
 
 
 def test_what_is_raised_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -263,7 +375,7 @@ def test_what_is_raised_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
         raise RuntimeError("a shader does not compile")
 
     monkeypatch.setattr(mw, "moments", moments)
-    report = selftest.run(cases=SHORT, times=False)
+    report = selftest.run(cases=SHORT, scenarios=(), times=False)
     assert not report["passed"]
     assert report["failures"] == 1
     assert [case["raised"] for case in report["cases"]] == [
@@ -271,8 +383,126 @@ def test_what_is_raised_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
         "RuntimeError: a shader does not compile",
     ]
     text = selftest.to_text(report)
-    assert "FAIL  moments 3x5x66 axes 2" in text
-    assert "a shader does not compile" in text
+    assert (
+        "moments 3x5x66 axes 2 float32: FAIL  RuntimeError: a shader does not compile; "
+        "composed of MLX's operations it fails, too; float_" in text
+    )
+
+
+def log_of(kernel: str, size: int) -> str:
+    """Like what Apple's compiler says, with a beginning and an end of its own."""
+    middle = "".join(f"program_source:{i}:7: note: expanded from here\n" for i in range(size // 45))
+    return f"program_source:3:1: error: no {kernel}\n{middle}1 error generated for {kernel}."
+
+
+@pytest.fixture
+def shaders_that_do_not_compile(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The logs: of one of them there are as many copies as calls."""
+    logs = [log_of("moments", 70_000), log_of("normalize", 40_000), log_of("short", 900)]
+
+    def raises(log: str) -> Operation:
+        def operation(*a: Any, **k: Any) -> Any:
+            raise RuntimeError(f"mlx_welford: a shader does not compile.\n{log}")
+
+        return operation
+
+    for name, log in zip(("moments", "batch_norm", "instance_norm"), logs, strict=True):
+        monkeypatch.setattr(mw, name, raises(log))
+    monkeypatch.setattr(_ext, "pipelines", dict)  # whatever ran before in this process
+    return logs
+
+
+def test_every_log_of_the_compiler_is_there_once(shaders_that_do_not_compile: list[str]) -> None:
+    report = selftest.run(cases=CASES, scenarios=(), times=False)
+    assert not report["passed"]
+    assert len(report["logs"]) == 3
+    for log in shaders_that_do_not_compile:
+        assert sum(log in kept for kept in report["logs"]) == 1
+    text = selftest.to_text(report)
+    assert len(text) < LIMIT
+    assert len(text) > LIMIT - 10_000  # as much as there is room for
+    moments, normalize, short = shaders_that_do_not_compile
+    assert text.count(short) == 1
+    for log in (moments, normalize):
+        assert log not in text
+        assert text.count(log[:2000]) == 1
+        assert text.count(log[-2000:]) == 1
+    assert text.count("characters the middle is left out") == 2
+    assert f"({len(report['logs'][1]):,} characters)" in text
+    assert "batch 2x1100x64 axis -1 float32: FAIL  RuntimeError, log 2: program_source:3:1" in text
+
+
+def test_the_text_fits_an_issue_whatever_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    report_module = sys.modules["mlx_welford.selftest.report"]
+    names = ("y", "mean", "var", "grad x", "grad weight", "grad bias", "the same bits again")
+    results = [Result(name, float("inf"), 1.234e-5) for name in names]
+    used = tuple(Used("fused_normalize_bfloat_8_Columns", 123456, i) for i in range(1, 1024, 100))
+    pipelines = {name: (1024, 32768, 123.4) for name, _ in _ext.shader_kernels()}
+
+    def everything_fails(case: Case, repeats: int = 20) -> Outcome:
+        number = CASES.index(case)
+        raised = f"RuntimeError: {log_of(str(number), 30_000)}" if number % 2 else None
+        return Outcome(case, [] if raised else results, raised, used)
+
+    monkeypatch.setattr(report_module, "check", everything_fails)
+    monkeypatch.setattr(_ext, "pipelines", lambda: pipelines)
+    pieces: list[str] = []
+    report = selftest.run(cases=2 * CASES, times=False, write=pieces.append)
+    assert report["failures"] == 2 * len(CASES)
+    assert len(report["logs"]) == len(CASES) // 2 > MOST_LOGS
+    text = selftest.to_text(report)
+    assert "".join(pieces) == text
+    assert len(text) < LIMIT
+    assert f"{len(report['logs']) - MOST_LOGS} more logs are in the JSON file" in text
+    assert all(str(case) in text for case in CASES)
+    assert text.count("program_source:3:1: error: no 1\n") == 1
+
+
+def test_pipelines_and_what_ran_instead_of_the_plan(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a GPU where a pipeline allows fewer threads: the plan was made again."""
+    report_module = sys.modules["mlx_welford.selftest.report"]
+    used = (
+        Used("fused_normalize_float_1_Columns", 6, 512),
+        Used("parameter_gradients_float", 1, 32),
+    )
+
+    def smaller(case: Case, repeats: int = 20) -> Outcome:
+        return Outcome(case, [Result("y", 0.0, 1.0)], None, used)
+
+    monkeypatch.setattr(report_module, "check", smaller)
+    monkeypatch.setattr(_ext, "pipelines", lambda: {used[0].kernel: (576, 4096, 41.25)})
+    report = selftest.run(cases=SHORT[:1], scenarios=(), times=False)
+    assert report["cases"][0]["used"][0] == used[0]._asdict()
+    lines = selftest.to_text(report).splitlines()
+    (line,) = [line for line in lines if line.startswith("instance 3x37x5")]
+    assert line.endswith("; ran instead: fused_normalize_float_1_Columns 6 x 512")
+    (line,) = [line for line in lines if line.startswith(used[0].kernel)]
+    assert line.split() == [used[0].kernel, "576", "4096", "41.2"]
+
+
+def test_a_failure_on_a_gpu_asks_for_metals_validation() -> None:
+    report = selftest.run(cases=(), scenarios=(), times=False)
+    on_gpu = {**report, "status": {**report["status"], "device": "gpu"}}
+    hint = "MTL_DEBUG_LAYER=1 MTL_SHADER_VALIDATION=1 python -m mlx_welford selftest --no-times"
+    assert hint not in selftest.to_text(on_gpu)
+    assert hint in selftest.to_text({**on_gpu, "failures": 1})
+    assert hint in selftest.to_text({**on_gpu, "finished": False})
+    assert hint not in selftest.to_text({**report, "failures": 1})
+
+
+def test_the_log_of_the_status_is_not_told_twice(monkeypatch: pytest.MonkeyPatch) -> None:
+    report_module = sys.modules["mlx_welford.selftest.report"]
+    log = log_of("moments", 5000)
+    failed = {**mw.status(), "shaders_compile": False, "shaders": f"a shader\n{log}"}
+    monkeypatch.setattr(report_module, "status", lambda: dict(failed))
+
+    def moments(*a: Any, **k: Any) -> Any:
+        raise RuntimeError(f"a shader\n{log}")
+
+    monkeypatch.setattr(mw, "moments", moments)
+    text = selftest.to_text(selftest.run(cases=SHORT, scenarios=(), times=False))
+    assert text.count(log) == 1
+    assert "log 1: program_source:3:1: error: no moments" in text
 
 
 def test_a_large_mean_is_held_to_a_hundredth() -> None:
@@ -302,36 +532,293 @@ def test_times_of_a_small_layer(layer: Any, affine: bool) -> None:
         assert row["gigabytes_per_second"] == pytest.approx(row["planned_bytes"] / seconds / 1e9)
 
 
-def test_times_stand_beside_the_bandwidth_of_the_chip() -> None:
-    def text(device: str) -> str:
-        report = selftest.run(cases=CASES[:1], times=False)
-        row = {
-            **{"model": "small", "shape": [2, 3], "dtype": "float32", "mode": "forward"},
-            **dict.fromkeys(("mlx_nn_ms", "mlx_welford_ms", "times_as_fast"), 1.0),
-            "gigabytes_per_second": 80.0,
-        }
-        status = {**report["status"], "device_name": device}
-        return selftest.to_text({**report, "status": status, "times": [row]})
+def test_a_time_is_of_one_application_without_the_evaluation(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A clock that an evaluation moves by 5 ms, each application by 2 more, and mlx.nn's by 6."""
+    times = sys.modules["mlx_welford.selftest.times"]
+    clock = [0.0]
+    pending = [0.0]
 
-    assert "Apple M2 Pro has 200 GB/s by its data sheet" in text("Apple M2 Pro")
-    assert "data sheet" not in text("AMD EPYC")
+    def evaluate(*trees: Any) -> None:
+        clock[0] += 0.005 + pending[0]
+        pending[0] = 0.0
+
+    def taking(seconds: float, f: Operation) -> Operation:
+        def call(*a: Any, **k: Any) -> Any:
+            pending[0] += seconds
+            return f(*a, **k)
+
+        return call
+
+    monkeypatch.setattr(times.time, "perf_counter", lambda: clock[0])
+    monkeypatch.setattr(mx, "eval", evaluate)
+    monkeypatch.setattr(mx, "negative", taking(0.001, mx.negative))
+    monkeypatch.setattr(mw.BatchNorm, "__call__", taking(0.002, mw.BatchNorm.__call__))
+    monkeypatch.setattr(nn.BatchNorm, "__call__", taking(0.006, nn.BatchNorm.__call__))
+    # mlx_welford's layer is one of mlx.nn's and calls its own __call__ alone.
+    for row in measure(TimedLayer("small", "batch", (2, 6, 5, 8)), "float32", seconds=0.0):
+        assert row["empty_ms"] == pytest.approx(5)
+        assert row["copy_ms"] == pytest.approx(1)
+        assert row["mlx_welford_ms"] == pytest.approx(2)
+        assert row["mlx_nn_ms"] == pytest.approx(6)
+        assert row["applications"]["mlx_welford"] > 4
+        assert row["copy_gigabytes_per_second"] == pytest.approx(2 * 4 * 480 / 1e-3 / 1e9)
+        assert row["share_of_copy"] == pytest.approx(row["planned_bytes"] / (2 * 4 * 480) / 2)
+
+
+def test_applications_are_one_upon_the_other() -> None:
+    """The last y and gradient of three are those of three layers, not of one."""
+    times = sys.modules["mlx_welford.selftest.times"]
+    evaluated: list[Any] = []
+    layer = mw.BatchNorm(4)
+    layer.weight = mx.array([1.5, 0.5, 2.0, 1.0])
+    x, g = mx.random.normal((6, 4)), mx.random.normal((6, 4))
+    step = times._applications(layer, x, g, True)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(mx, "eval", lambda *trees: evaluated.append(trees))
+        step(3)
+    y, gradient, small, _ = evaluated[0]
+
+    weight, bias = layer.weight, layer.bias
+
+    def layers(x: mx.array) -> list[mx.array]:
+        for _ in range(3):
+            x = mw.batch_norm(x, weight, bias)[0]
+        return [x]
+
+    (want,) = layers(x)
+    assert mx.allclose(y, want, atol=1e-5)
+    assert len(small) == 6
+    h, inputs = g, [x, *(mw.batch_norm(x, weight, bias)[0] for _ in range(1))]
+    inputs.append(mw.batch_norm(inputs[-1], weight, bias)[0])
+    for a in inputs:
+        _, (h,) = mx.vjp(lambda v: [mw.batch_norm(v, weight, bias)[0]], [a], [h])
+    assert mx.allclose(gradient, h, atol=1e-5)
+
+
+def with_times(chip: str, gpu_cores: int | None = None) -> dict[str, Any]:
+    """A report of this chip, whose GPU took the times."""
+    report = selftest.run(cases=CASES[:1], scenarios=(), times=False)
+    rows = measure(TimedLayer("small", "batch", (2, 6, 5, 8)), "float32", seconds=0.0)
+    for row in rows:
+        row |= {"gigabytes_per_second": 80.0, "copy_gigabytes_per_second": 100.0}
+        row |= {"share_of_copy": 0.8, "times_as_fast": 3.25}
+    on_metal = {"device": "gpu", "backend": "metal", "device_name": chip}
+    facts = {**report["status"], **on_metal, "chip": chip, "gpu_cores": gpu_cores}
+    nominal = nominal_bandwidth(chip, gpu_cores)
+    return {**report, "status": facts, "times": rows, "nominal_gigabytes_per_second": nominal}
+
+
+def test_times_stand_beside_the_bandwidth_of_the_chip() -> None:
+    text = selftest.to_text(with_times("Apple M2 Pro"))
+    assert "Apple M2 Pro has 200 GB/s by its data sheet" in text
+    lines = [line for line in text.splitlines() if line.startswith("small ")]
+    assert [line.split()[-3:] for line in lines] == [["80", "80%", "40%"]] * 2
+    assert "data sheet" not in selftest.to_text(with_times("AMD EPYC"))
+
+
+def test_what_is_published(tmp_path: Path) -> None:
+    report = with_times("Apple M3 Max", 40)
+    path = selftest.publish(report, tmp_path / "results")
+    assert path == tmp_path / "results" / "apple-m3-max-40-cores.json"
+    kept = json.loads(path.read_text())
+    assert kept["date"] == report["date"][:10]
+    assert (kept["chip"], kept["gpu_cores"], kept["backend"]) == ("Apple M3 Max", 40, "metal")
+    assert kept["mlx_welford"] == mw.__version__
+    assert (kept["cases"], kept["cases_passed"], kept["failed"]) == (1, 1, [])
+    assert kept["nominal_gigabytes_per_second"] == 400
+    assert kept["times"] == report["times"]
+    assert not {"variables", "model", "python"} & kept.keys()
+
+    failing = [{**report["cases"][0], "passed": False}, *report["cases"]]
+    kept = json.loads(selftest.publish({**report, "cases": failing}, tmp_path).read_text())
+    assert (kept["cases"], kept["cases_passed"]) == (2, 1)
+    assert kept["failed"] == [f"{CASES[0]} {CASES[0].dtype}"]
+
+
+@pytest.mark.parametrize("lacks", [{"finished": False}, {"times": []}])
+def test_what_is_not_published(tmp_path: Path, lacks: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match="must be finished and have times"):
+        selftest.publish({**with_times("Apple M1"), **lacks}, tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("chip", "cores", "nominal"),
+    [
+        ("Apple M1", 8, 68.25),
+        ("Apple M3 Max", 30, 300),
+        ("Apple M3 Max", 40, 400),
+        ("Apple M4 Max", None, 546),
+        ("Apple M5 Max", 32, 460),
+        ("Apple M9", 8, None),
+    ],
+)
+def test_nominal_bandwidth(chip: str, cores: int | None, nominal: float | None) -> None:
+    assert nominal_bandwidth(chip, cores) == nominal
+
+
+def test_every_chip_has_a_bandwidth() -> None:
+    assert len(CHIPS) == len(set(CHIPS)) >= 20
+    assert all(50 < (nominal_bandwidth(f"Apple {chip}") or 0) < 2000 for chip in CHIPS)
 
 
 # ---- The command line ----
 
 
+def run_in_process(
+    program: str, folder: Path, *arguments: str, backend: str = "cpu"
+) -> subprocess.CompletedProcess[str]:
+    """`program` and then the self-test, in a process of its own, on a backend."""
+    environment = {n: v for n, v in os.environ.items() if not n.startswith("MLX_WELFORD_")}
+    if backend == "sim":
+        environment |= {"MLX_WELFORD_BACKEND": "sim", "MLX_WELFORD_SIMULATOR": shaders()}
+    main = "import sys, mlx_welford.__main__ as m; sys.exit(m.main(['selftest', *sys.argv[1:]]))"
+    return subprocess.run(
+        [sys.executable, "-c", f"{program}\n{main}", "--device", "cpu", *arguments],
+        cwd=folder,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+
+
 def test_the_command_in_a_process_of_its_own(tmp_path: Path) -> None:
-    path = tmp_path / "report.json"
-    command = [sys.executable, "-m", "mlx_welford", "selftest", "--quick", "--json", str(path)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    command = [sys.executable, "-m", "mlx_welford", "selftest", "--quick"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
-    report = json.loads(path.read_text())
+    report = json.loads((tmp_path / "mlx-welford-selftest.json").read_text())
+    assert [path.name for path in tmp_path.iterdir()] == ["mlx-welford-selftest.json"]
     assert report["passed"]
+    assert report["finished"]
     assert len(report["times"]) == 4
     assert done.stdout == selftest.to_text(report) + "\n"
-    assert f"{len(CASES)} of {len(CASES)} cases passed" in done.stdout
+    assert f"{len(CASES)} of {len(CASES)} cases and 4 of 4 programs passed" in done.stdout
     assert "kernels in no case's launch plan: none" in done.stdout
     assert max(map(len, done.stdout.splitlines())) < 220
+    assert len(done.stdout) < LIMIT // 2
+    assert "mlx-welford-selftest.json has all that happens" in done.stderr
+
+
+CRASH = """
+import ctypes
+import mlx_welford as mw
+original = mw.batch_norm
+def batch_norm(x, *a, **k):
+    if x.shape == (3, 11, 33):
+        {crash}
+    return original(x, *a, **k)
+mw.batch_norm = batch_norm
+"""
+
+
+@pytest.mark.parametrize("backend", ["cpu", "sim"])
+@pytest.mark.parametrize(
+    ("crash", "number", "said"),
+    [
+        ("ctypes.string_at(0)", signal.SIGSEGV, "Fatal Python error: Segmentation fault"),
+        ("ctypes.CDLL(None).abort()", signal.SIGABRT, "Fatal Python error: Aborted"),
+        ("import os; os.kill(os.getpid(), 9)", signal.SIGKILL, ""),
+    ],
+)
+def test_a_crash_leaves_what_was_done_and_names_what_was_begun(
+    tmp_path: Path, crash: str, number: signal.Signals, said: str, backend: str
+) -> None:
+    if backend == "sim" and sys.platform != "linux":
+        pytest.skip("the simulator is for Linux")
+    done = run_in_process(CRASH.format(crash=crash), tmp_path, "--no-times", backend=backend)
+    assert done.returncode == -number
+    assert said in done.stderr
+    case = "evaluation 3x11x33 axis -1"
+    before = [str(c) for c in CASES].index(case)
+    assert done.stdout.endswith(f"\n{case} float32: ")
+    assert done.stdout.count(": ok  ") == before
+
+    path = tmp_path / "mlx-welford-selftest.json"
+    report = json.loads(path.read_text())
+    assert report["running"] == f"{case} float32"
+    assert not report["finished"]
+    assert not report["passed"]
+    assert [c["case"] for c in report["cases"]] == [str(c) for c in CASES[:before]]
+    assert report["status"]["backend"] == ("simulator" if backend == "sim" else "cpu")
+    assert bool(report["pipelines"]) is (backend == "sim")
+
+
+def test_the_text_of_a_run_that_crashed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    reports: list[str] = []
+
+    def save(report: dict[str, Any]) -> None:
+        reports.append(json.dumps(report))
+
+    selftest.run(cases=SHORT, scenarios=["training"], times=False, save=save)
+    for text in reports:
+        path = tmp_path / "report.json"
+        path.write_text(text)
+        assert main(["selftest", "--show", str(path)]) == 0
+        report = json.loads(text)
+        out = capsys.readouterr().out
+        assert out.count(": ok  ") == len(report["cases"]) + 2 * len(report["scenarios"])
+        if report["finished"]:
+            assert "stopped" not in out
+        elif report["status"] is None:
+            assert out == "stopped while it asked for the status\n"
+        else:
+            assert f"stopped at: {report['running']}\n" in out
+
+
+@pytest.mark.parametrize("backend", ["cpu", "sim"])
+def test_a_shader_that_does_not_compile_in_a_process_of_its_own(
+    tmp_path: Path, backend: str
+) -> None:
+    if backend == "sim" and sys.platform != "linux":
+        pytest.skip("the simulator is for Linux")
+    program = """
+import mlx_welford as mw
+def moments(*a, **k):
+    raise RuntimeError("a shader does not compile.\\nprogram_source:3:1: error: x\\n" + 70000 * "y")
+mw.moments = moments
+"""
+    done = run_in_process(program, tmp_path, "--no-times", backend=backend)
+    assert done.returncode == 1
+    report = json.loads((tmp_path / "mlx-welford-selftest.json").read_text())
+    assert done.stdout == selftest.to_text(report) + "\n"
+    assert len(done.stdout) < LIMIT
+    assert report["failures"] == sum(case.operation == "moments" for case in CASES)
+    assert report["finished"]
+    assert len(report["logs"]) == 1
+    assert report["logs"][0].endswith(70000 * "y")
+
+
+def test_a_folder_that_cannot_be_written(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = selftest.run
+    monkeypatch.setattr(selftest, "run", lambda **k: run(cases=SHORT, scenarios=(), **k))
+    path = tmp_path / "no folder" / "report.json"
+    assert main(["selftest", "--no-times", "--json", str(path)]) == 0
+    assert capsys.readouterr().err.count("cannot be written") == 1
+    monkeypatch.chdir(tmp_path)
+    assert main(["selftest", "--no-times", "--no-json"]) == 0
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_option_to_publish(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    times = sys.modules["mlx_welford.selftest.report"]
+    small = (TimedLayer("small", "batch", (2, 6, 5, 8)),)
+    monkeypatch.setattr(times, "QUICK_LAYERS", small)
+    monkeypatch.chdir(tmp_path)
+    assert main(["selftest", "--quick", "--no-json", "--publish"]) == 0
+    (path,) = (tmp_path / "results").iterdir()
+    assert f"wrote {path.relative_to(tmp_path)}" in capsys.readouterr().err
+    kept = json.loads(path.read_text())
+    assert kept["cases_passed"] == kept["cases"] == len(CASES)
+    with pytest.raises(SystemExit) as stopped:
+        main(["selftest", "--publish", "--no-times"])
+    assert stopped.value.code == 2
 
 
 def test_a_planted_error_is_the_exit_status(
@@ -341,7 +828,7 @@ def test_a_planted_error_is_the_exit_status(
     path = tmp_path / "report.json"
     assert main(["selftest", "--no-times", "--json", str(path)]) == 1
     out = capsys.readouterr().out
-    assert "FAIL  batch 2x1100x64 axis -1" in out
+    assert "batch 2x1100x64 axis -1 float32: FAIL  y " in out
     report = json.loads(path.read_text())
     assert report["times"] == []
     assert 0 < report["failures"] < len(CASES)

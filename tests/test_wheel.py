@@ -392,7 +392,7 @@ def test_passes_the_self_test_in_an_empty_environment(
     linux_wheel: Path, cpython: CPython, tmp_path: Path
 ) -> None:
     python = environment(tmp_path / "venv", cpython, f"{linux_wheel}[cpu]")
-    run(python, "-m", "mlx_welford", "selftest", "--quick", "--no-times")
+    run(python, "-m", "mlx_welford", "selftest", "--quick", "--no-times", "--no-json")
     program = "import mlx_welford as mw; print(mw.__file__)"
     assert run(python, "-c", program).startswith(str(tmp_path))
 

@@ -1,10 +1,12 @@
 """python -m mlx_welford status, and python -m mlx_welford selftest."""
 
 import argparse
+import faulthandler
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 
@@ -46,10 +48,28 @@ def _parser() -> argparse.ArgumentParser:
 
     about = "every path of the launch plan against float64, then times against mlx.nn"
     command = commands.add_parser("selftest", help=about, description=f"Run {about}.")
-    command.add_argument("--json", type=Path, metavar="FILE", help="write everything to FILE too")
+    command.add_argument(
+        "--json",
+        type=Path,
+        default=Path("mlx-welford-selftest.json"),
+        metavar="FILE",
+        help="where to write everything while it happens (default: %(default)s)",
+    )
+    command.add_argument(
+        "--no-json", dest="json", action="store_const", const=None, help="write no such file"
+    )
     command.add_argument("--device", choices=("cpu", "gpu"), help="default: MLX's default device")
     command.add_argument("--quick", action="store_true", help="fewer and shorter times")
-    command.add_argument("--no-times", dest="times", action="store_false", help="cases alone")
+    command.add_argument("--no-times", dest="times", action="store_false", help="no times at all")
+    command.add_argument(
+        "--publish", action="store_true", help="write results/CHIP.json, for the repository"
+    )
+    command.add_argument(
+        "--show",
+        type=Path,
+        metavar="FILE",
+        help="run nothing; print the text of such a file, for instance after a crash",
+    )
     return parser
 
 
@@ -82,6 +102,13 @@ def _status(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int
 
 
 def _selftest(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
+    if options.show is not None:
+        print(selftest.to_text(json.loads(options.show.read_text(encoding="utf-8"))))
+        return 0
+    if options.publish and not options.times:
+        parser.error("--publish needs times")
+    if not faulthandler.is_enabled():
+        faulthandler.enable()  # a crash prints where Python was
     if options.device is not None:
         device = mx.gpu if options.device == "gpu" else mx.cpu
         if not mx.is_available(device):
@@ -90,12 +117,41 @@ def _selftest(options: argparse.Namespace, parser: argparse.ArgumentParser) -> i
     report = selftest.run(
         times=options.times,
         quick=options.quick,
-        progress=lambda line: print(f"... {line}", file=sys.stderr),
+        write=_print_at_once,
+        save=_writer(options.json),
+        progress=lambda line: print(f"... {line}", file=sys.stderr, flush=True),
     )
-    print(selftest.to_text(report))
-    if options.json is not None:
-        options.json.write_text(json.dumps(report, indent=2, allow_nan=False) + "\n")
+    print()
+    if options.publish:
+        print(f"wrote {selftest.publish(report, Path('results'))}", file=sys.stderr)
     return 0 if report["passed"] else 1
+
+
+def _print_at_once(text: str) -> None:
+    print(text, end="", flush=True)
+
+
+def _writer(path: Path | None) -> Callable[[dict[str, Any]], None]:
+    """Writes reports to the file; where that fails, says so once and goes on without."""
+    if path is None:
+        return lambda report: None
+    told = False
+
+    def write(report: dict[str, Any]) -> None:
+        nonlocal told
+        try:
+            selftest.write_json(report, path)
+        except OSError as error:
+            if not told:
+                print(f"... {path} cannot be written: {error}", file=sys.stderr, flush=True)
+            told = True
+
+    print(
+        f"... {path} has all that happens, also after a crash: attach it then",
+        file=sys.stderr,
+        flush=True,
+    )
+    return write
 
 
 if __name__ == "__main__":

@@ -1,9 +1,11 @@
 """The self-test: every path of the launch plan against float64, then times against mlx.nn.
 
-Nobody else's machine can be asked what it does, so this is one command, whose output is meant to be
-pasted into an issue: ``python -m mlx_welford selftest``.
+For computers that nobody of this project can reach, so it is one command, whose output is meant to
+be pasted into an issue: ``python -m mlx_welford selftest``. It has the machine and all versions,
+survives crashes as far as it got, and is short enough for an issue whatever went wrong.
 """
 
-from mlx_welford.selftest.report import run, to_text
+from mlx_welford.selftest.publish import publish
+from mlx_welford.selftest.report import run, to_text, write_json
 
-__all__ = ["run", "to_text"]
+__all__ = ["publish", "run", "to_text", "write_json"]

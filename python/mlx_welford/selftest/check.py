@@ -3,6 +3,7 @@
 import math
 import zlib
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -16,13 +17,16 @@ from mlx_welford.selftest.cases import Case
 from mlx_welford.selftest.truth import Arguments, Truth
 from mlx_welford.status import strict_shaders
 
-__all__ = ["Outcome", "Result", "check"]
+__all__ = ["Outcome", "Result", "Used", "check"]
 
 EPS = 1e-5
 MOMENTUM = 0.3  # of running statistics
 VALUES = 7  # per statistic of theirs
 NARROW = ("y", "grad x", "grad weight", "grad bias", "running_mean", "running_var")
 TEMPORARY = "the same from temporaries"
+REPEATS = 20
+REPEATED = "the same bits again"
+_BITS = {2: mx.uint16, 4: mx.uint32}  # an unsigned type of so many bytes
 
 
 class Result(NamedTuple):
@@ -44,11 +48,20 @@ class Result(NamedTuple):
         return self.error / self.allowed if self.allowed > 0 else math.inf
 
 
+class Used(NamedTuple):
+    """A dispatch that ran."""
+
+    kernel: str
+    threadgroups: int
+    threads: int
+
+
 @dataclass(frozen=True)
 class Outcome:
     case: Case
     results: list[Result]
     raised: str | None = None  # the message, if the operation did
+    used: tuple[Used, ...] = ()  # dispatches of the first run; none where no shaders run
 
     @property
     def passed(self) -> bool:
@@ -60,16 +73,26 @@ class Outcome:
         return max(self.results, key=lambda result: result.share)
 
 
-def check(case: Case) -> Outcome:
-    """Runs the case on the default device. A shader that does not compile fails it."""
+def check(case: Case, repeats: int = REPEATS) -> Outcome:
+    """Runs the case on the default device. A shader that does not compile fails it.
+
+    It runs so many times, and gives the same bits each time: threads that race for memory, or that
+    read it before it is written, need not be wrong every time.
+    """
     arguments, cotangents = _data(case)
+    used: list[Used] = []
     try:
         with strict_shaders():
-            got = _run(case, arguments, cotangents)
-            mx.eval(got)
+            with _recording(used):
+                got = _run(case, arguments, cotangents)
+                mx.eval(got)
+                mx.synchronize()
+            different = sum(
+                not _same_bits(got, _run(case, arguments, cotangents)) for _ in range(1, repeats)
+            )
             again = _run_on_temporaries(case, arguments, cotangents) if case.temporary else {}
     except Exception as raised:  # whatever it is belongs in the report
-        return Outcome(case, [], f"{type(raised).__name__}: {raised}")
+        return Outcome(case, [], f"{type(raised).__name__}: {raised}", tuple(used))
     true = _truth(case, arguments, cotangents)
     results = []
     for name, a in got.items():
@@ -83,7 +106,33 @@ def check(case: Case) -> Outcome:
     if again:
         worst = max(truth.error(a, truth.wide(got[name])) for name, a in again.items())
         results.append(Result(TEMPORARY, worst, 0.0))
-    return Outcome(case, results)
+    if repeats > 1:
+        results.append(Result(REPEATED, different, 0.0))
+    return Outcome(case, results, used=tuple(used))
+
+
+@contextmanager
+def _recording(used: list[Used]) -> Iterator[None]:
+    """Adds the dispatches that run in here."""
+    _ext.record_dispatches(True)
+    try:
+        yield
+    finally:
+        used += [Used(*dispatch) for dispatch in _ext.take_recorded_dispatches()]
+        _ext.record_dispatches(False)
+
+
+def _same_bits(first: Arguments, second: Arguments) -> bool:
+    """Also of nan, which are never equal as numbers."""
+    mx.eval(second)
+    with mx.stream(mx.cpu):
+        return all(
+            bool(mx.array_equal(_bits(a), _bits(second[name])).item()) for name, a in first.items()
+        )
+
+
+def _bits(a: mx.array) -> mx.array:
+    return a.view(_BITS[a.itemsize])
 
 
 def _data(case: Case) -> tuple[Arguments, Arguments]:
