@@ -493,8 +493,8 @@ def test_a_failure_on_a_gpu_asks_for_metals_validation() -> None:
 def test_the_log_of_the_status_is_not_told_twice(monkeypatch: pytest.MonkeyPatch) -> None:
     report_module = sys.modules["mlx_welford.selftest.report"]
     log = log_of("moments", 5000)
-    failed = {**mw.status(), "shaders_compile": False, "shaders": f"a shader\n{log}"}
-    monkeypatch.setattr(report_module, "status", lambda: dict(failed))
+    failed = {"metal_language": "3.2", "shaders_compile": False, "shaders": f"a shader\n{log}"}
+    monkeypatch.setattr(report_module, "of_shaders", lambda: dict(failed))
 
     def moments(*a: Any, **k: Any) -> Any:
         raise RuntimeError(f"a shader\n{log}")
@@ -616,6 +616,9 @@ def test_times_stand_beside_the_bandwidth_of_the_chip() -> None:
     lines = [line for line in text.splitlines() if line.startswith("small ")]
     assert [line.split()[-3:] for line in lines] == [["80", "80%", "40%"]] * 2
     assert "data sheet" not in selftest.to_text(with_times("AMD EPYC"))
+    assert "MLX's own operations, since" not in text
+    composed = {**with_times("Apple M2"), "backend_of_times": "composed"}
+    assert "these are times of MLX's own operations, since" in selftest.to_text(composed)
 
 
 def test_what_is_published(tmp_path: Path) -> None:
@@ -746,6 +749,19 @@ def test_a_crash_leaves_what_was_done_and_names_what_was_begun(
     assert bool(report["pipelines"]) is (backend == "sim")
 
 
+def test_a_crash_of_the_first_kernel_leaves_the_machine(tmp_path: Path) -> None:
+    program = """
+import ctypes, sys
+import mlx_welford.__main__
+sys.modules["mlx_welford.selftest.report"].of_shaders = lambda: ctypes.string_at(0)
+"""
+    done = run_in_process(program, tmp_path)
+    assert done.returncode == -signal.SIGSEGV
+    report = json.loads((tmp_path / "mlx-welford-selftest.json").read_text())
+    assert report["running"] == "the first kernels, for the status"
+    assert f"chip               {report['status']['chip']}\n" in done.stdout
+
+
 def test_the_text_of_a_run_that_crashed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     reports: list[str] = []
 
@@ -762,10 +778,10 @@ def test_the_text_of_a_run_that_crashed(tmp_path: Path, capsys: pytest.CaptureFi
         assert out.count(": ok  ") == len(report["cases"]) + 2 * len(report["scenarios"])
         if report["finished"]:
             assert "stopped" not in out
-        elif report["status"] is None:
-            assert out == "stopped while it asked for the status\n"
         else:
             assert f"stopped at: {report['running']}\n" in out
+            assert f"machine            {report['status']['machine']}\n" in out
+    assert "shaders" not in json.loads(reports[0])["status"]
 
 
 @pytest.mark.parametrize("backend", ["cpu", "sim"])

@@ -14,7 +14,14 @@ from mlx_welford._text import table
 from mlx_welford.dispatches import DTYPES, Plan, Plans
 from mlx_welford.functional import batch_norm
 
-__all__ = ["describe", "describe_plans", "status", "strict_shaders"]
+__all__ = [
+    "describe",
+    "describe_plans",
+    "of_machine",
+    "of_shaders",
+    "status",
+    "strict_shaders",
+]
 
 
 def status() -> dict[str, Any]:
@@ -31,24 +38,28 @@ def status() -> dict[str, Any]:
           where the system does not tell.
         - ``device``, ``device_name``, ``architecture``: MLX's default device, ``"cpu"`` or
           ``"gpu"``, its model, and the name of its architecture (``applegpu_g14s``).
-        - ``metal_language``: the Metal that MLX compiles source as, ``"3.2"``; ``None`` without.
         - ``backend``: what the default stream runs on: ``"metal"`` (the shaders), ``"cpu"``
           (kernels for the processor), ``"simulator"`` (the shaders, on the processor, for tests),
           or ``"composed"`` (MLX's own operations).
         - ``threads``, ``instruction_set``: of the CPU's kernels.
         - ``shader_hash``, ``shader_kernels``: of the embedded source, and how many kernels it has.
+        - ``simulator``: whether it stands in for the CPU's kernels.
+        - ``variables``: those of the environment that MLX, Metal and this package look at.
+        - ``metal_language``: the Metal that MLX compiles source as, ``"3.2"``; ``None`` without.
         - ``shaders_compile``: ``True`` or ``False`` after a tiny problem of each dtype on the GPU,
           which needs a few kernels of each; ``None`` where there is no Metal to compile them.
         - ``shaders``: the same in words, with the compiler's log if there was an error.
-        - ``simulator``: whether it stands in for the CPU's kernels.
-        - ``variables``: those of the environment that MLX, Metal and this package look at.
 
     Examples:
         >>> import mlx_welford as mw
         >>> mw.status()["mlx_welford"] == mw.__version__
         True
     """
-    compile_, words = _shaders()
+    return {**of_machine(), **of_shaders()}
+
+
+def of_machine() -> dict[str, Any]:
+    """The part of the status for which nothing runs on the GPU, and so nothing can crash there."""
     device = mx.default_device()
     about = mx.device_info(device)
     return {
@@ -69,17 +80,21 @@ def status() -> dict[str, Any]:
         "device": "gpu" if device == mx.gpu else "cpu",
         "device_name": str(about.get("device_name", "unknown")),
         "architecture": str(about.get("architecture", "unknown")),
-        "metal_language": _machine.metal_language(),
         "backend": _ext.backend(),
         "threads": _ext.num_threads(),
         "instruction_set": _ext.instruction_set(),
         "shader_hash": _ext.shader_hash,
         "shader_kernels": len(_ext.shader_kernels()),
-        "shaders_compile": compile_,
-        "shaders": words,
         "simulator": _ext.backend(mx.cpu) == "simulator",
         "variables": _machine.variables(),
     }
+
+
+def of_shaders() -> dict[str, Any]:
+    """The other part of the status: what some kernels tell."""
+    language = _machine.metal_language()
+    compile_, words = _shaders()
+    return {"metal_language": language, "shaders_compile": compile_, "shaders": words}
 
 
 @contextmanager
