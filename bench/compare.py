@@ -27,8 +27,9 @@ from contestants import (
     absent,
     steps,
 )
-from environment import Environment, cores, environment, memory_bytes
+from environment import Environment, cores, environment
 from harness import measure
+from mlx_welford._machine import memory_bytes
 from results import Report, Row, rows
 from rich.console import Console
 from rich.progress import Progress

@@ -8,6 +8,7 @@ from importlib import metadata
 from pathlib import Path
 
 import mlx.core as mx
+from mlx_welford._machine import chip, gpu_cores, memory_bytes
 from mlx_welford.selftest.chips import nominal_bandwidth
 
 VARIABLES = (
@@ -25,13 +26,13 @@ def environment() -> Environment:
     kernel = platform.release().split("-")[0]
     return {
         "date": datetime.now(UTC).date().isoformat(),
-        "cpu": cpu(),
+        "cpu": chip(),
         "cores": cores(),
         "load_average": round(os.getloadavg()[0], 2),
         "memory_bytes": memory_bytes(),
         "system": f"{platform.system()} {kernel} {platform.machine()}",
         "device": str(mx.default_device()),
-        "nominal_gigabytes_per_second": nominal_bandwidth(cpu()),
+        "nominal_gigabytes_per_second": nominal_bandwidth(chip(), gpu_cores()),
         "python": platform.python_version(),
         **{name: _version(name) for name in ("mlx", "mlx-welford", "numpy", "torch")},
         "commit": _output("git", "describe", "--always", "--dirty", "--abbrev=12"),
@@ -47,26 +48,11 @@ def cores() -> int:
     return os.cpu_count() or 1
 
 
-def memory_bytes() -> int:
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-
-
 def cache_limit_bytes() -> int:
     """MLX tells the limit of its buffer cache only while changing it."""
     limit = mx.set_cache_limit(0)
     mx.set_cache_limit(limit)
     return limit
-
-
-def cpu() -> str:
-    if platform.system() == "Darwin":
-        return _output("sysctl", "-n", "machdep.cpu.brand_string") or platform.machine()
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.machine()
-    models = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    return next(models, platform.machine())
 
 
 def _version(distribution: str) -> str | None:

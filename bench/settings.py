@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import mlx.core as mx
-from environment import memory_bytes
+from mlx_welford._machine import memory_bytes
 
 AS_FOUND, TUNED = "as found", "tuned"
 SETTINGS = (AS_FOUND, TUNED)

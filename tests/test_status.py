@@ -64,10 +64,11 @@ def test_status_agrees_with_the_extension(backend: str) -> None:
 
 # What the commands print on a Mac, in the form that Apple documents: no Mac printed this.
 ON_A_MAC = {
-    ("sysctl", "-n", "machdep.cpu.brand_string"): "Apple M2 Pro\n",
-    ("sysctl", "-n", "hw.model"): "Mac14,9\n",
-    ("sw_vers", "-buildVersion"): "24G90\n",
-    ("ioreg", "-r", "-d", "1", "-c", "AGXAccelerator"): (
+    ("/usr/sbin/sysctl", "-n", "machdep.cpu.brand_string"): "Apple M2 Pro\n",
+    ("/usr/sbin/sysctl", "-n", "hw.model"): "Mac14,9\n",
+    ("/usr/sbin/sysctl", "-n", "hw.memsize"): "34359738368\n",
+    ("/usr/bin/sw_vers", "-buildVersion"): "24G90\n",
+    ("/usr/sbin/ioreg", "-r", "-d", "1", "-c", "AGXAccelerator"): (
         "+-o AGXAcceleratorG14X  <class AGXAcceleratorG14X, id 0x100000480>\n"
         '    {\n      "IOClass" = "AGXAcceleratorG14X"\n      "gpu-core-count" = 19\n    }\n'
     ),
@@ -85,6 +86,7 @@ def test_what_a_mac_says_of_itself(monkeypatch: pytest.MonkeyPatch) -> None:
     assert facts["chip"] == "Apple M2 Pro"
     assert facts["model"] == "Mac14,9"
     assert facts["gpu_cores"] == 19
+    assert facts["memory_gib"] == 32
     assert (facts["system"], facts["system_build"]) == ("macOS 15.6.1", "24G90")
 
 
@@ -101,6 +103,7 @@ def test_a_mac_that_says_nothing(monkeypatch: pytest.MonkeyPatch, fails: Excepti
     assert facts["chip"] == facts["machine"]
     assert facts["model"] is facts["gpu_cores"] is None
     assert facts["system_build"] == "unknown"
+    assert facts["memory_gib"] > 0
 
 
 def test_the_machine(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -31,7 +31,7 @@ _PREFIXES = ("MLX_", "MTL_", "METAL_")
 def chip() -> str:
     """The processor's name, as the system gives it: ``Apple M2 Pro``."""
     if platform.system() == "Darwin":
-        return _output("sysctl", "-n", "machdep.cpu.brand_string") or platform.machine()
+        return _output("/usr/sbin/sysctl", "-n", "machdep.cpu.brand_string") or platform.machine()
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
@@ -42,19 +42,25 @@ def chip() -> str:
 
 def model() -> str | None:
     """The machine's, ``Mac14,9``; None in other systems than macOS."""
-    return _output("sysctl", "-n", "hw.model") if platform.system() == "Darwin" else None
+    if platform.system() != "Darwin":
+        return None
+    return _output("/usr/sbin/sysctl", "-n", "hw.model")
 
 
 def gpu_cores() -> int | None:
     """Cores of Apple's GPU; None where there is none, or the system does not tell."""
     if platform.system() != "Darwin":
         return None
-    properties = _output("ioreg", "-r", "-d", "1", "-c", "AGXAccelerator") or ""
+    properties = _output("/usr/sbin/ioreg", "-r", "-d", "1", "-c", "AGXAccelerator") or ""
     found = re.search(r'"gpu-core-count"\s*=\s*(\d+)', properties)
     return int(found[1]) if found else None
 
 
 def memory_bytes() -> int:
+    if platform.system() == "Darwin":
+        told = _output("/usr/sbin/sysctl", "-n", "hw.memsize")
+        if told is not None and told.isdecimal():
+            return int(told)
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
@@ -67,7 +73,7 @@ def system() -> str:
 def system_build() -> str:
     """The build of macOS, ``24G90``; elsewhere the kernel's version."""
     if platform.system() == "Darwin":
-        return _output("sw_vers", "-buildVersion") or "unknown"
+        return _output("/usr/bin/sw_vers", "-buildVersion") or "unknown"
     return platform.version()
 
 
@@ -80,8 +86,8 @@ def metal_language() -> str | None:
         return None
     try:
         version = _metal_version(mx.gpu).item()
-    except RuntimeError as error:
-        return f"unknown: {str(error).strip().splitlines()[0]}"
+    except Exception as error:  # it must not hide the rest of the status
+        return f"unknown: {(str(error).strip() or type(error).__name__).splitlines()[0]}"
     assert isinstance(version, int)
     return f"{version / 100:.1f}"
 
