@@ -597,6 +597,26 @@ def test_applications_are_one_upon_the_other() -> None:
     assert mx.allclose(gradient, h, atol=1e-5)
 
 
+def test_times_that_raise_are_a_failure(monkeypatch: pytest.MonkeyPatch) -> None:
+    report_module = sys.modules["mlx_welford.selftest.report"]
+    row = with_times("Apple M1")["times"][0]
+
+    def fails(timed: TimedLayer, dtype: str, *, seconds: float) -> list[dict[str, Any]]:
+        if timed.layer == "instance":
+            raise RuntimeError("[malloc] Unable to allocate 10 bytes.")
+        return [row]
+
+    monkeypatch.setattr(report_module, "measure", fails)
+    pieces: list[str] = []
+    report = selftest.run(cases=(), scenarios=(), quick=True, write=pieces.append)
+    assert (report["passed"], report["failures"], report["finished"]) == (False, 1, True)
+    assert report["times"] == [row]
+    text = selftest.to_text(report)
+    assert "".join(pieces) == text
+    said = "times of CycleGAN, residual blocks, float32: RuntimeError: [malloc] Unable to allocate"
+    assert said in text
+
+
 def with_times(chip: str, gpu_cores: int | None = None) -> dict[str, Any]:
     """A report of this chip, whose GPU took the times."""
     report = selftest.run(cases=CASES[:1], scenarios=(), times=False)

@@ -85,6 +85,7 @@ def run(
         "pipelines": {},
         "times": [],
         "nominal_gigabytes_per_second": None,
+        "raised_in_times": [],
         "backend_of_times": None,
         "kernels_in_no_plan": [],
         "logs": [],
@@ -141,7 +142,12 @@ def run(
                 name = f"times of {timed.model}, {dtype}"
                 progress(name)
                 begin(name)
-                report["times"] += measure(timed, dtype, seconds=0.2 if quick else 1.0)
+                try:
+                    report["times"] += measure(timed, dtype, seconds=0.2 if quick else 1.0)
+                except Exception as raised:  # memory may not suffice
+                    words = _intern(report, type(raised).__name__, str(raised))
+                    report["raised_in_times"].append(f"{name}: {words}")
+                    report["failures"] += 1
         report["backend_of_times"] = _ext.backend()
     report["finished"] = True
     report["passed"] = report["failures"] == 0
@@ -256,11 +262,9 @@ def _scenario(report: Report, outcome: ScenarioOutcome) -> dict[str, Any]:
 # Its words
 
 
-_SCENARIOS = "\nprograms, on the kernels and composed of MLX's own operations:\n"
-
-
 _OF_SHADERS = ("metal_language", "shaders_compile", "shaders")
 _CASES = "cases: the result closest to its allowed error, or beyond it; kernels of the launch plan"
+_SCENARIOS = "\nprograms, on the kernels and composed of MLX's own operations:\n"
 
 
 def _machine_words(report: Report) -> str:
@@ -340,6 +344,8 @@ def _rest(report: Report, before: int) -> str:
         blocks.append(f"stopped at: {report['running']}")
     if report["times"]:
         blocks.append(_times(report))
+    if report["raised_in_times"]:
+        blocks.append("\n".join(report["raised_in_times"]))
     summary = _summary(report)
     room = LIMIT - before - sum(len(block) + 2 for block in blocks) - len(summary) - 5
     if report["pipelines"]:
