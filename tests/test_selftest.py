@@ -38,6 +38,7 @@ from mlx_welford.selftest.scenarios import SCENARIOS, check_scenario
 from mlx_welford.selftest.times import TimedLayer, measure
 from mlx_welford.selftest.truth import Arguments
 from reference import Array, Kind
+from simulator.loader import compile_library
 
 Operation = Callable[..., Any]
 
@@ -691,12 +692,12 @@ def test_every_chip_has_a_bandwidth() -> None:
 
 
 def run_in_process(
-    program: str, folder: Path, *arguments: str, backend: str = "cpu"
+    program: str, folder: Path, *arguments: str, backend: str = "cpu", library: str | None = None
 ) -> subprocess.CompletedProcess[str]:
     """`program` and then the self-test, in a process of its own, on a backend."""
     environment = {n: v for n, v in os.environ.items() if not n.startswith("MLX_WELFORD_")}
     if backend == "sim":
-        environment |= {"MLX_WELFORD_BACKEND": "sim", "MLX_WELFORD_SIMULATOR": shaders()}
+        environment |= {"MLX_WELFORD_BACKEND": "sim", "MLX_WELFORD_SIMULATOR": library or shaders()}
     main = "import sys, mlx_welford.__main__ as m; sys.exit(m.main(['selftest', *sys.argv[1:]]))"
     return subprocess.run(
         [sys.executable, "-c", f"{program}\n{main}", "--device", "cpu", *arguments],
@@ -804,19 +805,14 @@ def test_the_text_of_a_run_that_crashed(tmp_path: Path, capsys: pytest.CaptureFi
     assert "shaders" not in json.loads(reports[0])["status"]
 
 
-@pytest.mark.parametrize("backend", ["cpu", "sim"])
-def test_a_shader_that_does_not_compile_in_a_process_of_its_own(
-    tmp_path: Path, backend: str
-) -> None:
-    if backend == "sim" and sys.platform != "linux":
-        pytest.skip("the simulator is for Linux")
+def test_a_long_log_in_a_process_of_its_own(tmp_path: Path) -> None:
     program = """
 import mlx_welford as mw
 def moments(*a, **k):
     raise RuntimeError("a shader does not compile.\\nprogram_source:3:1: error: x\\n" + 70000 * "y")
 mw.moments = moments
 """
-    done = run_in_process(program, tmp_path, "--no-times", backend=backend)
+    done = run_in_process(program, tmp_path, "--no-times")
     assert done.returncode == 1
     report = json.loads((tmp_path / "mlx-welford-selftest.json").read_text())
     assert done.stdout == selftest.to_text(report) + "\n"
@@ -825,6 +821,27 @@ mw.moments = moments
     assert report["finished"]
     assert len(report["logs"]) == 1
     assert report["logs"][0].endswith(70000 * "y")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the simulator is for Linux")
+def test_a_kernel_that_does_not_compile_fails_the_cases_that_need_it(tmp_path: Path) -> None:
+    missing = "fused_gradient_float_4_Columns"
+    others = [text for name, text in _ext.shader_kernels() if name != missing]
+    library = str(compile_library(_ext.shader_source, others).path)
+    done = run_in_process("", tmp_path, "--no-times", backend="sim", library=library)
+    assert done.returncode == 1
+    report = json.loads((tmp_path / "mlx-welford-selftest.json").read_text())
+    assert done.stdout == selftest.to_text(report) + "\n"
+    failed = [case for case in report["cases"] if not case["passed"]]
+    assert [c["case"] for c in failed] == [str(c) for c in CASES if missing in kernels(c.plans)]
+    assert failed
+    assert all(case["composed_passed"] for case in failed)
+    assert all("does not compile" in case["raised"] for case in failed)
+    (log,) = {log for log in report["logs"] if missing in log}
+    assert done.stdout.count(f"there is no kernel '{missing}'") > 0
+    assert log.startswith("mlx_welford: a shader does not compile.")
+    assert missing not in report["pipelines"]
+    assert len(report["pipelines"]) == len(others)
 
 
 def test_a_folder_that_cannot_be_written(
