@@ -35,7 +35,7 @@ DIST ?= dist
 # What wheels are made of: this checkout, or an unpacked source distribution.
 SOURCE ?= .
 
-.PHONY: help build demo test test-quick test-nightly bench lint format sdist wheels wheel-macos wheel-aarch64 try-mlx cuda clean force
+.PHONY: help build demo test test-quick test-nightly mutants bench lint format sdist wheels wheel-macos wheel-aarch64 try-mlx cuda clean force
 .DEFAULT_GOAL := help
 
 help:
@@ -43,6 +43,7 @@ help:
 	@echo 'make demo     train a small network with both libraries, then compare their speed'
 	@echo 'make test     run the tests                        PYTEST_ARGS="-k moments -x" JOBS=auto'
 	@echo 'make test-quick    a few rows of every test, in a minute; test-nightly: all rows, for hours'
+	@echo 'make mutants  plant faults, see which tests notice  MUTANTS_ARGS="--only NAME"'
 	@echo 'make bench    measure all of docs/performance.md   BENCH_ARGS="--only cases-tuned"'
 	@echo 'make lint     run every check on the sources'
 	@echo 'make format   rewrite the sources as the checks want them'
@@ -96,6 +97,10 @@ test: build
 test-quick: export MLX_WELFORD_TEST_PROFILE = quick
 test-nightly: export MLX_WELFORD_TEST_PROFILE = nightly
 test-quick test-nightly: test
+
+# In build/mutants, a copy of the checkout. What has a verdict of this commit is not run again.
+mutants: build
+	PYTHONPATH=tests $(PY) -m mutants run $(MUTANTS_ARGS)
 
 bench: build
 	$(PY) bench/suite.py $(BENCH_ARGS)
