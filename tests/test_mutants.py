@@ -263,7 +263,13 @@ def small_runner(
     tree = FakeTree(root)
 
     def run(
-        _: object, tests: Sequence[str], on: Sequence[str], timeout: float, log: Path, marker: str
+        _: object,
+        tests: Sequence[str],
+        on: Sequence[str],
+        timeout: float,
+        log: Path,
+        marker: str,
+        leave_out: Sequence[str],
     ) -> Outcome:
         ran.append((list(tree.planted), list(tests)))
         for test in tests:
@@ -272,7 +278,8 @@ def small_runner(
                 ending = fails.get(name, {}).get(file)
                 if ending == "once":
                     del fails[name][file]
-                if ending and (ending != "with q" or "q" in tree.planted):
+                left_out = f"tests/{file}.py::test" in leave_out
+                if ending and not left_out and (ending != "with q" or "q" in tree.planted):
                     return Outcome(f"tests/{file}.py::test", ending.strip("-"), 1.0)
         return Outcome(None, "", 1.0)
 
@@ -312,6 +319,21 @@ def test_a_test_that_fails_once_kills_nobody(root: Path, monkeypatch: pytest.Mon
     found.run(found.data.to_run())
     assert {row.verdict for row in found.verdicts.rows.values()} == {SURVIVED}
     assert ran[-1] == (list("pqrs"), ["test_b", "test_c"])
+
+
+def test_a_test_that_fails_with_and_without_all_of_them_is_left_out(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fails = {name: {"test_b": "-"} for name in ["p", "q", "r", "s", ""]}
+    found, ran = small_runner(root, monkeypatch, fails | {"r": {"test_b": "-", "test_c": "-"}})
+    found.run(found.data.to_run())
+    assert {name: row.test for name, row in found.verdicts.rows.items()} == {
+        "p": "",
+        "q": "",
+        "r": "tests/test_c.py::test",
+        "s": "",
+    }
+    assert (["p", "q", "s"], ["test_c"]) in ran
 
 
 def test_a_test_that_fails_with_two_together_kills_neither(

@@ -71,6 +71,7 @@ class Runner:
         self.verdicts = verdicts
         self.logs = logs
         self.say = say
+        self.useless: set[str] = set()  # tests that fail without any fault, too
         present = sorted(path.stem for path in (tree.path / "tests").glob("test_*.py"))
         self.seconds = {file: data.seconds.get(file, UNKNOWN_SECONDS) for file in present}
         logs.mkdir(parents=True, exist_ok=True)
@@ -83,7 +84,8 @@ class Runner:
         expected = sum(self.seconds.get(test, UNKNOWN_SECONDS) for test in tests)
         timeout = PATIENCE * expected + MORE_PATIENCE
         path = self.logs / f"{log}.log"
-        return run(self.tree, tests, backends(areas), timeout, path, marker)
+        on = backends(areas)
+        return run(self.tree, tests, on, timeout, path, marker, sorted(self.useless))
 
     def alone(self, mutant: Mutant) -> Verdict:
         """With the likely tests: their verdict, or that the others are to be run."""
@@ -147,7 +149,7 @@ class Runner:
                 return pending
             test, file = again(outcome.test, left)
             guilty = self._guilty(test, pending)
-            if not guilty:
+            if not guilty and test not in self.useless:
                 if test in unsteady:
                     raise RuntimeError(f"{test} fails now and then: run it without any fault.")
                 unsteady.add(test)
@@ -162,6 +164,7 @@ class Runner:
     def _guilty(self, test: str, pending: Sequence[Mutant]) -> list[tuple[Mutant, Verdict]]:
         """Who makes a test fail, by itself: nobody, if it passes with all of them now.
 
+        Nobody, either, if it fails without any of them: then it is left out from now on.
         Raises EntangledError if it fails with several together alone.
         """
         outcomes: dict[tuple[str, ...], Outcome] = {}
@@ -178,6 +181,12 @@ class Runner:
         found = culprits(pending, fails)
         if not found:
             raise EntangledError(test)
+        if len(found) == len(pending) and fails([]):
+            if "::" not in test:
+                raise RuntimeError(f"{test} cannot be run without any fault.")
+            self.say(f"{test} fails without any fault, and is left out")
+            self.useless.add(test)
+            return []
         verdicts = []
         for mutant in found:
             outcome = outcomes[(mutant.name,)]

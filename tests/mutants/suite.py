@@ -92,12 +92,15 @@ def run(
     on: Sequence[str],
     timeout: float,
     log: Path,
-    marker: str = "not slow",
+    marker: str,
+    leave_out: Collection[str],
 ) -> Outcome:
     """Runs files (by stem) or single tests (by id) in the order given, up to the first failure."""
     named = [test if "::" in test else f"tests/{test}.py" for test in tests]
     command = [tree.python, "-m", "pytest", "-x", "-v", "-rN", "--tb=short", "--no-header"]
     command += ["-p", "no:cacheprovider", "-m", marker]
+    for test in leave_out:
+        command += ["--deselect", test]
     for backend in on:
         command += ["--backend", backend]
     started = time.monotonic()
