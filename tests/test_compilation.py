@@ -81,6 +81,22 @@ def test_an_unaligned_view_is_computed_all_the_same(
         np.testing.assert_allclose(wide(got), wide(right), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("given", [False, True])
+@pytest.mark.usefixtures("only_aligned")
+def test_an_unaligned_cotangent_is_enough(given: bool, capfd: pytest.CaptureFixture[str]) -> None:
+    """Vectors are read of both arrays or of none."""
+    x, g = mx.random.normal((3, 12, 8)), view((3, 12, 8))
+    mean, var = (mx.zeros(8), mx.ones(8)) if given else (None, None)
+    mx.eval(x)
+    _, (gradient,) = mx.vjp(lambda x: [mw.batch_norm(x, mean=mean, var=var)[0]], [x], [g])
+    if given:
+        expected = wide(g) / np.sqrt(1 + 1e-5)
+    else:
+        expected = reference.backward("batch", wide(x), None, 1e-5, -1, wide(g)).x
+    np.testing.assert_allclose(wide(gradient), expected, rtol=1e-4, atol=1e-4)
+    assert re.search(r"there is no kernel '\w+_1_Columns'", capfd.readouterr().err)
+
+
 @pytest.mark.usefixtures("only_aligned")
 def test_results_can_be_used_by_kernels(capfd: pytest.CaptureFixture[str]) -> None:
     """They lie in memory as those of kernels do; so do temporaries, whose memory they may take."""

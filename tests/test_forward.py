@@ -1,6 +1,8 @@
 """y, mean and var of every case against float64, held to mlx.nn's own error."""
 
 import mlx.core as mx
+import mlx_welford as mw
+import numpy as np
 import pytest
 import systems
 from problems import (
@@ -109,3 +111,18 @@ def test_result_has_the_type_of_all_arguments(
     ours = problem.outputs(systems.ours(kind, axis=case.axis))
     theirs = problem.outputs(systems.baseline(kind, axis=case.axis))
     assert_as_good_as(ours[0], theirs[0], problem.forward.y, DTYPES[result], name="y")
+
+
+@pytest.mark.parametrize("axis", [1, -1])
+@pytest.mark.parametrize("length", [384, 5000])
+def test_equal_values_of_an_instance_have_equal_results(length: int, axis: int) -> None:
+    """Every thread normalises with the same mean and variance, in every bit."""
+    rng = np.random.default_rng(3)
+    values = rng.normal(size=(2, 3, 16)).astype(np.float32) + 10
+    order = np.stack([rng.permutation(np.arange(length) % 16) for _ in range(6)])
+    x = np.take_along_axis(values, order.reshape(2, 3, length), 2)
+    y = np.array(mw.instance_norm(mx.array(np.moveaxis(x, 1, axis)), axis=axis))
+    first = np.argmax(order[:, None, :] == np.arange(16)[None, :, None], 2).reshape(2, 3, 16)
+    y = np.moveaxis(y, axis, 1)
+    of_value = np.take_along_axis(y, first, 2)
+    np.testing.assert_array_equal(y, np.take_along_axis(of_value, order.reshape(2, 3, length), 2))

@@ -1143,6 +1143,14 @@ def test_shaders_walk_as_the_model_does(probe: Library, problem: Problem) -> Non
         assert max(first[some].max(initial=0), edge.max()) < problem.size
 
 
+def test_what_is_not_said_is_not_there() -> None:
+    """A plan without options: of an input without weight and bias, whose vectors are aligned."""
+    plan = make_plan("normalize", (4, 9, 16), (0, 1), mx.float32, channels=16)
+    for d in plan.dispatches:
+        assert (d["has_weight"], d["has_bias"]) == (0, 0)
+        assert not d.sweeps or d.vector == 4
+
+
 def test_the_second_pass_begins_where_the_first_ended() -> None:
     first, _, second = batch_last(65536, 16).plan().dispatches
     last = walks(first).first[-1]

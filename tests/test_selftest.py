@@ -109,6 +109,13 @@ def test_no_path_is_there_without_need() -> None:
         assert set(kernels(case.plans)) - others, f"{case} {case.dtype}"
 
 
+def test_axes_that_kernels_cannot_walk_over_are_there() -> None:
+    """Channels between other axes, which move to the end and back, and kept axes in between."""
+    middle = [case for case in CASES if 1 < case.axis % len(case.shape) < len(case.shape) - 1]
+    assert "instance" in {case.operation for case in middle}
+    assert {(0, 2), (1, 3)} <= {case.axes for case in CASES if len(case.shape) == 4}
+
+
 def test_no_case_is_there_twice() -> None:
     assert len({(str(case), case.dtype) for case in CASES}) == len(CASES)
 

@@ -98,6 +98,30 @@ def test_large_counts_are_exact() -> None:
     np.testing.assert_allclose(var.item(), 8 / values, rtol=1e-15)
 
 
+@pytest.mark.parametrize("axis", [-1, 1])
+def test_a_message_has_more_of_a_mean_than_float32(axis: int) -> None:
+    """mean + tail is right to the rounding of deviations of 1; floats at 1e5 are 0.008 apart."""
+    x = batch((10, 33, 5) if axis == -1 else (10, 5, 33), "float32", 1e5)
+    _, mean, tail, m2 = wide(_ext.rank_moments(x, "test", axis))[1:].T
+    true_mean, true_var = truth_of(x, axis)
+    assert np.abs(mean - true_mean).max() > 1e-4
+    np.testing.assert_allclose(mean + tail, true_mean, rtol=0, atol=1e-6)
+    np.testing.assert_allclose(m2 / 330, true_var, rtol=1e-5)
+
+
+def test_merges_of_the_same_messages_are_one_node_when_compiled() -> None:
+    x = batch((10, 5), "float32")
+
+    def f(x: mx.array, rank: int, other: int) -> list[mx.array]:
+        messages = mx.concatenate([_ext.rank_moments(x[:4], "test", -1)] * 2)
+        found = [_ext.merge_ranks(messages, 2, r, "test") for r in (rank, other)]
+        return [mx.exp(found[0][0]), mx.sin(found[1][1])]
+
+    for ranks, merges in (((0, 0), 1), ((0, 1), 2)):
+        compiled = mx.compile(f)(x, *ranks)
+        assert nodes(*compiled).count("WelfordMergeRanks") == merges
+
+
 def test_the_composed_definition() -> None:
     x = batch((10, 33, 5), "float32", 1e3)
     kernels = merged(x, [0, 6, 7, 10])

@@ -1,5 +1,7 @@
 """moments and its gradient, and the running statistics of the layers."""
 
+import math
+
 import mlx.core as mx
 import mlx_welford as mw
 import numpy as np
@@ -81,6 +83,28 @@ def test_gradient_of_one_moment_alone(which: int) -> None:
     weights = [wide(cotangent).reshape(1, 1, 7) * (i == which) for i in range(2)]
     truth = reference.moments_backward(wide(x), (0, 1), *weights)
     assert_as_good_as(got, base, truth, mx.float32, name="grad x")
+
+
+@pytest.mark.parametrize("axes", [(0, 1), (1,)], ids=str)
+def test_second_derivatives_of_moments(axes: tuple[int, ...]) -> None:
+    """Along p, of mean^2 + var^2: 2 sum(p) / m^2 and 4 / m (2 sum(d p) d / m + var (p - mean(p)))."""
+    x, p = normal((3, 11, 7), mx.float32), normal((3, 11, 7), mx.float32, seed=1)
+
+    def squares(x: mx.array) -> mx.array:
+        mean, var = mw.moments(x, axes)
+        return mx.square(mean).sum() + mx.square(var).sum()
+
+    def along_p(x: mx.array) -> mx.array:
+        gradient: mx.array = mx.grad(squares)(x)
+        return (gradient * p).sum()
+
+    a, b = wide(x), wide(p)
+    m = math.prod(a.shape[axis] for axis in axes)
+    d = a - a.mean(axes, keepdims=True)
+    var = (d**2).mean(axes, keepdims=True)
+    of_var = 2 * (d * b).sum(axes, keepdims=True) / m * d + var * (b - b.mean(axes, keepdims=True))
+    truth = 2 * b.sum(axes, keepdims=True) / m**2 + 4 / m * of_var
+    np.testing.assert_allclose(wide(mx.grad(along_p)(x)), truth, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("size", [1, 31, 32, 33, 127, 1025, 300000])

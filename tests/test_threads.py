@@ -83,6 +83,10 @@ FORK = """
     import numpy as np
 
     data = np.random.default_rng(0).normal(size=(8, 64, 64, 32)).astype(np.float32)
+    proc = "/proc/self/task"
+
+    def count():
+        return len(os.listdir(proc)) if os.path.isdir(proc) else None  # Linux alone has it
 
     def compute():
         x = mx.array(data)
@@ -96,7 +100,12 @@ FORK = """
         signal.alarm(60)  # a child that hangs must not outlive the test
         # MLX's own threads do not survive a fork: the child needs a stream of its own.
         with mx.stream(mx.new_stream(mx.cpu)):
+            mx.eval(mx.zeros(4) + 1)
+            before = count()
             got = compute()
+            after = count()
+        if before is not None and after - before != int(sys.argv[1]) - 1:
+            os._exit(4)  # it has no threads of its own, or too many
         os._exit(0 if all(np.array_equal(a, b) for a, b in zip(got, expected)) else 3)
     _, status = os.waitpid(child, 0)
     again = compute()
@@ -108,7 +117,8 @@ FORK = """
 @needs_fork
 @pytest.mark.parametrize("threads", ["1", "4"])
 def test_a_forked_child_computes_the_same(threads: str) -> None:
-    run(FORK, threads=threads)
+    """With as many threads as its parent, whose pool it cannot use."""
+    run(FORK, threads, threads=threads)
 
 
 MULTIPROCESSING = """

@@ -398,7 +398,11 @@ def test_a_gradient_has_no_needless_nodes(kind: Kind) -> None:
     ]
 
 
-@pytest.mark.parametrize(("axes", "nodes"), [((0, 1), 1), ((1,), 2)], ids=["equal", "other-axes"])
+@pytest.mark.parametrize(
+    ("axes", "nodes"),
+    [((0, 1), 1), ((1,), 2), ((1, 2), 2)],
+    ids=["equal", "fewer-axes", "other-axes"],
+)
 def test_compile_merges_equal_moments(axes: tuple[int, ...], nodes: int) -> None:
     def f(x: mx.array) -> list[mx.array]:
         return [mx.exp(mw.moments(x, (0, 1))[0]), mx.sin(mw.moments(x, axes)[1])]
