@@ -23,7 +23,7 @@ from mutants.data import (
     parse,
 )
 from mutants.runner import batches, chunks, culprits
-from mutants.suite import Outcome, again, files_for, outcome
+from mutants.suite import NoSuchTestError, Outcome, again, files_for, outcome
 from mutants.verdicts import (
     HANGS,
     KILLED,
@@ -274,6 +274,8 @@ def small_runner(
         ran.append((list(tree.planted), list(tests)))
         for test in tests:
             file = Path(test.split("::")[0]).stem
+            if file == "test_gone":
+                raise NoSuchTestError(test)
             for name in tree.planted or [""]:
                 ending = fails.get(name, {}).get(file)
                 if ending == "once":
@@ -346,6 +348,34 @@ def test_a_test_that_fails_with_two_together_kills_neither(
     assert ran[-2:] == [(["p", "q"], everything), (["r", "s"], everything)]
 
 
+def test_the_test_that_killed_it_last_time_comes_first(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fails = {"p": {"test_c": "-"}, "q": {"test_likely": "-"}, "r": {"test_b": "-"}}
+    found, ran = small_runner(root, monkeypatch, fails)
+    found.verdicts.killers = {
+        "p": "tests/test_c.py::test",
+        "q": "tests/test_b.py::test",  # no longer
+        "r": "tests/test_gone.py::test",
+    }
+    found.run(found.data.to_run()[:3])
+    assert {name: row.test for name, row in found.verdicts.rows.items()} == {
+        "p": "tests/test_c.py::test",
+        "q": "tests/test_likely.py::test",
+        "r": "tests/test_b.py::test",
+    }
+    assert ran[:5] == [
+        (["p"], ["tests/test_c.py::test"]),
+        (["q"], ["tests/test_b.py::test"]),
+        (["q"], ["test_likely"]),
+        (["r"], ["tests/test_gone.py::test"]),
+        (["r"], ["test_likely"]),
+    ]
+    assert Verdicts.read(found.verdicts.path).killers == {
+        name: row.test for name, row in found.verdicts.rows.items()
+    }
+
+
 def test_what_has_a_verdict_is_not_run_again(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     found, ran = small_runner(root, monkeypatch, {})
     for name in "pqr":
@@ -370,9 +400,13 @@ def test_a_test_that_fails_without_a_fault_kills_nothing(
 
 def test_verdicts_of_another_commit_are_not_taken_over(tmp_path: Path) -> None:
     path = tmp_path / "verdicts.json"
-    Verdicts(path, "abc").add(Verdict("p", KILLED, "t", 1.0))
+    Verdicts(path, "abc").add(Verdict("p", KILLED, "tests/test_a.py::test", 1.0))
     assert Verdicts.of_commit(path, "abc").rows.keys() == {"p"}
-    assert not Verdicts.of_commit(path, "abd").rows
+    later = Verdicts.of_commit(path, "abd")
+    assert not later.rows
+    assert later.killers == {"p": "tests/test_a.py::test"}
+    later.add(Verdict("q", SURVIVED, "", 1.0))
+    assert Verdicts.read(path).killers == {"p": "tests/test_a.py::test"}
 
 
 def test_the_table() -> None:

@@ -87,7 +87,7 @@ def test_gradient_of_one_moment_alone(which: int) -> None:
 
 @pytest.mark.parametrize("axes", [(0, 1), (1,)], ids=str)
 def test_second_derivatives_of_moments(axes: tuple[int, ...]) -> None:
-    """Along p, of mean^2 + var^2: 2 sum(p) / m^2 and 4 / m (2 sum(d p) d / m + var (p - mean(p)))."""
+    """Of mean^2 + var^2 along p: 2 sum(p) / m^2 + 4 / m (2 sum(d p) d / m + var (p - mean(p)))."""
     x, p = normal((3, 11, 7), mx.float32), normal((3, 11, 7), mx.float32, seed=1)
 
     def squares(x: mx.array) -> mx.array:

@@ -1,8 +1,9 @@
 """Finds a verdict for every mutant.
 
-First each by itself, with the tests that are likely to notice it. Those that pass are then planted
-together and meet all other tests that can reach them, so that many survivors cost one run. When a
-test fails there, halving finds out whose fault it was, and the others go on from that test file.
+First each by itself, with the test that killed it last time, then with those that are likely to
+notice it. Those that pass are planted together and meet all other tests that can reach them, so
+that many survivors cost one run. When a test fails there, halving finds out whose fault it was, and
+the others go on from that test file.
 """
 
 from __future__ import annotations
@@ -12,7 +13,15 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from .data import Data, Mutant, overlap
-from .suite import UNKNOWN_SECONDS, Outcome, again, backends, files_for, run
+from .suite import (
+    UNKNOWN_SECONDS,
+    NoSuchTestError,
+    Outcome,
+    again,
+    backends,
+    files_for,
+    run,
+)
 from .tree import BuildError, Tree
 from .verdicts import HANGS, KILLED, NOT_BUILT, PENDING, SURVIVED, UNSURE, Verdict, Verdicts
 
@@ -88,7 +97,9 @@ class Runner:
         return run(self.tree, tests, on, timeout, path, marker, sorted(self.useless))
 
     def alone(self, mutant: Mutant) -> Verdict:
-        """With the likely tests: their verdict, or that the others are to be run."""
+        """With the test that killed it last time, and the likely ones: their verdict, or that the
+        others are to be run.
+        """
         started = time.monotonic()
 
         def found(verdict: str, test: str = "", **more: object) -> Verdict:
@@ -100,6 +111,15 @@ class Runner:
         except BuildError as error:
             (self.logs / f"{mutant.name}.log").write_text(str(error))
             return found(NOT_BUILT)
+        if killer := self.verdicts.killers.get(mutant.name):
+            try:
+                outcome = self._run([killer], [mutant], mutant.name, "")
+            except NoSuchTestError:
+                self.say(f"{mutant.name}: there is no test {killer} any more")
+            else:
+                if outcome.test is not None:
+                    return found(_verdict(outcome), outcome.test, note=outcome.ending)
+                self.say(f"{mutant.name}: {killer} passes now")
         area = self.data.area_of(mutant)
         likely = list(dict.fromkeys([*mutant.first, *area.first]))
         outcome = self._run(likely, [mutant], mutant.name, "not slow")

@@ -25,6 +25,11 @@ _COLLECTING = re.compile(r"^_+ ERROR collecting (\S+) _+$", re.M)
 BEFORE = "before the first test"
 CANNOT_BE_IMPORTED = " cannot be imported"
 
+
+class NoSuchTestError(RuntimeError):
+    """pytest was asked for a test that is not there."""
+
+
 # Of pytest
 ALL_PASSED = 0
 NOTHING_RAN = 5
@@ -54,7 +59,7 @@ def outcome(output: str, code: int | None, seconds: float) -> Outcome:
     if collecting := _COLLECTING.search(output):
         return Outcome(collecting[1] + CANNOT_BE_IMPORTED, "", seconds)
     if missing := _NOT_FOUND.search(output):
-        raise RuntimeError(f"There is no test {missing[1]}.")
+        raise NoSuchTestError(f"There is no test {missing[1]}.")
     # The last test that has begun and has no result never came to an end.
     done = {test for test, _ in statuses}
     unfinished = [test for test in _STARTED.findall(output) if test not in done]

@@ -51,36 +51,54 @@ def revision() -> str:
 
 
 class Verdicts:
-    """Verdicts of one commit, kept in a file."""
+    """Verdicts of one commit, kept in a file, and the tests that killed mutants at any."""
 
     def __init__(self, path: Path, commit: str) -> None:
         self.path = path
         self.commit = commit
         self.rows: dict[str, Verdict] = {}
+        self.killers: dict[str, str] = {}  # by mutant, the test that did last
 
     @classmethod
     def read(cls, path: Path) -> Verdicts:
         stored: dict[str, Any] = json.loads(path.read_text())
         verdicts = cls(path, stored["commit"])
         verdicts.rows = {row["mutant"]: Verdict(**row) for row in stored["verdicts"]}
+        verdicts.killers = dict(stored.get("killers", {}))
+        verdicts._remember(verdicts.rows.values())
         return verdicts
 
     @classmethod
     def of_commit(cls, path: Path, commit: str) -> Verdicts:
-        """Those in the file if they are of this commit; otherwise none, to begin anew."""
+        """Those in the file if they are of this commit; otherwise none, to begin anew.
+
+        Who killed what is remembered from one commit to the next.
+        """
+        verdicts = cls(path, commit)
         if path.exists():
             found = cls.read(path)
+            verdicts.killers = found.killers
             if found.commit == commit:
                 return found
-        return cls(path, commit)
+        return verdicts
 
     def add(self, verdict: Verdict) -> None:
         self.rows[verdict.mutant] = verdict
+        self._remember([verdict])
         self.write()
+
+    def _remember(self, rows: Iterable[Verdict]) -> None:
+        for row in rows:
+            if row.verdict == KILLED and "::" in row.test:
+                self.killers[row.mutant] = row.test
 
     def write(self) -> None:
         rows = sorted(self.rows.values(), key=lambda row: row.mutant)
-        stored = {"commit": self.commit, "verdicts": [asdict(row) for row in rows]}
+        stored = {
+            "commit": self.commit,
+            "killers": dict(sorted(self.killers.items())),
+            "verdicts": [asdict(row) for row in rows],
+        }
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self.path.write_text(json.dumps(stored, indent=1) + "\n")
 
