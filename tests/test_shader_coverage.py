@@ -64,10 +64,10 @@ def test_a_missing_barrier_is_noticed(which: int) -> None:
     source = BARRIER.join(parts[: which + 1]) + BARRIER.join(parts[which + 1 :])
     problem = Problem("moments", (1, 2, 403, 16), channels=32, max_threads=128)
     plan = problem.plan()
-    library = compile_library(source, [d.instantiation for d in plan.dispatches], instrumented=True)
+    needed = [d.instantiation for d in plan.dispatches]
+    library = compile_library(source, needed, instrumented=True)
     with pytest.raises(SimulatorError, match="threadgroup variable"):
-        for seed in range(4):
-            run_plan(library, plan, Example(problem).arrays(), seed=seed)
+        run_plan(library, plan, Example(problem).arrays(), seed=0)
 
 
 @given(remainders())

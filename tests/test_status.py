@@ -330,11 +330,11 @@ def test_a_plan_is_what_runs(
     mx.eval(x, weight)
     outputs, gradients = mx.vjp(norm, [x, weight, weight], [x])
     plans = normalization_plans(layer, shape, axis=axis, dtype=dtype)
-    for name, arrays in (("forward", outputs), ("backward", gradients)):
+    for plan, arrays in ((plans["forward"], outputs), (plans["backward"], gradients)):
         log.write_text("")
         mx.eval(arrays)
         ran = [json.loads(line) for line in log.read_text().splitlines()]
-        planned = plans[name]["dispatches"]
+        planned = plan["dispatches"]
         assert [d["kernel"] for d in ran] == [d["kernel"] for d in planned]
         for d, expected in zip(ran, planned, strict=True):
             assert d["grid"] == [expected["threadgroups"], 1, 1]

@@ -313,7 +313,7 @@ def test_the_second_pass_begins_where_the_first_ends(problem: Problem, operation
     plan = problem.plan()
     seen = set()
     for d in plan.dispatches:
-        one = replace(plan, dispatches=[d])
+        one = replace(plan, dispatches=(d,))
         if d.sweeps:
             assert d.groups > 1
             seen.add(d.kernel)
