@@ -12,6 +12,7 @@ from hypothesis import given
 from mlx_welford import _ext
 from plan_cases import SOME, running_statistics, whole_table
 from plans import (
+    LIMITS,
     SPLITTING,
     Arrays,
     Example,
@@ -57,12 +58,26 @@ def test_every_instantiation_passes_every_check(longer: int, max_threads: int, s
 BARRIER = "metal::threadgroup_barrier(metal::mem_flags::mem_threadgroup);"
 
 
-@pytest.mark.parametrize("which", range(_ext.shader_source.count(BARRIER)))
-def test_a_missing_barrier_is_noticed(which: int) -> None:
+# By the barriers of its merge; a third is where all threads want the results, as in fused kernels.
+MERGES = {
+    2: Problem("moments", (1, 2, 403, 16), channels=32, max_threads=128),
+    3: Problem("normalize", (1, 2, 100, 16), channels=32, max_threads=128),
+}
+
+
+def test_these_are_all_barriers() -> None:
+    assert _ext.shader_source.count(BARRIER) == max(MERGES)
+    for problem in MERGES.values():
+        (d,) = problem.plan().dispatches
+        assert d.threads > LIMITS["kSimd"]
+
+
+@pytest.mark.parametrize(("barriers", "which"), [(n, i) for n in MERGES for i in range(n)])
+def test_a_missing_barrier_is_noticed(barriers: int, which: int) -> None:
     """Also where the results are right without it, as they are in most orders of the threads."""
     parts = _ext.shader_source.split(BARRIER)
     source = BARRIER.join(parts[: which + 1]) + BARRIER.join(parts[which + 1 :])
-    problem = Problem("moments", (1, 2, 403, 16), channels=32, max_threads=128)
+    problem = MERGES[barriers]
     plan = problem.plan()
     needed = [d.instantiation for d in plan.dispatches]
     library = compile_library(source, needed, instrumented=True)
