@@ -414,22 +414,24 @@ def test_the_table() -> None:
     verdicts.rows = {
         "one": Verdict("one", KILLED, "tests/test_a.py::test_f[x|y]", 7.6),
         "two": Verdict("two", SURVIVED, "", 20.0),
+        "three": Verdict("three", PENDING, "", 3.0, passed=["test_a", "test_b"]),
     }
     gone = replace(PYTHON, name="gone", rejected="equivalent: x is never 0")
     data = replace(SMALL, mutants=(*SMALL.mutants, gone))
     assert markdown(data, verdicts).splitlines() == [
-        "At commit abc: 1 killed, 1 survived.",
+        "At commit abc: 1 killed, 1 survived, 1 pending.",
         "",
         "| mutant | file | fault | verdict | first test that failed | s |",
         "|---|---|---|---|---|---|",
         r"| one | `src/a.cpp` | wrong sign | killed | `test_a.py::test_f[x\|y]` | 8 |",
         "| two | `src/a.cpp` | nothing added | **survived** |  | 20 |",
+        "| three | `src/b.py` | < has become <= | pending | none in 2 test files | 3 |",
         "",
         "Draws that were replaced by the next ones:",
         "",
         "- gone, `src/b.py`: < has become <=; equivalent: x is never 0.",
     ]
-    assert counts(verdicts.rows.values()) == "1 killed, 1 survived"
+    assert counts(verdicts.rows.values()) == "1 killed, 1 survived, 1 pending"
 
 
 def test_the_table_goes_between_its_marks() -> None:

@@ -133,6 +133,8 @@ def markdown(data: Data, verdicts: Verdicts) -> str:
             continue
         file = mutant.file.removeprefix("python/mlx_welford/")
         test = f"`{row.test.removeprefix('tests/')}`" if row.test else ""
+        if row.verdict == PENDING:
+            test = f"none in {len(row.passed)} test files"
         verdict = f"**{row.verdict}**" if row.verdict == SURVIVED else row.verdict
         cells = [mutant.name, f"`{file}`", mutant.why, verdict, test, f"{row.seconds:.0f}"]
         lines.append("| " + " | ".join(map(_cell, cells)) + " |")
