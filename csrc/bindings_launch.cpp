@@ -108,11 +108,14 @@ Operation operation_of(const std::string& name) {
   throw std::invalid_argument("[launch_plan] no operation '" + name + "'.");
 }
 
-/// Apple's tuning with some constants replaced.
-gpu::Tuning tuning_from(const std::map<std::string, int64_t>& replaced) {
-  gpu::Tuning tuning;
+/// The tuning for one of Apple's GPUs with some constants replaced.
+gpu::Tuning tuning_from(const std::string& architecture,
+                        const std::map<std::string, int64_t>& replaced) {
+  gpu::Tuning tuning = gpu::tuning_for(architecture);
   const std::map<std::string, int64_t*> constants{
       {"sweep_threads", &tuning.sweep_threads},
+      {"core_registers", &tuning.core_registers},
+      {"fused_groups", &tuning.fused_groups},
       {"fused_forward_threads", &tuning.fused_forward_threads},
       {"fused_backward_threads", &tuning.fused_backward_threads},
       {"enough_groups", &tuning.enough_groups},
@@ -142,8 +145,9 @@ gpu::Tuning tuning_from(const std::map<std::string, int64_t>& replaced) {
        "sweep_threads that are a power of two from 32 to 256", tuning.sweep_threads);
   must(power_between(tuning.least_run, 16, 512),
        "a least_run that is a power of two from 16 to 512", tuning.least_run);
-  for (const char* name : {"fused_forward_threads", "fused_backward_threads", "enough_groups",
-                           "least_vectors", "apply_vectors"}) {
+  for (const char* name :
+       {"core_registers", "fused_groups", "fused_forward_threads", "fused_backward_threads",
+        "enough_groups", "least_vectors", "apply_vectors"}) {
     must(*constants.at(name) > 0, std::string("positive ") + name, *constants.at(name));
   }
   return tuning;
@@ -160,6 +164,7 @@ void bind_launch(nb::module_& m) {
       [](const std::string& operation, const std::vector<int>& shape, const std::vector<int>& axes,
          mx::Dtype dtype, int64_t channels, double eps, bool given, bool weight, bool bias,
          std::array<bool, 4> wanted, bool aligned, uint32_t max_threads,
+         const std::string& architecture,
          const std::map<std::string, int64_t>& tuning) -> DispatchesAndBytes {
         const auto geometry = find_geometry(mx::Shape(shape.begin(), shape.end()), axes);
         if (!geometry || geometry->size() == 0) {
@@ -175,8 +180,8 @@ void bind_launch(nb::module_& m) {
                               .has_bias = bias,
                               .wanted = {wanted[0], wanted[1], wanted[2], wanted[3]},
                               .aligned = aligned};
-        const gpu::Plan plan =
-            gpu::plan(problem, {.threads = max_threads, .tuning = tuning_from(tuning)});
+        const gpu::Plan plan = gpu::plan(
+            problem, {.threads = max_threads, .tuning = tuning_from(architecture, tuning)});
         Dispatches dispatches;
         for (const gpu::Dispatch& dispatch : plan.dispatches) {
           dispatches.append(to_dict(dispatch));
@@ -186,10 +191,11 @@ void bind_launch(nb::module_& m) {
       "operation"_a, "shape"_a, "axes"_a, "dtype"_a, nb::kw_only(), "channels"_a = 1,
       "eps"_a = 1e-5, "given"_a = false, "weight"_a = false, "bias"_a = false,
       "wanted"_a = std::array<bool, 4>{false, false, false, false}, "aligned"_a = true,
-      "max_threads"_a = 1024, "tuning"_a = std::map<std::string, int64_t>{},
+      "max_threads"_a = 1024, "architecture"_a = "", "tuning"_a = std::map<std::string, int64_t>{},
       "The dispatches for a problem over non-negative `axes`, and the bytes of the temporary "
       "arrays "
       "partials and sums. `wanted`: gradients of x, the given statistics, weight, bias. "
+      "`architecture`: the GPU, as Metal calls it (\"applegpu_g13s\"). "
       "`tuning`: constants of csrc/gpu/tuning.h by name, where they are not to be Apple's.");
 
   m.attr("shader_source") = gpu::kShaderSource;

@@ -160,6 +160,7 @@ class Problem:
     aligned: bool = True
     max_threads: int = 1024
     eps: float = 1e-5
+    architecture: str = ""
 
     def __str__(self) -> str:
         """What it differs in from the simplest problem."""
@@ -210,6 +211,7 @@ class Problem:
             wanted=list(self.wants.values()),
             aligned=self.aligned,
             max_threads=self.max_threads,
+            architecture=self.architecture,
             tuning=dict(tuning or {}),
         )
 

@@ -1,8 +1,9 @@
 """The launch plan: exactly these dispatches for these problems, and what holds for every problem.
 
-The expected numbers follow from csrc/gpu/tuning.h: vectors of 16 bytes (4 float32, 8 of the
-others), 256 threads in a sweep, 1024 and 512 in fused kernels, which keep 4 vectors a thread; 64
-bytes side by side; reductions split for 512 groups, but no further than 16 vectors a thread.
+The expected numbers follow from FIXED, not from what csrc/gpu/tuning.h says today:
+vectors of 16 bytes (4 float32, 8 of the others), 256 threads in a sweep, 1024 and 512 in fused
+kernels, which keep 4 vectors a thread; 64 bytes side by side; reductions split for 512 groups, but
+no further than 16 vectors a thread.
 """
 
 from __future__ import annotations
@@ -10,12 +11,14 @@ from __future__ import annotations
 import re
 import struct
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 import numpy as np
 import pytest
 from hypothesis import given
+from hypothesis import strategies as st
 from mlx_welford import _ext
 from plan_cases import running_statistics
 from plans import (
@@ -50,6 +53,20 @@ class Expected:
     threads: int
     buffers: str
     parameters: dict[str, int] = field(default_factory=dict)
+
+
+# A core with registers for any fused group leaves the numbers of threads as the only limit.
+FIXED = {
+    "sweep_threads": 256,
+    "core_registers": 1 << 20,
+    "fused_groups": 1,
+    "fused_forward_threads": 1024,
+    "fused_backward_threads": 512,
+    "enough_groups": 512,
+    "least_vectors": 16,
+    "apply_vectors": 16,
+    "least_run": 64,
+}
 
 
 def across(across: int, along: int, strips: int, pieces: int = 1, piece: int = 0) -> dict[str, int]:
@@ -752,7 +769,7 @@ def describe(d: Dispatch) -> str:
 def test_exactly_these_dispatches(
     problem: Problem, expected: list[Expected], partials_bytes: int, sums_bytes: int
 ) -> None:
-    plan = problem.plan()
+    plan = problem.plan(FIXED)
     got = [
         Expected(
             d.host_name,
@@ -766,6 +783,11 @@ def test_exactly_these_dispatches(
     assert got == expected
     assert len(plan.dispatches) == len(expected)
     assert (plan.partials_bytes, plan.sums_bytes) == (partials_bytes, sums_bytes)
+
+
+def test_every_constant_is_fixed() -> None:
+    source = (Path(__file__).parents[1] / "csrc" / "gpu" / "tuning.h").read_text()
+    assert re.findall(r"int64_t (\w+) =", source) == list(FIXED)
 
 
 SUBSETS = ["x", "weight", "bias", "x weight", "x bias", "weight bias", "x weight bias"]
@@ -826,6 +848,100 @@ def test_a_gradient_without_weight() -> None:
 def test_an_unknown_operation_is_an_error() -> None:
     with pytest.raises(ValueError, match="no operation 'normalise'"):
         make_plan("normalise", [2, 3], [0], mx.float32)
+
+
+# ---- Apple's GPUs --------------------------------------------------------------------------------
+
+
+def enough_groups(architecture: str) -> int:
+    """Of how many groups the first pass over a very long reduction is."""
+    problem = Problem("moments", (1, 1, 1 << 24, 16), architecture=architecture)
+    return problem.plan().dispatches[0].groups
+
+
+@pytest.mark.parametrize(
+    ("architecture", "groups"),
+    [
+        ("applegpu_g13p", 40),
+        ("applegpu_g13g", 128),
+        ("applegpu_g14g", 128),
+        ("applegpu_g13s", 256),
+        ("applegpu_g16s", 256),
+        ("applegpu_g13d", 512),
+        ("applegpu_g100d", 512),  # of a generation to come
+        # Names of another form: as the largest
+        ("", 512),
+        ("applegpu_g13x", 512),
+        ("applegpu_g13", 512),
+        ("applegpu_g13gg", 512),
+        ("applegpu_gg", 512),
+        ("applegpu_g", 512),
+        ("applegpu_g1\0g", 512),
+        ("AppleGPU_g13g", 512),
+        ("xapplegpu_g13g", 512),
+        ("g13g", 512),
+        ("applegpu_g13\u00e4", 512),
+        ("applegpu_g-3g", 512),
+    ],
+)
+def test_groups_for_the_size_of_a_gpu(architecture: str, groups: int) -> None:
+    assert enough_groups(architecture) == groups
+
+
+@given(st.text(max_size=20))
+def test_any_name_of_a_gpu_has_a_plan(architecture: str) -> None:
+    assert 40 <= enough_groups(architecture) <= 512
+
+
+def test_constants_by_name_come_after_those_of_a_gpu() -> None:
+    problem = Problem("moments", (1, 1, 1 << 24, 16), architecture="applegpu_g13g")
+    assert problem.plan({"enough_groups": 8}).dispatches[0].groups == 8
+
+
+def longest_fused(operation: str, dtype: str, *, columns: bool, **options: Any) -> int:
+    """The longest reduction that one dispatch does: of 64 neighbouring columns, or of a row."""
+
+    def is_fused(reduce: int) -> bool:
+        geometry = (1, 64, reduce, 64) if columns else (1, 64, reduce, 1)
+        wanted = "x" if operation == "normalize_gradient" else ""
+        p = Problem(operation, geometry, dtype, wanted=wanted, **options)
+        return p.plan().kernels[0].startswith("fused")
+
+    short, long = 1, 1 << 20
+    assert is_fused(short)
+    assert not is_fused(long)
+    while long - short > 1:
+        middle = (short + long) // 2
+        short, long = (middle, long) if is_fused(middle) else (short, middle)
+    return short
+
+
+def test_the_table_of_what_is_fused() -> None:
+    """That of docs/kernels.md."""
+    text = (Path(__file__).parents[1] / "docs" / "kernels.md").read_text()
+    rows = re.findall(
+        r"^\| (columns|rows), (\w+|single elements)(?: and bfloat16)? \| (\d+) \| (\d+) \|$",
+        text,
+        re.M,
+    )
+    assert len(rows) == 6
+    for pattern, element, forward, backward in rows:
+        single = element == "single elements"
+        for operation, longest in (("normalize", forward), ("normalize_gradient", backward)):
+            for dtype in DTYPES if single else {element, element.replace("float16", "bfloat16")}:
+                assert longest_fused(
+                    operation, dtype, columns=pattern == "columns", aligned=not single
+                ) == int(longest), (pattern, dtype, operation)
+
+
+def test_fewer_registers_make_smaller_groups() -> None:
+    problem = Problem("normalize", (1, 2, 300, 16))
+    assert problem.plan().kernels == ["fused_normalize"]
+    assert problem.plan({"core_registers": 16384}).kernels == ["moments", "normalize_input"]
+    assert problem.plan({"fused_groups": 4}).kernels == ["moments", "normalize_input"]
+    # So few that there is room for no simdgroup: then a group has one
+    (d,) = Problem("normalize", (1, 1, 8, 16)).plan({"core_registers": 1}).dispatches
+    assert (d.kernel, d.threads) == ("fused_normalize", 32)
 
 
 # ---- What holds for every problem ----------------------------------------------------------------

@@ -19,8 +19,7 @@ bool strict() {
 
 /// A kernel that uses many registers allows fewer threads than the device; then there is a plan with
 /// smaller groups.
-Plan plan_within(const Problem& problem, const Compilation::Compile& compile) {
-  Limits limits;
+Plan plan_within(const Problem& problem, const Compilation::Compile& compile, Limits limits) {
   for (;;) {
     Plan p = plan(problem, limits);
     uint32_t allowed = limits.threads;
@@ -43,9 +42,10 @@ Plan plan_within(const Problem& problem, const Compilation::Compile& compile) {
 
 }  // namespace
 
-std::optional<Plan> Compilation::plan_for(const Problem& problem, const Compile& compile) {
+std::optional<Plan> Compilation::plan_for(const Problem& problem, const Compile& compile,
+                                          const Limits& limits) {
   try {
-    return plan_within(problem, compile);
+    return plan_within(problem, compile, limits);
   } catch (const std::runtime_error& error) {
     if (strict()) {
       throw std::runtime_error(std::string("mlx_welford: a shader does not compile.\n") +

@@ -155,13 +155,13 @@ Shape second_pass(const Problem& p, const Access& a, const Limits& limits) {
 }
 
 /// The sweep of a fused kernel, if each group of threads can keep all of its statistics' elements.
-std::optional<Shape> fused(const Problem& p, const Access& a, const Limits& limits,
-                           int64_t most_threads) {
+std::optional<Shape> fused(const Problem& p, const Access& a, const Limits& limits, Fused kernel) {
   const Geometry& g = p.geometry;
   if (g.merge > 1 || g.reduce > kSpan / g.inner) {
     return std::nullopt;
   }
-  most_threads = std::min<int64_t>(most_threads, limits.threads);
+  const int64_t most_threads = std::min<int64_t>(
+      most_fused_threads(limits.tuning, kernel, a.columns, a.vector), limits.threads);
   const int64_t along = ceil_div(a.columns ? g.reduce : a.vectors, kKept);
   if (!a.columns) {
     const int64_t whole_simdgroups = round_up(along, kSimd);
@@ -246,7 +246,7 @@ class Planner {
 
   Plan normalize() {
     if (!p_.given) {
-      if (auto shape = fused(p_, access_, limits_, limits_.tuning.fused_forward_threads)) {
+      if (auto shape = fused(p_, access_, limits_, Fused::forward)) {
         add("fused_normalize", *shape,
             {in(kX), out(kMean), out(kVar), weight(), bias(), out(kOut)});
         return std::move(plan_);
@@ -263,7 +263,7 @@ class Planner {
     const int64_t statistics = p_.geometry.statistics();
     if (!p_.given || wanted.statistics || wanted.weight || wanted.bias) {
       plan_.sums_bytes = statistics * kSumsBytes;
-      auto shape = fused(p_, access_, limits_, limits_.tuning.fused_backward_threads);
+      auto shape = fused(p_, access_, limits_, Fused::backward);
       if (shape && wanted.x && !p_.given) {
         add("fused_gradient", *shape,
             {in(kX), in(kG), in(kMean), in(kVar), weight(), in(kGradMean), in(kGradVar), out(kSums),

@@ -39,9 +39,10 @@ Compilation compilation;
 
 /// The plan for a problem, compiled, or nothing.
 std::optional<Plan> plan_for(mx::metal::Device& device, const Problem& problem) {
-  return compilation.plan_for(problem, [&](const Dispatch& d) {
+  const auto compile = [&](const Dispatch& d) {
     return static_cast<uint32_t>(pipeline(device, d)->maxTotalThreadsPerThreadgroup());
-  });
+  };
+  return compilation.plan_for(problem, compile, {.tuning = tuning_for(device.get_architecture())});
 }
 
 /// Uninitialised memory that lives until the GPU is done with it. Rows of 8 bytes: one side of an

@@ -1,0 +1,86 @@
+#include "gpu/tuning.h"
+
+#include <algorithm>
+#include <iterator>
+#include <stdexcept>
+
+#include "../../metal/bindings.h"
+
+namespace mlx_welford::gpu {
+
+namespace {
+
+/// A size of Apple's GPUs, by the last letter of its architecture's name.
+struct ChipSize {
+  char letter;
+  int64_t cores;  // of the largest chip of this size
+  int64_t enough_groups;
+};
+
+/// 6.4 groups for each core: a core has registers for two to six groups of 256 threads, and a few
+/// more in turn let cores finish at about the same time. The letters mean what MLX takes them for.
+constexpr ChipSize kChipSizes[] = {
+    {'p', 6, 40},    // of a phone
+    {'g', 20, 128},  // the smallest of a Mac, perhaps Pro
+    {'s', 40, 256},  // Max, perhaps Pro
+    {'d', 80, 512},  // Ultra
+};
+
+/// Registers of a thread of a fused kernel.
+struct FusedRegisters {
+  Fused kernel;
+  bool columns;
+  int64_t vector;
+  int64_t registers;
+};
+
+/// As NVRTC allots them for sm_90, the largest of all element types: Apple's compiler, which decides
+/// for itself, has not been asked. tests/test_cuda.py measures them again.
+constexpr FusedRegisters kFusedRegisters[] = {
+    {Fused::forward, true, 1, 48},   {Fused::forward, true, 4, 80},
+    {Fused::forward, true, 8, 112},  {Fused::forward, false, 1, 48},
+    {Fused::forward, false, 4, 64},  {Fused::forward, false, 8, 72},
+    {Fused::backward, true, 1, 40},  {Fused::backward, true, 4, 72},
+    {Fused::backward, true, 8, 96},  {Fused::backward, false, 1, 40},
+    {Fused::backward, false, 4, 64}, {Fused::backward, false, 8, 72},
+};
+
+bool is_digit(char c) { return c >= '0' && c <= '9'; }
+
+}  // namespace
+
+Tuning tuning_for(std::string_view architecture) {
+  Tuning tuning;
+  constexpr std::string_view prefix = "applegpu_g";
+  if (!architecture.starts_with(prefix)) {
+    return tuning;
+  }
+  // The generation in digits, then the size. No constant depends on the generation so far.
+  const std::string_view rest = architecture.substr(prefix.size());
+  const auto digits = std::find_if_not(rest.begin(), rest.end(), is_digit) - rest.begin();
+  if (digits == 0 || rest.size() != static_cast<size_t>(digits) + 1) {
+    return tuning;
+  }
+  for (const ChipSize& size : kChipSizes) {
+    if (size.letter == rest.back()) {
+      tuning.enough_groups = size.enough_groups;
+    }
+  }
+  return tuning;
+}
+
+int64_t most_fused_threads(const Tuning& tuning, Fused kernel, bool columns, int64_t vector) {
+  const auto* found =
+      std::find_if(std::begin(kFusedRegisters), std::end(kFusedRegisters), [&](const auto& row) {
+        return row.kernel == kernel && row.columns == columns && row.vector == vector;
+      });
+  if (found == std::end(kFusedRegisters)) {
+    throw std::logic_error("no such fused kernel");
+  }
+  const int64_t most =
+      kernel == Fused::forward ? tuning.fused_forward_threads : tuning.fused_backward_threads;
+  const int64_t fitting = tuning.core_registers / tuning.fused_groups / found->registers;
+  return std::max<int64_t>(kSimd, std::min(most, fitting / kSimd * kSimd));
+}
+
+}  // namespace mlx_welford::gpu
