@@ -371,6 +371,21 @@ def test_plans_run_one_dispatch_at_a_time(on_host: Twin, problem: Problem) -> No
 
 
 @needs_nvrtc
+def test_sums_beyond_float16_are_infinite(on_host: Twin) -> None:
+    problem = Problem(
+        "normalize_gradient", (1, 2, 151737, 1), "float16", 2, weight=True, wanted="weight bias"
+    )
+    example = Example(problem)
+    assert example.truth["grad_bias"].min() > 65520
+    arrays = example.arrays()
+    run_plan(on_host, on_host.plan(problem), arrays)
+    example.check(arrays)
+    arrays["grad_bias"][:] = 65504
+    with pytest.raises(AssertionError, match="inf location mismatch"):
+        example.check(arrays)
+
+
+@needs_nvrtc
 def test_grid_and_group(on_host: Twin, host: HostDriver) -> None:
     problem = SOME[2]
     host.calls.clear()
