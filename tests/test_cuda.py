@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import importlib.util
 import re
+import shutil
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ import cuda_twin.__main__
 import numpy as np
 import pytest
 from cuda_bandwidth import KINDS, MODES, Case, Row
+from cuda_twin import compiler
 from cuda_twin.__main__ import check_all, resources_table
 from cuda_twin.cases import solve, solve_on_device
 from cuda_twin.compiler import (
@@ -251,6 +253,50 @@ def test_memory_of_a_thread_is_noticed() -> None:
     assert (found.stack_bytes, found.shared_bytes) == (400, 256)
     found = compile_program(SPILLS.replace("v[int(v[k])]", "v[k]"), [], registers=24).resources["f"]
     assert found.registers <= 24
+
+
+COPIES = """
+#include <metal_stdlib>
+using namespace metal;
+[[kernel]] void f(const device float* x [[buffer(0)]], device float* y [[buffer(1)]],
+                  uint i [[thread_position_in_grid]]) {
+  y[i] = x[i];
+}
+"""
+
+
+@needs_nvrtc
+def test_a_program_is_compiled_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    compiled: list[str] = []
+    compile_text = compiler._compile
+
+    def counting(text: str, options: Sequence[str]) -> Any:
+        compiled.append(text)
+        return compile_text(text, options)
+
+    monkeypatch.setattr(compiler, "_compile", counting)
+    monkeypatch.setattr(compiler, "CACHE", tmp_path)
+    first = compile_program(COPIES, [])
+    assert compile_program(COPIES, []) == first
+    assert len(compiled) == 1
+    compile_program(COPIES, [], flush_denormals=False)
+    compile_program(COPIES.replace("= x[i]", "= -x[i]"), [])
+    assert len(compiled) == 3
+    # In another checkout, and without a compiler there
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    for folder in compiler.INCLUDE:
+        shutil.copytree(folder, elsewhere / folder.parent.name)
+    monkeypatch.setattr(
+        compiler, "INCLUDE", [elsewhere / folder.parent.name for folder in compiler.INCLUDE]
+    )
+    monkeypatch.setattr(compiler, "_compiler_version", lambda: None)
+    assert compile_program(COPIES, []) == first
+    assert len(compiled) == 3
+    # Another compiler makes another program.
+    monkeypatch.setattr(compiler, "_compiler_version", lambda: (0, 0))
+    compile_program(COPIES, [])
+    assert len(compiled) == 4
 
 
 @needs_nvrtc

@@ -1,7 +1,8 @@
 """Compiles Metal source for an NVIDIA GPU with NVRTC, and reads what each kernel takes of it.
 
 NVRTC comes from PyPI (nvidia-cuda-nvrtc), is called through NVIDIA's cuda-bindings, and needs
-neither a GPU nor a CUDA toolkit.
+neither a GPU nor a CUDA toolkit. What it made is kept in ``build/cuda/programs``; a machine without
+NVRTC runs what was compiled on another, in a copy of that folder.
 """
 
 from __future__ import annotations
@@ -99,7 +100,6 @@ def compile_program(
         *OPTIONS,
         f"--gpu-architecture={architecture}",
         f"--ftz={'true' if flush_denormals else 'false'}",
-        *(f"--include-path={directory}" for directory in INCLUDE),
     ]
     cubin, ptx, log = _compile_once(translation.text, options)
     resources = read_resources(log)
@@ -123,21 +123,36 @@ def read_resources(log: str) -> dict[str, Resources]:
 
 
 def _compile_once(text: str, options: Sequence[str]) -> tuple[bytes, str, str]:
-    """What _compile returns; kept under a hash of all that it is made from."""
-    from cuda.bindings import nvrtc
+    """What _compile returns; kept under a hash of what it is made from, wherever that lies.
 
+    With it is kept which NVRTC made it: another one compiles again.
+    """
     headers = sorted(path for folder in INCLUDE for path in folder.rglob("*") if path.is_file())
-    parts = [text, *options, repr(nvrtc.nvrtcVersion()), *(path.read_text() for path in headers)]
+    parts = [text, *options, *(path.read_text() for path in headers)]
     path = CACHE / hashlib.sha256("\0".join(parts).encode()).hexdigest()[:32]
+    here = _compiler_version()
     with exclusively(path):
         if path.exists():
-            found: tuple[bytes, str, str] = pickle.loads(path.read_bytes())
-            return found
-        made = _compile(text, options)
+            version, found = pickle.loads(path.read_bytes())
+            if here in (None, version):
+                kept: tuple[bytes, str, str] = found
+                return kept
+        made = _compile(text, [*options, *(f"--include-path={folder}" for folder in INCLUDE)])
         unfinished = path.with_suffix(".new")
-        unfinished.write_bytes(pickle.dumps(made))
+        unfinished.write_bytes(pickle.dumps((here, made)))
         unfinished.replace(path)
     return made
+
+
+def _compiler_version() -> tuple[int, int] | None:
+    """NVRTC's, or None where there is none."""
+    try:
+        from cuda.bindings import nvrtc
+
+        _, major, minor = nvrtc.nvrtcVersion()
+    except (ImportError, RuntimeError):
+        return None
+    return major, minor
 
 
 def _compile(text: str, options: Sequence[str]) -> tuple[bytes, str, str]:
