@@ -173,18 +173,13 @@ try-mlx: $(VENV)/requirements.stamp
 	@sed -i.orig -e 's/^  "\(mlx\|mlx-cpu\)==[0-9.]*/  "\1==$(MLX)/' \
 		-e 's/^  "nanobind==[0-9.]*/  "nanobind==$(NANOBIND)/' $(TRIED)/pyproject.toml
 	$(MAKE) -C $(TRIED) test PYTEST_ARGS='$(TRY_ARGS)'
-# CUDA_PY is an interpreter that has all that tests/cuda_twin/README.md asks for; without one that of
-# .venv, into which torch is installed if it can be.
-CUDA_PYTHON = PYTHONPATH=tests $(or $(CUDA_PY),$(PY))
-CUDA_RESULTS := build/cuda
+# CUDA_PY is an interpreter that has all that tests/cuda_twin/README.md asks for, and into which nothing
+# is installed; without one that of .venv, into which torch is installed if it can be.
+CUDA_PYTHON = PYTHONPATH=tests$(if $(PYTHONPATH),:$(PYTHONPATH)) $(or $(CUDA_PY),$(PY))
 cuda: $(if $(CUDA_PY),,build)
-	@$(CUDA_PYTHON) -c 'import torch' 2> /dev/null || $(CUDA_PYTHON) -m pip install --quiet torch \
-		|| echo 'torch is not there and cannot be installed: the shaders are timed beside a copy alone.'
-	@mkdir -p $(CUDA_RESULTS)
-	$(CUDA_PYTHON) -m cuda_twin check
-	$(CUDA_PYTHON) -m cuda_twin sanitize --quick --if-present
-	$(CUDA_PYTHON) bench/cuda_bandwidth.py --json $(CUDA_RESULTS)/bandwidth.json \
-		--markdown $(CUDA_RESULTS)/bandwidth.md --plot $(CUDA_RESULTS)/bandwidth.png $(BENCH_ARGS)
+	@$(if $(CUDA_PY),,$(PY) -c 'import torch' 2> /dev/null || $(PIP) install torch || \
+		echo 'torch is not there and cannot be installed: the shaders are timed beside a copy alone.')
+	$(CUDA_PYTHON) -m cuda_twin all $(BENCH_ARGS)
 
 clean:
 	rm -rf $(VENV) build dist $(GENERATED) .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -8,6 +8,9 @@ plan is what its kernels must move of arrays the size of x (docs/kernels.md), by
 dispatches, as a share of the bandwidth of a copy from device to device of an array of that size,
 which reads and writes. torch's share is that of the same bytes: above it, torch is faster.
 
+The results are written after each case. With --seconds, what does not fit is left out: torch first,
+so that the shaders come to be timed in every case, then cases. The report says what was.
+
 It has not run on a GPU yet.
 """
 
@@ -16,7 +19,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -24,6 +27,7 @@ from typing import Any, Literal
 
 import numpy as np
 from cuda_twin.device import Device, DeviceError, Memory, Step, Twin, run
+from cuda_twin.progress import Budget, write_json
 from cuda_twin.shaders import shader_program
 from cuda_twin.tuning import tuning_of
 from environment import environment
@@ -166,8 +170,8 @@ def ours(twin: Twin, case: Case, tuning: Mapping[str, int]) -> tuple[Plan, Step]
     return plan, partial(run, launches)
 
 
-def torch_steps(torch: Any, case: Case) -> dict[str, Step]:
-    """The same on torch, eager and compiled, in the memory format that the layout is."""
+def torch_steps(torch: Any, case: Case) -> dict[str, Callable[[], Step]]:
+    """What makes the same on torch, eager and compiled, in the memory format that the layout is."""
     f = torch.nn.functional
     shape = (case.images, case.channels, case.side, case.side)
     last = case.layout == "channels last"
@@ -204,7 +208,10 @@ def torch_steps(torch: Any, case: Case) -> dict[str, Step]:
 
     # Forget other shapes: with more than a few, torch.compile would stop compiling.
     torch.compiler.reset()
-    return {"torch": step(layer), "torch.compile": step(torch.compile(layer, dynamic=False))}
+    return {
+        "torch": lambda: step(layer),
+        "torch.compile": lambda: step(torch.compile(layer, dynamic=False)),
+    }
 
 
 def measure(
@@ -215,11 +222,18 @@ def measure(
     repetitions: int,
     flush: Memory,
     tuning: Mapping[str, int],
-) -> list[Row]:
-    """All contestants of a case."""
+    budget: Budget,
+    cases_to_come: int = 0,
+) -> tuple[list[Row], list[str]]:
+    """The contestants of a case, and what was left out with the reason."""
     device = twin.device
-    copy = copies(device, case.nbytes, repetitions, flush)
-    plan, step = ours(twin, case, tuning)
+    if not budget.fits("shaders"):
+        return [], [f"{case}: no time left"]
+    with budget.taking("shaders"):
+        copy = copies(device, case.nbytes, repetitions, flush)
+        plan, step = ours(twin, case, tuning)
+        milliseconds = device.median_time(step, repetitions, flush)
+        del step
     moved = passes(plan) / 2  # in copies, each of which moves two
 
     def row(name: str, milliseconds: float, kernels: str = "") -> Row:
@@ -227,15 +241,23 @@ def measure(
         return Row(case, name, case.nbytes, milliseconds, share, kernels)
 
     rows = [Row(case, "copy", case.nbytes, copy, 1.0)]
-    rows.append(
-        row("shaders", device.median_time(step, repetitions, flush), " ".join(plan.kernels))
-    )
-    del step
+    rows.append(row("shaders", milliseconds, " ".join(plan.kernels)))
+    left_out = []
     if torch is not None:
-        for name, contestant in torch_steps(torch, case).items():
-            rows.append(row(name, device.median_time(contestant, repetitions, flush)))
+        reserved = cases_to_come * budget.expected("shaders")
+        for name, make in torch_steps(torch, case).items():
+            if not budget.fits(name, reserved):
+                left_out.append(f"{case}: {name}, no time left")
+                continue
+            with budget.taking(name):
+                try:
+                    milliseconds = device.median_time(make(), repetitions, flush)
+                except Exception as error:  # of its compiler, say: no reason to stop timing ours
+                    left_out.append(f"{case}: {name}, {type(error).__name__}: {error}")
+                else:
+                    rows.append(row(name, milliseconds))
         torch.cuda.empty_cache()
-    return rows
+    return rows, left_out
 
 
 def torch_with_cuda() -> Any:
@@ -329,16 +351,13 @@ def plot(rows: Sequence[Row], title: str, path: Path) -> None:
     figure.savefig(path, dpi=150)
 
 
-def report(device: Device, rows: Sequence[Row], torch: Any) -> dict[str, Any]:
+def where(device: Device, torch: Any) -> dict[str, Any]:
+    """Machine, GPU and versions."""
     return {
-        "environment": {
-            **environment(),
-            "gpu": device.name,
-            "l2_bytes": device.attribute("L2_CACHE_SIZE"),
-            "torch": None if torch is None else torch.__version__,
-        },
-        "rows": [asdict(row) for row in rows],
-        "missed": missed(rows),
+        **environment(),
+        "gpu": device.name,
+        "l2_bytes": device.attribute("L2_CACHE_SIZE"),
+        "torch": None if torch is None else torch.__version__,
     }
 
 
@@ -350,6 +369,7 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--modes", nargs="+", choices=MODES, default=MODES)
     parser.add_argument("--kinds", nargs="+", choices=KINDS, default=KINDS)
     parser.add_argument("--repetitions", type=int, default=30)
+    parser.add_argument("--seconds", type=float, help="leave out what does not fit")
     parser.add_argument("--without-torch", action="store_true")
     parser.add_argument(
         "--tuning", type=json.loads, default={}, metavar="JSON", help="constants by their names"
@@ -362,6 +382,7 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def main(argv: Sequence[str] | None = None) -> int:
     options = arguments(argv)
+    budget = Budget(options.seconds)
     try:
         device = Device()
     except DeviceError as error:
@@ -376,30 +397,40 @@ def main(argv: Sequence[str] | None = None) -> int:
     sizes = QUICK_SIZES if options.quick else SIZES
     if options.sizes:
         sizes = tuple(MEBIBYTE * size for size in options.sizes)
+    here = where(device, torch)
     rows: list[Row] = []
-    for case in cases(sizes, options.dtypes, options.modes, options.kinds):
-        found = measure(
+    left_out: list[str] = []
+    to_measure = list(cases(sizes, options.dtypes, options.modes, options.kinds))
+    for done, case in enumerate(to_measure, start=1):
+        found, missing = measure(
             twin,
             case,
             torch=torch,
             repetitions=options.repetitions,
             flush=flush,
             tuning=tuning,
+            budget=budget,
+            cases_to_come=len(to_measure) - done,
         )
         rows += found
+        left_out += missing
         print(
             case,
             *(f"{r.contestant} {r.milliseconds:.4f} ms {r.share:.0%}" for r in found[1:]),
+            *missing,
             sep=" | ",
             flush=True,
         )
-    if options.json:
-        options.json.write_text(json.dumps(report(device, rows, torch), indent=1) + "\n")
-    if options.markdown:
-        options.markdown.write_text(markdown(rows))
-    if options.plot:
+        if options.json:
+            results = {"environment": here, "cases": len(to_measure), "cases_tried": done}
+            results |= {"left_out": left_out, "missed": missed(rows)}
+            write_json(options.json, {**results, "rows": [asdict(row) for row in rows]})
+        if options.markdown:
+            options.markdown.write_text(markdown(rows))
+    if options.plot and rows:
         plot(rows, f"{device.name}, a proxy for Apple's GPUs", options.plot)
     print("Targets missed:", *(missed(rows) or ["none"]), sep="\n  ")
+    print("Left out:", *(left_out or ["nothing"]), sep="\n  ")
     return 0
 
 

@@ -32,7 +32,8 @@ from cuda_twin.compiler import (
     read_resources,
 )
 from cuda_twin.device import Device, DeviceError, Memory, Twin, plan_within
-from cuda_twin.host_driver import HostDriver
+from cuda_twin.host_driver import HostDriver, struct_bytes
+from cuda_twin.progress import Budget
 from cuda_twin.shaders import shader_program
 from cuda_twin.source import enumerators, translate
 from hypothesis import given
@@ -374,10 +375,6 @@ def test_enumerators() -> None:
 # ---- Running, on the host or on a GPU ------------------------------------------------------------
 
 
-def struct_bytes() -> dict[str, int]:
-    return {d.host_name: len(d.parameter_bytes) for p in whole_table() for d in p.plan().dispatches}
-
-
 @pytest.fixture(scope="module")
 def host(program: Program) -> HostDriver:
     return HostDriver(program, shaders(), struct_bytes())
@@ -514,15 +511,14 @@ def test_table_of_resources(program: Program) -> None:
 
 
 @needs_nvrtc
-@pytest.mark.parametrize("command", ["check", "sanitize"])
-def test_commands_say_that_there_is_no_gpu(
-    command: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+def test_the_check_says_that_there_is_no_gpu(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def fail(self: Device) -> None:
         raise DeviceError("no NVIDIA driver: none")
 
     monkeypatch.setattr(Device, "__init__", fail)
-    assert cuda_twin.__main__.main([command]) == 2
+    assert cuda_twin.__main__.main(["check"]) == 2
     assert "Not run: no NVIDIA driver: none." in capsys.readouterr().err
 
 
@@ -632,9 +628,10 @@ def test_measurement(on_host: Twin, host: HostDriver) -> None:
     """With the host's driver: the time between two of its events is the number of the second."""
     flush = Memory(on_host.device, 64)
     for case in small_cases():
-        rows = cuda_bandwidth.measure(
-            on_host, case, torch=None, repetitions=3, flush=flush, tuning={}
+        rows, left_out = cuda_bandwidth.measure(
+            on_host, case, torch=None, repetitions=3, flush=flush, tuning={}, budget=Budget()
         )
+        assert not left_out
         assert [row.contestant for row in rows] == ["copy", "shaders"]
         copy, ours = rows
         moved = cuda_bandwidth.passes(case.problem.plan()) / 2

@@ -13,6 +13,7 @@ dispatch to the last, temporary memory is not initialised.
 from __future__ import annotations
 
 import importlib
+import os
 import statistics
 import weakref
 from collections.abc import Callable, Mapping, Sequence
@@ -36,9 +37,13 @@ class DeviceError(RuntimeError):
 
 
 def _driver() -> Any:
+    """NVIDIA's, or the module that CUDA_TWIN_DRIVER names (`on_host`)."""
+    name = os.environ.get("CUDA_TWIN_DRIVER", "cuda.bindings.driver")
     try:
-        return importlib.import_module("cuda.bindings.driver")
-    except ImportError as error:
+        return importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        if error.name is None or not f"{name}.".startswith(f"{error.name}."):
+            raise
         raise DeviceError("cuda-bindings is not installed") from error
 
 

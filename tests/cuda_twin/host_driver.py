@@ -12,12 +12,18 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+from plan_cases import whole_table
 from simulator import Library
 
 from .compiler import Program
 
 ALIGNMENT = 256
 SUCCESS = 0
+
+
+def struct_bytes() -> dict[str, int]:
+    """What each kernel takes by value, in bytes."""
+    return {d.host_name: len(d.parameter_bytes) for p in whole_table() for d in p.plan().dispatches}
 
 
 class HostDriver:
