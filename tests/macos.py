@@ -38,7 +38,8 @@ ANNOTATED = (
     "-D_LIBCPP_HAS_VENDOR_AVAILABILITY_ANNOTATIONS=1",
 )
 COMPILE = ("-std=c++20", "-O2", "-g0", "-fvisibility=hidden", "-Werror=unguarded-availability")
-LINK = ("-shared", "-undefined", "dynamic_lookup", "-nostdlib++")
+# Optimised, so that zig links the runtime library that it has compiled for the wheel.
+LINK = ("-shared", "-O2", "-undefined", "dynamic_lookup", "-nostdlib++")
 RPATH = "@loader_path/../mlx/lib"
 RUNNING = f"{sys.version_info.major}.{sys.version_info.minor}"
 

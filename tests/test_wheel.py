@@ -42,7 +42,7 @@ pytestmark = [
 
 # Installed to see them refused.
 OTHER_RELEASES = ("0.31.2", "0.32.0", "0.32.1", "0.32.2", "0.32.3")
-TIMEOUT = 600  # seconds, for what takes up to 100
+TIMEOUT = 1800  # seconds, for what takes up to 100 where nothing else runs
 
 
 def run(*command: str | Path, **environment: str) -> str:

@@ -17,12 +17,15 @@ execute_process(
   COMMAND_ERROR_IS_FATAL ANY)
 string(APPEND zig /zig)
 set(CMAKE_CXX_COMPILER ${zig} c++)
+# As an option of each command. CMake then finds out which compiler this is by compiling alone, where
+# it would otherwise link a program, for which zig first compiles a libc++.
+set(CMAKE_CXX_COMPILER_TARGET aarch64-macos.14.0)
 set(CMAKE_AR ${zig})
 set(CMAKE_USER_MAKE_RULES_OVERRIDE ${CMAKE_CURRENT_LIST_DIR}/rules.cmake)
 
 # zig's headers take its own libc++ for granted, unless told to heed what the target's has.
 string(JOIN " " CMAKE_CXX_FLAGS_INIT
-  "-target aarch64-macos.14.0 -g0 -Werror=unguarded-availability"
+  "-g0 -Werror=unguarded-availability"
   "-U_LIBCPP_HAS_VENDOR_AVAILABILITY_ANNOTATIONS -D_LIBCPP_HAS_VENDOR_AVAILABILITY_ANNOTATIONS=1"
   "-isystem ${CMAKE_CURRENT_LIST_DIR}/include")
 
