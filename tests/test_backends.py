@@ -20,12 +20,13 @@ CONFIGURATION = TESTS.parent / "pyproject.toml"
 class Report:
     """One run of pytest, in a process of its own, on what pretends to be a GPU."""
 
-    def __init__(self, directory: Path, *arguments: str):
+    def __init__(self, directory: Path, *arguments: str, profile: str = "default"):
         (directory / "record.py").write_text(RECORD)
         path = directory / "record.json"
         command = [sys.executable, "-m", "pytest", "-p", "pretend_gpu", "--backend", "gpu", "-q"]
         options = ["-p", "record", "-p", "no:cacheprovider", f"--config-file={CONFIGURATION}"]
         variables = {"PYTHONPATH": f"{TESTS}{os.pathsep}{directory}", "RECORD": str(path)}
+        variables["MLX_WELFORD_TEST_PROFILE"] = profile
         done = subprocess.run(
             [*command, *options, *arguments],
             cwd=TESTS.parent,
@@ -68,7 +69,7 @@ def pytest_sessionfinish(session):
 
 
 def test_all_tests_of_float64_are_skipped_and_no_others(tmp_path: Path) -> None:
-    marks = Report(tmp_path, "--collect-only", str(TESTS)).marks
+    marks = Report(tmp_path, "--collect-only", str(TESTS), profile="nightly").marks
     assert len(marks) > 3000
     wide = {name for name in marks if "float64" in name or "float64" in marks[name]}
     assert len(wide) > 400
