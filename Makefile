@@ -35,7 +35,7 @@ DIST ?= dist
 # What wheels are made of: this checkout, or an unpacked source distribution.
 SOURCE ?= .
 
-.PHONY: help build demo test test-quick test-nightly mutants bench lint format sdist wheels wheel-macos wheel-aarch64 try-mlx cuda clean force
+.PHONY: help build demo test test-quick test-nightly mutants bench lint format sdist wheels wheel-macos wheel-aarch64 try-mlx cuda cuda-pack clean force
 .DEFAULT_GOAL := help
 
 help:
@@ -52,6 +52,7 @@ help:
 	@echo 'make wheel-macos    wheels for macOS on arm64, on Linux; wheel-aarch64: for Linux on arm64'
 	@echo 'make try-mlx  run the tests with another MLX        MLX=0.32.2 NANOBIND=2.15.0'
 	@echo 'make cuda     check and time the shaders on an NVIDIA GPU   CUDA_PY=python3'
+	@echo 'make cuda-pack      the same for a machine without internet    PACK_PYTHON=python3.12'
 	@echo 'make clean    remove whatever these targets made'
 	@echo 'PYTHON=python3.12 chooses the interpreter of $(VENV); WERROR=ON makes C++ warnings errors.'
 
@@ -180,6 +181,21 @@ cuda: $(if $(CUDA_PY),,build)
 	@$(if $(CUDA_PY),,$(PY) -c 'import torch' 2> /dev/null || $(PIP) install torch || \
 		echo 'torch is not there and cannot be installed: the shaders are timed beside a copy alone.')
 	$(CUDA_PYTHON) -m cuda_twin all $(BENCH_ARGS)
+
+# What that needs, and the programs for CUDA_ARCHITECTURE, in one archive for a machine that has the
+# Python of PACK_PYTHON and a driver, but no internet.
+CUDA_PACK := build/cuda-pack
+CUDA_ARCHITECTURE ?= sm_90
+PACK_PYTHON ?= $(PY)
+cuda-pack: build
+	@rm -rf $(CUDA_PACK)
+	python=$(PACK_PYTHON); $(BUILD_WHEEL) --wheel-dir $(CUDA_PACK)/wheel \
+		--config-settings=build-dir=build/wheel-{wheel_tag} .
+	$(PIP) --python $(PACK_PYTHON) install --target $(CUDA_PACK)/site --no-compile --only-binary :all: \
+		mlx-cpu==$$($(PY) cmake/pins.py pin mlx) 'cuda-bindings>=13,<14' hypothesis numpy \
+		$(CUDA_PACK)/wheel/*.whl
+	PYTHONPATH=tests $(PY) -m cuda_twin resources --architecture $(CUDA_ARCHITECTURE) > /dev/null
+	tar -czf $(CUDA_PACK).tar.gz --exclude=__pycache__ tests bench build/cuda/programs -C $(CUDA_PACK) site
 
 clean:
 	rm -rf $(VENV) build dist $(GENERATED) .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -428,7 +428,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         if options.markdown:
             options.markdown.write_text(markdown(rows))
     if options.plot and rows:
-        plot(rows, f"{device.name}, a proxy for Apple's GPUs", options.plot)
+        try:
+            plot(rows, f"{device.name}, a proxy for Apple's GPUs", options.plot)
+        except ImportError as error:
+            print(f"Without a plot: {error}.", file=sys.stderr)
     print("Targets missed:", *(missed(rows) or ["none"]), sep="\n  ")
     print("Left out:", *(left_out or ["nothing"]), sep="\n  ")
     return 0

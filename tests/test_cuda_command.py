@@ -234,6 +234,18 @@ def test_bandwidth_that_is_stopped_leaves_what_it_found(
     assert found["environment"]["gpu"] == "the host"
 
 
+def test_without_matplotlib_there_is_no_plot(
+    twin: Twin,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    on_host(monkeypatch, twin)
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    assert cuda_bandwidth.main([*SHORT, "--plot", str(tmp_path / "plot.png")]) == 0
+    assert "Without a plot: import of matplotlib.figure" in capsys.readouterr().err
+
+
 def test_bandwidth_without_time_says_so(
     twin: Twin,
     monkeypatch: pytest.MonkeyPatch,
