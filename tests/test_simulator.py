@@ -185,6 +185,36 @@ def test_half_rounds_to_nearest_even(library: Library) -> None:
     np.testing.assert_array_equal(back, expected.astype(np.float32))
 
 
+def test_buffers_bound_at_an_offset(library: Library) -> None:
+    """The kernel's pointers are inside their buffers, which stay whole: behind and in front."""
+    x, out = normal(12), np.zeros(12, np.float16)
+    library.dispatch(
+        "float_to_half", {0: x, 1: out}, writable={1}, offsets={0: 16, 1: 4}, grid=(1, 1, 1),
+        group=(8, 1, 1),
+    )  # fmt: skip
+    expected = np.zeros(12, np.float16)
+    expected[2:10] = x[4:12].astype(np.float16)
+    np.testing.assert_array_equal(out, expected)
+
+
+def test_an_offset_leaves_less_of_the_buffer(counting: Library) -> None:
+    with pytest.raises(SimulatorError, match="out of bounds by 4 bytes"):
+        counting.dispatch(
+            "float_to_half", {0: normal(8), 1: np.zeros(8, np.float16)}, writable={1},
+            offsets={0: 4}, grid=(1, 1, 1), group=(8, 1, 1),
+        )  # fmt: skip
+
+
+def test_parameters_of_a_kernel(plain: Library) -> None:
+    source, out = plain.parameters("float_to_half")
+    assert (source.name, source.index, source.read_only, source.threadgroup) == (
+        "in", 0, True, False,
+    )  # fmt: skip
+    assert (out.name, out.index, out.read_only, out.optional) == ("out", 1, False, False)
+    with pytest.raises(KeyError):
+        plain.parameters("no_such_kernel")
+
+
 def test_bfloat_rounds_to_nearest_even(library: Library) -> None:
     bits = elementwise(library, "float_to_bfloat", SPECIAL, np.zeros(SPECIAL.size, np.uint16))
     np.testing.assert_array_equal(from_bfloat(bits), from_bfloat(to_bfloat(SPECIAL)))

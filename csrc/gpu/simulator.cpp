@@ -29,14 +29,14 @@ using SimulatorFunction = const char* (*)(SimulatorDispatch*);
 /// simulator_dispatch of the library in use: the shaders, compiled for this machine.
 std::atomic<SimulatorFunction> simulator{nullptr};
 
-using HasKernel = uint32_t (*)(const char*);
-std::atomic<HasKernel> has_kernel{nullptr};  // of that library
+using FindKernel = const SimulatorKernel* (*)(const char*);
+std::atomic<FindKernel> find_kernel{nullptr};  // simulator_kernel of that library
 
 Compilation compilation;
 
 /// What is in no library does not compile, as far as those who ask can tell.
 uint32_t compile(const Dispatch& d) {
-  if (!has_kernel.load()(d.host_name().c_str())) {
+  if (find_kernel.load()(d.host_name().c_str()) == nullptr) {
     throw std::runtime_error("there is no kernel '" + d.host_name() + "'");
   }
   return Limits{}.threads;
@@ -117,7 +117,7 @@ void simulate_with(const std::optional<std::string>& library) {
     return symbol;
   };
   auto dispatch = reinterpret_cast<SimulatorFunction>(find("simulator_dispatch"));
-  has_kernel.store(reinterpret_cast<HasKernel>(find("simulator_has_kernel")));
+  find_kernel.store(reinterpret_cast<FindKernel>(find("simulator_kernel")));
   simulator.store(dispatch);
 }
 

@@ -836,7 +836,7 @@ const char* bind_buffer(const SimulatorDispatch& dispatch, uint32_t which,
   if (region == nullptr) return refuse("no memory for buffer %u", buffer.index);
   if (buffer.bytes != 0) memcpy(region->data, buffer.data, buffer.bytes);
   if (!writable) mprotect(region->pages, region->page_bytes, PROT_READ);
-  executor.buffers[buffer.index] = {region->data, buffer.bytes};
+  executor.buffers[buffer.index] = {region->data + buffer.offset, buffer.bytes - buffer.offset};
   return nullptr;
 }
 
@@ -1105,9 +1105,7 @@ const char* run_dispatch(SimulatorDispatch* dispatch) {
     variables[i].shadow = nullptr;
   }
 
-  for (uint32_t i = 0; i < simulator_kernel_count; ++i) {
-    if (strcmp(simulator_kernels[i].name, dispatch->kernel) == 0) e.kernel = &simulator_kernels[i];
-  }
+  if (const SimulatorKernel* kernel = simulator_kernel(dispatch->kernel)) e.kernel = kernel;
   if (e.kernel == &unknown) return refuse("there is no kernel '%s'", dispatch->kernel);
   if (const char* error = set_up_threads(*dispatch)) return error;
   if (const char* error = bind(*dispatch)) return error;
@@ -1140,11 +1138,11 @@ __attribute__((visibility("default"))) const char* simulator_dispatch(SimulatorD
   return result == nullptr ? nullptr : error;
 }
 
-__attribute__((visibility("default"))) uint32_t simulator_has_kernel(const char* name) {
+__attribute__((visibility("default"))) const SimulatorKernel* simulator_kernel(const char* name) {
   for (uint32_t i = 0; i < simulator_kernel_count; ++i) {
-    if (strcmp(simulator_kernels[i].name, name) == 0) return 1;
+    if (strcmp(simulator_kernels[i].name, name) == 0) return &simulator_kernels[i];
   }
-  return 0;
+  return nullptr;
 }
 
 __attribute__((visibility("default"))) uint32_t simulator_instrumented() {

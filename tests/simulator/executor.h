@@ -36,6 +36,8 @@ struct SimulatorBuffer {
   // Results: device memory traffic, counted only in an instrumented library.
   uint64_t bytes_read;
   uint64_t bytes_written;
+  // Where in the data the kernel's pointer points to, as setBuffer's offset does.
+  size_t offset;
 };
 
 // Bytes given by value: setBytes, or the value of a function constant.
@@ -75,8 +77,9 @@ struct SimulatorDispatch {
 //   MLX_WELFORD_SIM_LOG   append one line of JSON per dispatch to this file
 const char* simulator_dispatch(SimulatorDispatch* dispatch);
 
-// 1 if the library has a kernel of this name.
-uint32_t simulator_has_kernel(const char* name);
+// The kernel of this name, or null: what its parameters are.
+struct SimulatorKernel;
+const struct SimulatorKernel* simulator_kernel(const char* name);
 
 // 1 if the library was compiled to count and check every memory access.
 uint32_t simulator_instrumented();

@@ -101,6 +101,17 @@ class Traffic:
     written: int
 
 
+@dataclass(frozen=True)
+class Parameter:
+    """What a kernel takes by index: a buffer, bytes, or threadgroup memory."""
+
+    name: str
+    index: int
+    threadgroup: bool  # memory of the threadgroup, whose indices are counted apart
+    read_only: bool
+    optional: bool  # a function constant switches it on
+
+
 class _Buffer(ctypes.Structure):
     _fields_ = [
         ("index", ctypes.c_uint32),
@@ -109,6 +120,7 @@ class _Buffer(ctypes.Structure):
         ("bytes", ctypes.c_size_t),
         ("bytes_read", ctypes.c_uint64),
         ("bytes_written", ctypes.c_uint64),
+        ("offset", ctypes.c_size_t),
     ]
 
 
@@ -137,6 +149,25 @@ class _Dispatch(ctypes.Structure):
         ("threadgroup_memory_count", ctypes.c_uint32),
         ("grid_threadgroups", ctypes.c_uint32 * 3),
         ("threads_per_threadgroup", ctypes.c_uint32 * 3),
+    ]
+
+
+class _Parameter(ctypes.Structure):
+    _fields_ = [
+        ("name", ctypes.c_char_p),
+        ("space", ctypes.c_int),
+        ("index", ctypes.c_uint32),
+        ("read_only", ctypes.c_bool),
+        ("enabled", ctypes.c_void_p),
+    ]
+
+
+class _Kernel(ctypes.Structure):
+    _fields_ = [
+        ("name", ctypes.c_char_p),
+        ("run", ctypes.c_void_p),
+        ("parameters", ctypes.POINTER(_Parameter)),
+        ("parameter_count", ctypes.c_uint32),
     ]
 
 
@@ -177,7 +208,26 @@ class Library:
         self._library = ctypes.CDLL(str(path))
         self._library.simulator_dispatch.restype = ctypes.c_char_p
         self._library.simulator_dispatch.argtypes = [ctypes.POINTER(_Dispatch)]
+        self._library.simulator_kernel.restype = ctypes.POINTER(_Kernel)
+        self._library.simulator_kernel.argtypes = [ctypes.c_char_p]
         self.instrumented = bool(self._library.simulator_instrumented())
+
+    def parameters(self, kernel: str) -> list[Parameter]:
+        """What the kernel takes. Raises KeyError if there is no such kernel."""
+        found = self._library.simulator_kernel(kernel.encode())
+        if not found:
+            raise KeyError(kernel)
+        rows = found.contents.parameters[: found.contents.parameter_count]
+        return [
+            Parameter(
+                name=row.name.decode(),
+                index=row.index,
+                threadgroup=row.space == 2,
+                read_only=row.read_only,
+                optional=row.enabled is not None,
+            )
+            for row in rows
+        ]
 
     def dispatch(
         self,
@@ -187,6 +237,7 @@ class Library:
         grid: tuple[int, int, int],
         group: tuple[int, int, int],
         writable: Collection[int] = (),
+        offsets: Mapping[int, int] | None = None,
         constants: Mapping[int, Any] | None = None,
         function_constants: Mapping[int, Any] | None = None,
         threadgroup_memory: Mapping[int, int] | None = None,
@@ -196,6 +247,7 @@ class Library:
         """Runs ``kernel`` on ``grid`` threadgroups of ``group`` threads.
 
         ``buffers`` are contiguous arrays by buffer index, changed in place where ``writable``;
+        ``offsets`` are the bytes by which the kernel's pointers are ahead of their starts;
         ``constants`` (by buffer index) and ``function_constants`` (by their own) are numpy scalars,
         arrays or bytes; ``threadgroup_memory`` gives bytes by index. ``seed`` and
         ``flush_denormals`` are those of the environment unless given.
@@ -208,7 +260,13 @@ class Library:
                 raise ValueError(f"buffer {index} is not contiguous")
         buffer_rows = (_Buffer * len(buffers))(
             *(
-                _Buffer(index, int(index in writable), array.ctypes.data, array.nbytes, 0, 0)
+                _Buffer(
+                    index,
+                    int(index in writable),
+                    array.ctypes.data,
+                    array.nbytes,
+                    offset=(offsets or {}).get(index, 0),
+                )
                 for index, array in buffers.items()
             )
         )

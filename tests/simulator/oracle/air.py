@@ -45,8 +45,9 @@ class Argument:
     type_name: str  # as in the Metal source, e.g. "float", "uint3"
     kind: str  # "buffer", or the built-in, e.g. "thread_index_in_simdgroup"
     location: int  # the buffer index; -1 for a built-in
-    address_space: int  # 1 device, 2 constant; 0 for a built-in
+    address_space: int  # 1 device, 2 constant, 3 threadgroup; 0 for a built-in
     writable: bool
+    alignment: int  # of what a buffer holds, in bytes
 
 
 @dataclass(frozen=True)
@@ -70,12 +71,40 @@ def translate(bitcode: bytes, name: str, constants: Mapping[str, bool]) -> Trans
     constants: a value for each of the kernel's function constants, by name. Raises ValueError when
     they are not exactly those the kernel has.
     """
+    text = _read(bitcode)
+    metadata = _Metadata(text)
+    found = {c.name: c for c in _function_constants(metadata)}
+    if found.keys() != constants.keys():
+        raise ValueError(f"function constants are {sorted(found)}, given {sorted(constants)}")
+    values = {found[key].symbol: int(value) for key, value in constants.items()}
+    return _translate(text, metadata, name, values)
+
+
+def translate_by_index(bitcode: bytes, name: str, constants: Mapping[int, bytes]) -> Translation:
+    """The same, with function constants as a pipeline is given them: bytes by index.
+
+    A constant without a value is 0: Metal leaves it undefined, and the kernel must not use it.
+    """
+    text = _read(bitcode)
+    metadata = _Metadata(text)
+    values = {
+        c.symbol: int.from_bytes(constants.get(c.index, b""), "little", signed=True)
+        for c in _function_constants(metadata)
+    }
+    return _translate(text, metadata, name, values)
+
+
+def _read(bitcode: bytes) -> str:
     llvm.initialize_all_targets()
     llvm.initialize_all_asmprinters()
-    text = str(llvm.parse_bitcode(bitcode))
-    metadata = _Metadata(text)
+    return str(llvm.parse_bitcode(bitcode))
+
+
+def _translate(
+    text: str, metadata: _Metadata, name: str, constants: Mapping[str, int]
+) -> Translation:
     kernel, arguments = _kernel(metadata)
-    text = _set_function_constants(text, metadata, constants)
+    text = _set_function_constants(text, constants)
     text = _rename_kernel(text, kernel, name)
 
     triple = llvm.get_process_triple()
@@ -140,10 +169,11 @@ def _kernel(metadata: _Metadata) -> tuple[str, tuple[Argument, ...]]:
         if fields[0] != position:
             raise ValueError(f"parameter {position} of {function} is described as {fields}")
         kind = str(fields[1]).removeprefix("air.")
-        location, space = -1, 0
+        location, space, alignment = -1, 0, 1
         if kind == "buffer":
             location = int(fields[fields.index("air.location_index") + 1])
             space = int(fields[fields.index("air.address_space") + 1])
+            alignment = int(fields[fields.index("air.arg_type_align_size") + 1])
         arguments.append(
             Argument(
                 name=str(fields[fields.index("air.arg_name") + 1]),
@@ -152,26 +182,36 @@ def _kernel(metadata: _Metadata) -> tuple[str, tuple[Argument, ...]]:
                 location=location,
                 address_space=space,
                 writable="air.read_write" in fields or "air.write" in fields,
+                alignment=alignment,
             )
         )
     return str(function).removeprefix("@"), tuple(arguments)
 
 
-def _set_function_constants(text: str, metadata: _Metadata, constants: Mapping[str, bool]) -> str:
-    """Give the module's boolean function constants their values, as building a pipeline does."""
-    found: dict[str, str] = {}
+@dataclass(frozen=True)
+class _FunctionConstant:
+    symbol: str
+    name: str
+    index: int
+
+
+def _function_constants(metadata: _Metadata) -> list[_FunctionConstant]:
+    constants = []
     for reference in metadata.node("!air.function_constants"):
-        symbol, type_name, name, *_ = metadata.node(str(reference))
-        if type_name != "bool":
-            raise ValueError(f"function constant {name} is a {type_name}, not a bool")
-        found[str(name)] = str(symbol)
-    if found.keys() != constants.keys():
-        raise ValueError(f"function constants are {sorted(found)}, given {sorted(constants)}")
-    for name, symbol in found.items():
-        declaration = re.compile(rf"^({re.escape(symbol)} = .*constant i8) undef,", re.M)
-        text, count = declaration.subn(rf"\1 {int(constants[name])},", text)
+        symbol, type_name, name, index, *_ = metadata.node(str(reference))
+        if type_name not in ("bool", "int", "uint", "short", "ushort"):
+            raise ValueError(f"function constant {name} is of type {type_name}")
+        constants.append(_FunctionConstant(str(symbol), str(name), int(index)))
+    return constants
+
+
+def _set_function_constants(text: str, constants: Mapping[str, int]) -> str:
+    """Give function constants, by symbol, their values, as building a pipeline does."""
+    for symbol, value in constants.items():
+        declaration = re.compile(rf"^({re.escape(symbol)} = .*constant i\d+) undef,", re.M)
+        text, count = declaration.subn(rf"\1 {value},", text)
         if count != 1:
-            raise ValueError(f"function constant {name} is declared {count} times")
+            raise ValueError(f"function constant {symbol} is declared {count} times")
     return text
 
 
@@ -188,10 +228,11 @@ def _add_entry(text: str, name: str, sizes: Mapping[str, int]) -> str:
     each threadgroup variable is: a variable `@v` becomes a value `%v` of the same type, an argument
     of the same instructions.
     """
+    entry = []
     initialisers = re.search(r"^@llvm\.global_ctors = .*$", text, re.M)
-    assert initialisers is not None
-    text = text.replace(initialisers[0], "")
-    entry = [f"  call void {f}()" for f in re.findall(r"ptr (@[\w.$]+)", initialisers[0])]
+    if initialisers is not None:
+        text = text.replace(initialisers[0], "")
+        entry = [f"  call void {f}()" for f in re.findall(r"ptr (@[\w.$]+)", initialisers[0])]
     sites = ""
     variables = re.findall(r"^@(\S+) = internal .*?addrspace\(3\) global", text, re.M)
     for i, variable in enumerate(variables):
@@ -212,7 +253,9 @@ def _add_entry(text: str, name: str, sizes: Mapping[str, int]) -> str:
     return text + sites + f"declare ptr @{_VARIABLE}(ptr, ptr, i64)\n"
 
 
-# How a wrapper reads each built-in; three values where the built-in may be a uint3.
+_SPACES = {1: "kSimulatorDevice", 2: "kSimulatorConstant", 3: "kSimulatorThreadgroup"}
+
+# How a wrapper reads each built-in; three values where the built-in may be a vector.
 _BUILT_INS = {
     "threadgroup_position_in_grid": "thread->threadgroup_position_in_grid[{}]",
     "thread_position_in_threadgroup": "thread->thread_position_in_threadgroup[{}]",
@@ -225,7 +268,9 @@ _BUILT_INS = {
     "threads_per_grid": (
         "thread->threadgroups_per_grid[{0}] * thread->threads_per_threadgroup[{0}]"
     ),
+    "thread_index_in_threadgroup": "thread->thread_index_in_threadgroup",
     "thread_index_in_simdgroup": "thread->thread_index_in_simdgroup",
+    "threads_per_simdgroup": "uint(kSimulatorLanes)",
     "simdgroup_index_in_threadgroup": "thread->simdgroup_index_in_threadgroup",
     "simdgroups_per_threadgroup": "thread->simdgroups_per_threadgroup",
 }
@@ -233,28 +278,32 @@ _BUILT_INS = {
 
 def tables(translations: Sequence[Translation]) -> str:
     """C++ source of the tables and wrappers through which the executor finds the kernels."""
-    lines = ['#include "executor.h"', "using uint = uint32_t;"]
-    lines.append("using uint3 = uint __attribute__((ext_vector_type(3)));")
+    lines = ['#include "executor.h"', "using uint = uint32_t;", "using ushort = uint16_t;"]
+    lines += [
+        f"using {scalar}{n} = {scalar} __attribute__((ext_vector_type({n})));"
+        for scalar in ("uint", "ushort")
+        for n in (2, 3)
+    ]
     kernels = []
     for t in translations:
         types, values, parameters = [], [], []
         for argument in t.arguments:
             if argument.kind == "buffer":
                 types.append("void*")
-                values.append(f"thread->buffers[{argument.location}].data")
-                space = "kSimulatorDevice" if argument.address_space == 1 else "kSimulatorConstant"
+                memory = "threadgroup_memory" if argument.address_space == 3 else "buffers"
+                values.append(f"thread->{memory}[{argument.location}].data")
+                space = _SPACES[argument.address_space]
                 read_only = "false" if argument.writable else "true"
                 parameters.append(
                     f'{{"{argument.name}", {space}, {argument.location}, {read_only}, nullptr}}'
                 )
             else:
                 expression = _BUILT_INS[argument.kind]
+                scalar, width = argument.type_name.rstrip("23"), argument.type_name[-1]
+                width = width if width in "23" else ""
                 types.append(argument.type_name)
-                values.append(
-                    "uint3{" + ", ".join(expression.format(i) for i in range(3)) + "}"
-                    if argument.type_name == "uint3"
-                    else expression.format(0)
-                )
+                parts = [f"{scalar}({expression.format(i)})" for i in range(int(width or 1))]
+                values.append(f"{argument.type_name}{{{', '.join(parts)}}}" if width else parts[0])
         lines += [
             f'extern "C" void {t.name}({", ".join(types)});',
             f"static void run_{t.name}(const SimulatorThread* thread) {{",
