@@ -35,7 +35,8 @@ DIST ?= dist
 # What wheels are made of: this checkout, or an unpacked source distribution.
 SOURCE ?= .
 
-.PHONY: help build demo test test-quick test-nightly mutants bench lint format sdist wheels wheel-macos wheel-aarch64 try-mlx cuda cuda-pack clean force
+.PHONY: help build demo test test-quick test-nightly test-macos mutants bench lint format sdist wheels \
+	wheel-macos wheel-aarch64 try-mlx cuda cuda-pack clean force
 .DEFAULT_GOAL := help
 
 help:
@@ -44,6 +45,7 @@ help:
 	@echo 'make test     run the tests                        PYTEST_ARGS="-k moments -x" JOBS=auto'
 	@echo 'make test-quick    a few rows of every test, in a minute; test-nightly: all rows, for hours'
 	@echo 'make mutants  plant faults, see which tests notice  MUTANTS_ARGS="--only NAME"'
+	@echo 'make test-macos   run tests on the wheel for macOS, on Linux MACOS=26 PYTEST_ARGS=tests/test_forward.py'
 	@echo 'make bench    measure all of docs/performance.md   BENCH_ARGS="--only cases-tuned"'
 	@echo 'make lint     run every check on the sources'
 	@echo 'make format   rewrite the sources as the checks want them'
@@ -102,6 +104,19 @@ test-quick test-nightly: test
 # In build/mutants, a copy of the checkout. What has a verdict of this commit is not run again.
 mutants: build
 	PYTHONPATH=tests $(PY) -m mutants run $(MUTANTS_ARGS)
+
+# On an emulated processor, with stand-ins for macOS and Metal: docs/macos_runtime.md.
+MACOS ?= 15
+MACOS_WHEELS := build/macos_runtime/wheels
+test-macos: $(MACOS_WHEELS)/stamp
+	PYTHONPATH=tests MACOS=$(MACOS) $(PY) -m macos_runtime \
+		-m pytest --backend gpu $(or $(PYTEST_ARGS),tests/macos_runtime)
+
+# For the interpreter of .venv, which must be of the version that Debian has.
+$(MACOS_WHEELS)/stamp: $(VENV)/package.stamp
+	@rm -rf $(@D)
+	@$(MAKE) --no-print-directory wheel-macos DIST=$(@D) PYTHONS='$(abspath $(PY))'
+	@touch $@
 
 bench: build
 	$(PY) bench/suite.py $(BENCH_ARGS)

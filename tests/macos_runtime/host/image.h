@@ -1,0 +1,105 @@
+// Mach-O images in a Linux process on arm64: mapped, bound and initialised as dyld does on macOS.
+#pragma once
+
+#include <pthread.h>
+
+#include <cstdint>
+#include <string>
+#include <unordered_map>
+#include <vector>
+
+namespace macho {
+
+// What the stand-ins for system libraries register under, and what reports name.
+constexpr int kOrdinalSelf = 0;
+constexpr int kOrdinalMain = -1;  // the program: CPython
+constexpr int kOrdinalFlat = -2;  // whichever image has it
+constexpr int kOrdinalWeak =
+    -3;  // one definition for all images, C++'s inline functions and variables
+
+struct Section {
+  std::string segment;
+  std::string name;
+  uint64_t address;
+  uint64_t bytes;
+  uint32_t type;
+};
+
+struct Segment {
+  std::string name;
+  uint64_t address;
+  uint64_t bytes;
+  uint64_t file_offset;
+  uint64_t file_bytes;
+  int protection;
+  bool read_only_after_fixups;
+};
+
+struct Export {
+  uint64_t address;
+  bool weak;
+};
+
+// Addresses in the file count from `base`.
+struct Image {
+  std::string path;
+  std::string install_name;
+  std::vector<uint8_t> file;
+  uint8_t* base = nullptr;
+  uint64_t first = 0;  // the lowest address, where the header is
+  uint64_t end = 0;
+  std::vector<Segment> segments;
+  std::vector<Section> sections;
+  std::vector<std::string> rpaths;
+  std::vector<std::string> library_names;
+  std::vector<Image*> libraries;  // null: a library of the system, played by the stand-ins
+  std::unordered_map<std::string, Export> exports;
+  std::vector<std::pair<uint64_t, std::string>> symbols;  // sorted by address, for reports
+
+  // Where the load commands say that these are in the file.
+  struct Range {
+    uint32_t offset = 0;
+    uint32_t bytes = 0;
+  };
+  Range chained_fixups, rebases, binds, weak_binds, lazy_binds, export_trie;
+
+  // Thread-local variables: the initial bytes, and the block of each thread.
+  uint64_t thread_locals = 0;
+  uint64_t thread_local_data = 0;
+  uint64_t thread_local_bytes = 0;
+  pthread_key_t thread_local_key = 0;
+
+  const Section* section(const char* name) const;
+  void* at(uint64_t address) const { return base + address; }
+};
+
+// The image at `path`, with whatever it depends on. Loaded once; ends the process with a report when
+// that is not possible.
+Image& load(const std::string& path);
+
+// The value of an exported symbol, with its leading underscore, or null.
+void* exported(const Image& image, const std::string& name);
+
+// In any image. A definition that is not weak goes first.
+void* exported_anywhere(const std::string& name);
+
+// The image that an address lies in, or null.
+Image* image_of(const void* address);
+
+// "libmlx.dylib mlx::core::eval+16", as far as it is known.
+std::string describe(const void* address);
+
+// Prints the message and the callers, and ends the process: what is wrong here is not for the program
+// under test to handle.
+[[noreturn]] void fail(const char* format, ...) __attribute__((format(printf, 1, 2)));
+
+// -- What the parts of the loader ask of each other.
+
+const std::vector<Image*>& images();
+void apply_fixups(Image& image);
+void prepare_thread_locals(Image& image);
+void finish_thread_locals(const Image& image);
+// The address that an import stands for. A weak import that nobody has is null.
+void* resolve(const Image& image, int ordinal, const std::string& name, bool weak);
+
+}  // namespace macho

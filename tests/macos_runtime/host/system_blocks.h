@@ -1,0 +1,10 @@
+// Blocks, for those who keep and call them.
+#pragma once
+
+namespace macho {
+
+void* copy_block(void* block);
+void release_block(void* block);
+void call_block(void* block, void* argument);
+
+}  // namespace macho

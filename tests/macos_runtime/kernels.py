@@ -1,0 +1,202 @@
+"""The kernels of a pipeline: ours and those that MLX compiles at run time from source, MLX's own
+from what Apple's compiler made of them.
+
+Source goes through the simulator's compiler. Kernels of ``mlx.metallib`` are AIR, which the
+fidelity oracle (tests/simulator/oracle) translates to this machine: each when it is first asked
+for. Libraries are kept by content.
+"""
+
+from __future__ import annotations
+
+import re
+import threading
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+from mlx_welford import _ext
+from simulator.loader import DIRECTORY as SIMULATOR
+from simulator.loader import CompileError, Library, Parameter, compile_library
+from simulator.oracle import air
+from simulator.oracle.metallib import MetalLibrary
+
+from .cache import CACHE, BuildError, cached, zig
+
+
+class KernelError(RuntimeError):
+    """A kernel cannot be had."""
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """A function of a library, with what it takes."""
+
+    name: str  # as Metal knows it
+    function: str  # as the library does
+    library: Library
+    ours: bool  # of this package, not of MLX
+    buffers: Mapping[int, Parameter]
+    threadgroup_memory: Mapping[int, Parameter]
+    function_constants: Mapping[int, bytes]
+    alignments: Mapping[int, int]  # of what a buffer holds, where that is known
+
+
+def _kernel(
+    name: str,
+    library: Library,
+    *,
+    function: str = "",
+    ours: bool = False,
+    function_constants: Mapping[int, bytes] | None = None,
+    alignments: Mapping[int, int] | None = None,
+) -> Kernel:
+    parameters = library.parameters(function or name)
+    return Kernel(
+        name=name,
+        function=function or name,
+        library=library,
+        ours=ours,
+        buffers={p.index: p for p in parameters if not p.threadgroup},
+        threadgroup_memory={p.index: p for p in parameters if p.threadgroup},
+        function_constants=function_constants or {},
+        alignments=alignments or {},
+    )
+
+
+# -- From source.
+
+_HOST_NAME = re.compile(r'host_name\("([^"]+)"\)')
+_PLAIN_KERNEL = re.compile(r"\[\[kernel\]\]\s+void\s+(\w+)\s*\(")
+
+
+@dataclass(frozen=True)
+class SourceLibrary:
+    """A library that was compiled from source."""
+
+    library: Library
+    names: tuple[str, ...]
+    ours: bool
+
+    def kernel(self, name: str, constants: Mapping[int, bytes]) -> Kernel:
+        if name not in self.names:
+            raise KernelError(f"there is no function {name}")
+        return _kernel(name, self.library, ours=self.ours, function_constants=constants)
+
+
+@cache
+def _shaders() -> Library:
+    """All kernels of this package in one library, as the tests in the simulator use it."""
+    return compile_library(_ext.shader_source, [text for _, text in _ext.shader_kernels()])
+
+
+def compile_source(source: str) -> SourceLibrary:
+    """What newLibraryWithSource: makes of a source. Raises KernelError with the compiler's words.
+
+    This package's own source comes with a line for the one kernel that is wanted. It is compiled
+    with the lines of all kernels, once; the text must be the one that this checkout has.
+    """
+    if source.startswith(_ext.shader_source):
+        line = source.removeprefix(_ext.shader_source)
+        names = [name for name, text in _ext.shader_kernels() if text == line]
+        if not names:
+            raise KernelError(f"this package has no such kernel:\n{line}")
+        return SourceLibrary(_shaders(), tuple(names), ours=True)
+    if "mlx_welford" in source:
+        raise KernelError("the shaders are not those of this checkout: run it with make test-macos")
+    try:
+        library = compile_library(_adapt(source))
+    except CompileError as error:
+        raise KernelError(str(error)) from error
+    names = [*_HOST_NAME.findall(source), *_PLAIN_KERNEL.findall(source)]
+    return SourceLibrary(library, tuple(names), ours=False)
+
+
+def _adapt(source: str) -> str:
+    """MLX's source as the simulator's compiler takes it."""
+    return source
+
+
+# -- From AIR.
+
+
+@cache
+def _objects() -> tuple[Path, ...]:
+    """The executor and the air.* functions, compiled once for all kernels."""
+    sources = [SIMULATOR / "executor.cpp", SIMULATOR / "oracle" / "air_runtime.cpp"]
+    options = ["-std=c++20", "-O2", "-fPIC", "-fno-exceptions", "-fno-rtti", "-fvisibility=hidden"]
+    options += [f"-I{SIMULATOR}"]
+    if air.host_cpu() != "generic":
+        options.append("-march=" + air.host_cpu().replace("-", "_"))
+
+    def make(folder: Path) -> None:
+        for source in sources:
+            zig("c++", *options, "-c", source, "-o", folder / f"{source.stem}.o")
+
+    folder = cached("air", [*options, *sources, SIMULATOR / "executor.h"], make)
+    return tuple(folder / f"{source.stem}.o" for source in sources)
+
+
+@cache
+def _metallib(path: Path) -> MetalLibrary:
+    return MetalLibrary(path)
+
+
+def _link(translation: air.Translation) -> Library:
+    """The library of one kernel."""
+    table = air.tables([translation])
+    objects = _objects()
+
+    def make(folder: Path) -> None:
+        source, code = folder / "table.cpp", folder / "kernel.o"
+        source.write_text(table)
+        code.write_bytes(translation.object_code)
+        options = ["-std=c++20", "-O1", "-fPIC", "-shared", "-nostdlib++", "-Wl,-Bsymbolic"]
+        options += ["-Wl,-z,defs", f"-I{SIMULATOR}"]
+        zig("c++", *options, source, code, *objects, "-o", folder / "library.so")
+        code.unlink()
+
+    parts: list[str | bytes | Path] = [table, translation.object_code, *objects]
+    folder = cached(f"kernels/{translation.name}", parts, make, announce=False)
+    return Library(folder / "library.so")
+
+
+_UNDEFINED = re.compile(r"undefined symbol: (\S+)")
+
+
+def from_metallib(path: Path, name: str, constants: Mapping[int, bytes]) -> Kernel:
+    """A kernel of mlx.metallib. Raises KernelError if there is none, or it cannot be translated."""
+    try:
+        bitcode = _metallib(path).bitcode(name)
+    except KeyError:
+        raise KernelError(f"{path.name} has no function {name}") from None
+    values = "".join(f"_{index}_{value.hex()}" for index, value in sorted(constants.items()))
+    try:
+        translation = air.translate_by_index(bitcode, f"{name}{values}", constants)
+        library = _link(translation)
+    except BuildError as error:
+        missing = sorted(set(_UNDEFINED.findall(str(error))))
+        what = f"needs {', '.join(missing)}" if missing else str(error)
+        raise KernelError(f"{name} of MLX is not translated: it {what}") from error
+    except (ValueError, KeyError, RuntimeError) as error:
+        raise KernelError(f"{name} of MLX is not translated: {error!r}") from error
+    alignments = {a.location: a.alignment for a in translation.arguments if a.location >= 0}
+    return _kernel(name, library, function=translation.name, alignments=alignments)
+
+
+class Kernels:
+    """All that one process has asked for, found again by what it asked for."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._found: dict[object, Kernel] = {}
+
+    def from_metallib(self, path: Path, name: str, constants: Mapping[int, bytes]) -> Kernel:
+        key = (path, name, tuple(sorted(constants.items())))
+        with self._lock:
+            if key not in self._found:
+                self._found[key] = from_metallib(path, name, constants)
+            return self._found[key]
+
+
+__all__ = ["CACHE", "Kernel", "KernelError", "Kernels", "SourceLibrary", "compile_source"]
