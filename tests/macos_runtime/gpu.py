@@ -323,6 +323,7 @@ class Device:
                 constants=dispatch.constants,
                 function_constants=kernel.function_constants,
                 threadgroup_memory=dispatch.threadgroup_memory,
+                returned_threads_pass=not kernel.ours,
             )
         except SimulatorError as error:
             raise CommandError(str(error)) from error

@@ -105,16 +105,41 @@ def compile_source(source: str) -> SourceLibrary:
     if "mlx_welford" in source:
         raise KernelError("the shaders are not those of this checkout: run it with make test-macos")
     try:
-        library = compile_library(_adapt(source))
-    except CompileError as error:
+        library = compile_library(_adapt(source), include=[_SUPPORT], implicit_bfloat=True)
+    except (CompileError, OSError) as error:  # OSError: it needs a function that nobody has
         raise KernelError(str(error)) from error
     names = [*_HOST_NAME.findall(source), *_PLAIN_KERNEL.findall(source)]
     return SourceLibrary(library, tuple(names), ours=False)
 
 
+# Stands in for what metal_stdlib lacks of what MLX's sources name, as for the fidelity oracle.
+_SUPPORT = SIMULATOR / "oracle" / "include"
+# MLX's sources are its headers one after the other. Those that the oracle replaces, and what it
+# replaces in others: qualifiers that hide a constructor from clang where it constructs a member, a
+# conversion that only Metal's compiler makes in one step, and an object that only it constructs.
+_REPLACED = ("mlx/backend/metal/kernels/complex.h", "mlx/backend/metal/kernels/logging.h")
+_ADAPTED = (
+    ("(int dim) thread", "(int dim)"),
+    ("(int) thread", "(int)"),
+    ('constant mlx::os_log logger("mlx", "binary_ops");', "#define logger mlx::os_log()"),
+    ("bfloat16_t>(this->operator float16_t())", "bfloat16_t>(float(this->operator float16_t()))"),
+)
+_HEADER = re.compile(r'^#line 1 "([^"]+)"\n', re.M)
+
+
 def _adapt(source: str) -> str:
     """MLX's source as the simulator's compiler takes it."""
-    return source
+    start, *parts = _HEADER.split(source)
+    result = ['#include "metal_internals.h"\n', start]
+    for name, text in zip(parts[::2], parts[1::2], strict=True):
+        if name in _REPLACED:
+            text = re.sub(
+                r'^#(include "|pragma once).*$', "", (_SUPPORT / name).read_text(), flags=re.M
+            )
+        for before, after in _ADAPTED:
+            text = text.replace(before, after)
+        result += [f'\n#line 1 "{name}"\n', text]
+    return "".join(result)
 
 
 # -- From AIR.

@@ -278,6 +278,7 @@ struct Simdgroup {
 
 struct Executor {
   const SimulatorKernel* kernel;
+  bool returned_threads_pass;
   uint32_t seed;
   uint64_t random;
 
@@ -296,6 +297,7 @@ struct Executor {
   uint32_t finished;
   uint32_t at_barrier;
   uint32_t first_at_barrier;
+  uint32_t barrier_order;
   uint32_t epochs[kEpochs];
 
   Thread* current;  // null: no kernel code is running
@@ -476,11 +478,30 @@ void release_simdgroup(Simdgroup* simdgroup, const Thread* last) {
   ++simdgroup->epochs[kExecution];
 }
 
+// Releases every thread that waits at the barrier but `last`.
+void release_threadgroup(const Thread* last) {
+  Executor& e = executor;
+  e.at_barrier = 0;
+  ++e.epochs[kExecution];
+  for (uint32_t kind = 0; kind < kExecution; ++kind) {
+    if ((e.barrier_order >> kind & 1) != 0) ++e.epochs[kind];
+  }
+  for (uint32_t i = 0; i < e.thread_count; ++i) {
+    if (e.threads[i].state == kFinished) continue;
+    e.threads[i].wait.operation = nullptr;
+    if (&e.threads[i] != last) make_runnable(i);
+  }
+}
+
 // What a thread's return means to those that wait.
 void finish(Thread* thread) {
   thread->state = kFinished;
   ++executor.finished;
-  if (executor.at_barrier != 0) {
+  if (executor.at_barrier != 0 && executor.returned_threads_pass) {
+    if (executor.at_barrier + executor.finished == executor.thread_count) {
+      release_threadgroup(thread);
+    }
+  } else if (executor.at_barrier != 0) {
     const Thread& waiting = executor.threads[executor.first_at_barrier];
     begin_error(thread);
     add_position("returned while thread", waiting.arguments.thread_position_in_threadgroup);
@@ -1093,6 +1114,7 @@ const char* run_dispatch(SimulatorDispatch* dispatch) {
   e.kernel = &unknown;
   e.group = e.region_count = 0;
   e.failed = false;
+  e.returned_threads_pass = dispatch->returned_threads_pass != 0;
   e.seed = static_cast<uint32_t>(environment("MLX_WELFORD_SIM_SEED", 0));
   e.random = (e.seed + 1) * 0x9e3779b97f4a7c15ull;
   memset(e.epochs, 0, sizeof(e.epochs));
@@ -1153,7 +1175,7 @@ void simulator_threadgroup_barrier(uint32_t order, const char* file, uint32_t li
   Executor& e = executor;
   Thread* thread = e.current;
   thread->wait = {"threadgroup_barrier", file, line};
-  if (e.finished != 0) {
+  if (e.finished != 0 && !e.returned_threads_pass) {
     uint32_t returned = 0;
     while (e.threads[returned].state != kFinished) ++returned;
     begin_error(thread);
@@ -1168,18 +1190,11 @@ void simulator_threadgroup_barrier(uint32_t order, const char* file, uint32_t li
   } else if (!same_place(thread->wait, e.threads[e.first_at_barrier].wait)) {
     fail_diverged(thread, thread->wait, e.first_at_barrier);
   }
-  if (e.at_barrier < e.thread_count) {
+  e.barrier_order = order;
+  if (e.at_barrier + e.finished < e.thread_count) {
     suspend(thread);
-    return;
-  }
-  e.at_barrier = 0;
-  ++e.epochs[kExecution];
-  for (uint32_t kind = 0; kind < kExecution; ++kind) {
-    if ((order >> kind & 1) != 0) ++e.epochs[kind];
-  }
-  for (uint32_t i = 0; i < e.thread_count; ++i) {
-    e.threads[i].wait.operation = nullptr;
-    if (&e.threads[i] != thread) make_runnable(i);
+  } else {
+    release_threadgroup(thread);
   }
 }
 

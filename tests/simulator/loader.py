@@ -149,6 +149,7 @@ class _Dispatch(ctypes.Structure):
         ("threadgroup_memory_count", ctypes.c_uint32),
         ("grid_threadgroups", ctypes.c_uint32 * 3),
         ("threads_per_threadgroup", ctypes.c_uint32 * 3),
+        ("returned_threads_pass", ctypes.c_uint32),
     ]
 
 
@@ -241,6 +242,7 @@ class Library:
         constants: Mapping[int, Any] | None = None,
         function_constants: Mapping[int, Any] | None = None,
         threadgroup_memory: Mapping[int, int] | None = None,
+        returned_threads_pass: bool = False,
         seed: int | None = None,
         flush_denormals: bool | None = None,
     ) -> dict[int, Traffic]:
@@ -249,7 +251,8 @@ class Library:
         ``buffers`` are contiguous arrays by buffer index, changed in place where ``writable``;
         ``offsets`` are the bytes by which the kernel's pointers are ahead of their starts;
         ``constants`` (by buffer index) and ``function_constants`` (by their own) are numpy scalars,
-        arrays or bytes; ``threadgroup_memory`` gives bytes by index. ``seed`` and
+        arrays or bytes; ``threadgroup_memory`` gives bytes by index. A barrier that some threads
+        have returned before is an error, unless ``returned_threads_pass``. ``seed`` and
         ``flush_denormals`` are those of the environment unless given.
 
         Returns the traffic of each buffer, which is zero unless the library is instrumented.
@@ -288,6 +291,7 @@ class Library:
             len(memory_rows),
             (ctypes.c_uint32 * 3)(*grid),
             (ctypes.c_uint32 * 3)(*group),
+            returned_threads_pass,
         )
         flush = None if flush_denormals is None else int(flush_denormals)
         with _environment(MLX_WELFORD_SIM_SEED=seed, MLX_WELFORD_SIM_FTZ=flush):
@@ -367,12 +371,14 @@ def compile_library(
     defines: Mapping[str, str] | None = None,
     contract: bool = True,
     instrumented: bool = False,
+    implicit_bfloat: bool = False,
     cache: Path = CACHE,
 ) -> Library:
     """Compiles Metal source text, with ``instantiations`` appended as a host does at run time.
 
     ``contract`` lets a*b + c become a fused multiply-add, as Apple's compiler does. An
-    ``instrumented`` library checks and counts every memory access, and is slow.
+    ``instrumented`` library checks and counts every memory access, and is slow. ``implicit_bfloat``
+    allows the conversion to bfloat that Metal's specification forbids and its compiler lets pass.
 
     Raises CompileError with the compiler's messages, and SkipTest in other systems than Linux.
     """
@@ -399,22 +405,25 @@ def compile_library(
     executor = [(DIRECTORY / name).read_text() for name in ("executor.h", "executor.cpp")]
     version = _run([*_zig(), "version"]).stdout
     parts = [translation.kernels_source, translation.table_source, *options, *executor, version]
+    parts += ["implicit bfloat"] if implicit_bfloat else []
     key = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:32]
     path = cache / f"{key}.so"
     if not path.exists():
         with exclusively(path), tempfile.TemporaryDirectory(dir=cache) as folder:
             if not path.exists():  # another process may have made it
-                _build(Path(folder), translation, options).replace(path)
+                _build(Path(folder), translation, options, implicit_bfloat).replace(path)
     return Library(path)
 
 
-def _build(folder: Path, translation: Translation, options: Sequence[str]) -> Path:
+def _build(
+    folder: Path, translation: Translation, options: Sequence[str], implicit_bfloat: bool
+) -> Path:
     """Compiles and links the two generated sources and the executor in ``folder``."""
     kernels, table, result = folder / "kernels.cpp", folder / "table.cpp", folder / "library.so"
     kernels.write_text(translation.kernels_source)
     table.write_text(translation.table_source)
     compiled = _run([*_zig(), "clang", *options, "-c", str(kernels), "-o", f"{kernels}.o"])
-    for message in IMPLICIT_BFLOAT.finditer(compiled.stderr):
+    for message in () if implicit_bfloat else IMPLICIT_BFLOAT.finditer(compiled.stderr):
         raise CompileError(compiled.stderr[message.start() :].replace("warning:", "error:", 1))
     _run(
         [

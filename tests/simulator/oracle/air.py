@@ -36,6 +36,26 @@ SIMULATOR = DIRECTORY.parent
 # The executor's function that gives a threadgroup variable its memory.
 _VARIABLE = "simulator_threadgroup_variable"
 
+# A matrix is a vector of 64 floats, of which the first two are a lane's own. LLVM passes such a
+# vector in memory, in a way of its own: so it is done in the module, and pointers are passed on.
+_MATRIX = "air.simdgroup_matrix_8x8_multiply_accumulate.v64f32.v64f32.v64f32.v64f32"
+_MATRIX_BODY = f"""
+define internal <64 x float> @{_MATRIX}(<64 x float> %a, <64 x float> %b, <64 x float> %c) {{
+  %pa = alloca <64 x float>
+  %pb = alloca <64 x float>
+  %pc = alloca <64 x float>
+  %pd = alloca <64 x float>
+  store <64 x float> %a, ptr %pa
+  store <64 x float> %b, ptr %pb
+  store <64 x float> %c, ptr %pc
+  store <64 x float> %c, ptr %pd
+  call void @simulator_multiply_matrices(ptr %pa, ptr %pb, ptr %pc, ptr %pd)
+  %d = load <64 x float>, ptr %pd
+  ret <64 x float> %d
+}}
+declare void @simulator_multiply_matrices(ptr, ptr, ptr, ptr)
+"""
+
 
 @dataclass(frozen=True)
 class Argument:
@@ -48,6 +68,7 @@ class Argument:
     address_space: int  # 1 device, 2 constant, 3 threadgroup; 0 for a built-in
     writable: bool
     alignment: int  # of what a buffer holds, in bytes
+    enabled: bool  # unless a function constant switches it off
 
 
 @dataclass(frozen=True)
@@ -84,6 +105,8 @@ def translate_by_index(bitcode: bytes, name: str, constants: Mapping[int, bytes]
     """The same, with function constants as a pipeline is given them: bytes by index.
 
     A constant without a value is 0: Metal leaves it undefined, and the kernel must not use it.
+    There is room in front of private arrays: in MLX's layer norm a thread whose elements all lie
+    beyond the row fills its array from a negative index on, which on a GPU overwrites nothing.
     """
     text = _read(bitcode)
     metadata = _Metadata(text)
@@ -91,7 +114,26 @@ def translate_by_index(bitcode: bytes, name: str, constants: Mapping[int, bytes]
         c.symbol: int.from_bytes(constants.get(c.index, b""), "little", signed=True)
         for c in _function_constants(metadata)
     }
-    return _translate(text, metadata, name, values)
+    return _translate(_make_room(text), metadata, name, values)
+
+
+def _make_room(text: str) -> str:
+    """Put some memory in front of each array on the stack."""
+    room = 1024  # 8 elements for each of 32 lanes
+    bits = {"float": 32, "half": 16, "bfloat": 16} | {f"i{n}": n for n in (8, 16, 32, 64)}
+
+    def widened(match: re.Match[str]) -> str:
+        name, count, element, alignment = match.groups()
+        size = room + int(count) * bits[element] // 8
+        return (
+            f"  %room.{name} = alloca [{size} x i8], align {alignment}\n"
+            f"  %{name} = getelementptr i8, ptr %room.{name}, i64 {room}"
+        )
+
+    array = re.compile(rf"^  %(\w+) = alloca \[(\d+) x ({'|'.join(bits)})\], align (\d+)$", re.M)
+    text, count = array.subn(widened, text)
+    # Lifetimes are those of whole variables.
+    return re.sub(r"^ .*call void @llvm\.lifetime\..*\n", "", text, flags=re.M) if count else text
 
 
 def _read(bitcode: bytes) -> str:
@@ -103,9 +145,13 @@ def _read(bitcode: bytes) -> str:
 def _translate(
     text: str, metadata: _Metadata, name: str, constants: Mapping[str, int]
 ) -> Translation:
-    kernel, arguments = _kernel(metadata)
+    by_name = {c.name: constants[c.symbol] for c in _function_constants(metadata)}
+    kernel, arguments = _kernel(metadata, by_name)
     text = _set_function_constants(text, constants)
     text = _rename_kernel(text, kernel, name)
+    text = re.sub(
+        rf"^declare .* @{re.escape(_MATRIX)}\(.*$", lambda _: _MATRIX_BODY, text, flags=re.M
+    )
 
     triple = llvm.get_process_triple()
     machine = llvm.Target.from_triple(triple).create_target_machine(
@@ -159,15 +205,22 @@ class _Metadata:
         return operands
 
 
-def _kernel(metadata: _Metadata) -> tuple[str, tuple[Argument, ...]]:
-    """Name and parameters of the module's only kernel."""
+def _kernel(metadata: _Metadata, constants: Mapping[str, int]) -> tuple[str, tuple[Argument, ...]]:
+    """Name and parameters of the module's only kernel, given its function constants by name."""
     (entry,) = metadata.node("!air.kernel")
-    function, _, parameters = metadata.node(str(entry))
+    function, _, parameters, *_ = metadata.node(str(entry))
     arguments = []
     for position, reference in enumerate(metadata.node(str(parameters))):
         fields = metadata.node(str(reference))
         if fields[0] != position:
             raise ValueError(f"parameter {position} of {function} is described as {fields}")
+        enabled = True
+        if fields[1] == "air.function_constant":
+            condition = str(metadata.node(str(fields[2]))[2])
+            if condition not in constants:
+                raise ValueError(f"parameter {position} of {function} is there if {condition}")
+            enabled = constants[condition] != 0
+            fields = [position, *fields[3:]]
         kind = str(fields[1]).removeprefix("air.")
         location, space, alignment = -1, 0, 1
         if kind == "buffer":
@@ -183,6 +236,7 @@ def _kernel(metadata: _Metadata) -> tuple[str, tuple[Argument, ...]]:
                 address_space=space,
                 writable="air.read_write" in fields or "air.write" in fields,
                 alignment=alignment,
+                enabled=enabled,
             )
         )
     return str(function).removeprefix("@"), tuple(arguments)
@@ -284,11 +338,15 @@ def tables(translations: Sequence[Translation]) -> str:
         for scalar in ("uint", "ushort")
         for n in (2, 3)
     ]
+    lines.append("alignas(16) static char nothing[4096];")
     kernels = []
     for t in translations:
         types, values, parameters = [], [], []
         for argument in t.arguments:
-            if argument.kind == "buffer":
+            if not argument.enabled:
+                types.append("void*")
+                values.append("nothing")  # may be read, if nothing comes of it
+            elif argument.kind == "buffer":
                 types.append("void*")
                 memory = "threadgroup_memory" if argument.address_space == 3 else "buffers"
                 values.append(f"thread->{memory}[{argument.location}].data")

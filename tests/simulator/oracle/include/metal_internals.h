@@ -1,5 +1,5 @@
 // The functions behind Metal's library that MLX's bf16_math.h calls by their internal names. Those
-// that the oracle's kernels reach are defined. The others are only declared, so that the header
+// that kernels here have reached are defined. The others are only declared, so that the header
 // compiles: a library with a kernel that needs one of them cannot be loaded.
 
 #pragma once
@@ -10,8 +10,23 @@
 #define __METAL_FAST_MATH__ 1
 #define __METAL_PRECISE_MATH__ 2
 
-inline float __metal_exp(float x, int) { return metal::exp(x); }
-inline float __metal_log(float x, int) { return metal::log(x); }
+#define UNARY(name) \
+  inline float __metal_##name(float x, int) { return metal::name(x); }
+#define UNARY4(a, b, c, d) UNARY(a) UNARY(b) UNARY(c) UNARY(d)
+UNARY4(acos, asin, atan, ceil)
+UNARY4(cos, cosh, exp, exp2)
+UNARY4(fabs, floor, log, log10)
+UNARY4(rint, round, rsqrt, sin)
+UNARY4(sinh, sqrt, tan, tanh)
+UNARY(log2)
+UNARY(trunc)
+#undef UNARY4
+#undef UNARY
+    inline float __metal_fmod(float x, float y, int) {
+  return metal::fmod(x, y);
+}
+inline float __metal_pow(float x, float y, int) { return metal::pow(x, y); }
+inline float __metal_ldexp(float x, int exponent, int) { return __builtin_ldexpf(x, exponent); }
 inline float __metal_simd_max(float x) { return metal::simd_max(x); }
 inline float __metal_simd_sum(float x) { return metal::simd_sum(x); }
 
@@ -20,21 +35,40 @@ inline float __metal_simd_sum(float x) { return metal::simd_sum(x); }
   float __metal_##name(T...);
 #define DECLARE4(a, b, c, d) DECLARE(a) DECLARE(b) DECLARE(c) DECLARE(d)
 
-DECLARE4(acos, acosh, asin, asinh)
-DECLARE4(atan, atan2, atanh, ceil)
-DECLARE4(cos, cosh, cospi, divide)
-DECLARE4(exp10, exp2, fabs, floor)
-DECLARE4(fma, fmax, fmax3, fmedian3)
-DECLARE4(fmin, fmin3, fmod, fract)
-DECLARE4(frexp, get_simdgroup_size, ldexp, log10)
-DECLARE4(log2, nextafter, pow, powr)
-DECLARE4(rint, round, rsqrt, simd_broadcast)
+DECLARE4(acosh, asinh, atan2, atanh)
+DECLARE4(cospi, divide, exp10, fma)
+DECLARE4(fmax, fmax3, fmedian3, fmin)
+DECLARE4(fmin3, fract, frexp, get_simdgroup_size)
+DECLARE4(nextafter, powr, simd_broadcast, sinpi)
 DECLARE4(simd_min, simd_prefix_exclusive_product, simd_prefix_exclusive_sum, simd_product)
 DECLARE4(simd_prefix_inclusive_product, simd_prefix_inclusive_sum, simd_shuffle, simd_xor)
 DECLARE4(simd_shuffle_and_fill_down, simd_shuffle_and_fill_up, simd_shuffle_down, simd_shuffle_up)
-DECLARE4(simd_shuffle_rotate_down, simd_shuffle_rotate_up, simd_shuffle_xor, sin)
-DECLARE4(sinh, sinpi, sqrt, tan)
-DECLARE(tanh) DECLARE(tanpi) DECLARE(trunc)
+DECLARE4(simd_shuffle_rotate_down, simd_shuffle_rotate_up, simd_shuffle_xor, tanpi)
 
 #undef DECLARE4
 #undef DECLARE
+
+// What MLX's sources for run-time compilation name besides.
+#define M_LN2_F 0.693147180559945309417232121458176568f
+#define M_LN10_F 2.30258509299404568401799145468436421f
+
+namespace metal {
+
+template <typename T>
+constexpr constant bool is_signed_v = is_signed<T>::value;
+template <typename T>
+constexpr constant bool is_unsigned_v = !is_signed<T>::value;
+
+#define UNARY(name) \
+  inline float name(float x) { return __builtin_##name##f(x); }
+UNARY(acosh)
+UNARY(asinh) UNARY(atanh)
+#undef UNARY
+
+    template <typename T, size_t N>
+    struct array {
+  T elements[N];
+  T operator[](size_t i) const { return elements[i]; }
+};
+
+}  // namespace metal
