@@ -106,7 +106,7 @@ mutants: build
 	PYTHONPATH=tests $(PY) -m mutants run $(MUTANTS_ARGS)
 
 # On an emulated processor, with stand-ins for macOS and Metal: docs/macos_runtime.md.
-MACOS ?= 15
+MACOS ?= 14
 MACOS_WHEELS := build/macos_runtime/wheels
 test-macos: $(MACOS_WHEELS)/stamp
 	PYTHONPATH=tests MACOS=$(MACOS) $(PY) -m macos_runtime \

@@ -326,6 +326,21 @@ def test_divergence(
 
 
 @pytest.mark.parametrize("seed", SEEDS)
+@pytest.mark.parametrize("threads", [64, 512])
+def test_a_barrier_may_go_on_without_returned_threads(
+    library: Library, threads: int, seed: int
+) -> None:
+    """If asked for: the others pass, whichever order the threads come and return in."""
+    x = np.arange(threads, dtype=np.float32) + 1
+    out = np.zeros(threads, np.float32)
+    library.dispatch(
+        "return_early", {0: x, 1: out}, writable={1}, constants={2: np.uint32(40)}, grid=(1, 1, 1),
+        group=(threads, 1, 1), returned_threads_pass=True, seed=seed,
+    )  # fmt: skip
+    np.testing.assert_array_equal(out, np.where(np.arange(threads) < 40, x, 0))
+
+
+@pytest.mark.parametrize("seed", SEEDS)
 @pytest.mark.parametrize(("threads", "size"), [(64, 40), (40, 64)])
 def test_shuffle_from_an_inactive_lane(
     library: Library, threads: int, size: int, seed: int

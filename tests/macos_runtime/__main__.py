@@ -1,4 +1,4 @@
-"""MACOS=15 python -m macos_runtime ARGUMENTS: CPython with these arguments, on macOS's binaries."""
+"""MACOS=14 python -m macos_runtime ARGUMENTS: CPython with these arguments, on macOS's binaries."""
 
 import os
 import sys
@@ -7,6 +7,6 @@ from .cache import BuildError
 from .run import run
 
 try:
-    sys.exit(run(sys.argv[1:], int(os.environ.get("MACOS", "15"))))
+    sys.exit(run(sys.argv[1:], int(os.environ.get("MACOS", "14"))))
 except BuildError as error:
     sys.exit(f"\n{error}")

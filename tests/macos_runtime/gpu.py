@@ -21,7 +21,7 @@ import socketserver
 import struct
 import threading
 import traceback
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -37,6 +37,9 @@ from .kernels import Kernel, KernelError, Kernels, SourceLibrary, compile_source
 HELLO, LIBRARY, PIPELINE, EXECUTE = range(4)
 (ENCODER, DISPATCH, BARRIER, UPDATE_FENCE, WAIT_FENCE, END_ENCODER) = range(1, 7)
 (SIGNAL_EVENT, WAIT_EVENT, COMPLETE) = range(7, 10)
+# How many numbers follow, where it is no dispatch.
+NUMBERS = {ENCODER: 2, BARRIER: 0, UPDATE_FENCE: 1, WAIT_FENCE: 1, END_ENCODER: 0}
+NUMBERS |= {SIGNAL_EVENT: 2, WAIT_EVENT: 2, COMPLETE: 0}
 
 Size = tuple[int, int, int]
 
@@ -143,6 +146,18 @@ class Encoding:
     pending: list[Dispatch] = field(default_factory=list)
 
 
+Records = Sequence[tuple[int, "Dispatch | tuple[int, ...]"]]
+
+
+def _fences(records: Records) -> Iterator[int]:
+    """The fences that the encoder at the start of these records waits for."""
+    for kind, record in records:
+        if kind == END_ENCODER:
+            return
+        if kind == WAIT_FENCE and not isinstance(record, Dispatch):
+            yield record[0]
+
+
 class Device:
     """What one process has on the GPU."""
 
@@ -196,66 +211,54 @@ class Device:
         for _ in range(message.number()):
             self._hazards.observe(message.number(), message.number())
         valid, order, fault = message.number(), message.text(), message.text()
-        records = Message(message.bytes())
+        records = list(self._read(Message(message.bytes())))
         if commands not in self._encodings:
             self._hazards.begin(commands, queue, completed, observed)
             self._encodings[commands] = Encoding()
         encoding = self._encodings[commands]
-        failure: Exception | None = None
-        while records:
+        failure: CommandError | None = None
+        for i, (kind, record) in enumerate(records):
             try:
-                self._record(commands, encoding, records, order, fault, valid != 0)
+                if isinstance(record, Dispatch):
+                    if valid:
+                        self._encode(encoding, record, order, fault)
+                elif kind in (BARRIER, END_ENCODER):
+                    self._run(encoding, order, fault)
+                    self._hazards.barrier(encoding.encoder)
+                elif kind == ENCODER:
+                    encoding.encoder, encoding.concurrent = record[0], record[1] == 1
+                    self._hazards.begin_encoder(commands, encoding.encoder)
+                    # The whole encoder waits, wherever in it that was encoded.
+                    for fence in _fences(records[i:]):
+                        self._hazards.wait_fence(encoding.encoder, fence)
+                elif kind == UPDATE_FENCE:
+                    self._hazards.update_fence(encoding.encoder, record[0])
+                elif kind == SIGNAL_EVENT:
+                    self._hazards.signal_event(commands, *record)
+                elif kind == WAIT_EVENT:
+                    self._hazards.wait_event(commands, *record)
+                elif kind == COMPLETE:
+                    self._hazards.complete(commands)
+                    del self._encodings[commands]
             except CommandError as error:
                 # The rest is not executed, but fences and events must go on.
                 failure = failure or error
                 valid = 0
                 encoding.pending.clear()
-        serial = self._hazards.completed
         if failure is not None:
             raise failure
-        return pack(serial)
+        return pack(self._hazards.completed)
 
-    def _record(
-        self,
-        commands: int,
-        encoding: Encoding,
-        records: Message,
-        order: str,
-        fault: str,
-        valid: bool,
-    ) -> None:
-        kind = records.number()
-        if kind == ENCODER:
-            encoding.encoder, encoding.concurrent = records.number(), records.number() == 1
-            self._hazards.begin_encoder(commands, encoding.encoder)
-        elif kind == DISPATCH:
-            dispatch = self._dispatch(records, valid)
-            if dispatch is not None:
-                encoding.pending.append(dispatch)
-                if not encoding.concurrent:
-                    self._run(encoding, order, fault)
-                    self._hazards.barrier(encoding.encoder)
-        elif kind == BARRIER:
-            self._run(encoding, order, fault)
-            self._hazards.barrier(encoding.encoder)
-        elif kind == END_ENCODER:
-            self._run(encoding, order, fault)
-        elif kind == UPDATE_FENCE:
-            self._hazards.update_fence(encoding.encoder, records.number())
-        elif kind == WAIT_FENCE:
-            self._hazards.wait_fence(encoding.encoder, records.number())
-        elif kind == SIGNAL_EVENT:
-            self._hazards.signal_event(commands, records.number(), records.number())
-        elif kind == WAIT_EVENT:
-            self._hazards.wait_event(commands, records.number(), records.number())
-        elif kind == COMPLETE:
-            self._hazards.complete(commands)
-            del self._encodings[commands]
-        else:
-            raise AssertionError(f"a record of kind {kind}")
+    def _read(self, records: Message) -> Iterator[tuple[int, Dispatch | tuple[int, ...]]]:
+        """The records of a command buffer: each kind, with its numbers or its dispatch."""
+        while records:
+            kind = records.number()
+            if kind == DISPATCH:
+                yield kind, self._read_dispatch(records)
+            else:
+                yield kind, tuple(records.number() for _ in range(NUMBERS[kind]))
 
-    def _dispatch(self, records: Message, valid: bool) -> Dispatch | None:
-        """Reads a dispatch. Raises CommandError if its arguments are not what the kernel takes."""
+    def _read_dispatch(self, records: Message) -> Dispatch:
         kernel = self._pipelines[records.number()]
         threads = records.number() != 0
         grid, group = records.size(), records.size()
@@ -270,16 +273,19 @@ class Device:
                     buffer, records.number(), records.number(), records.number()
                 )
         memory = {records.number(): records.number() for _ in range(records.number())}
-        if not valid:
-            return None
         if threads:
             grid, group = whole_groups(grid, group)
         if not kernel.ours:  # MLX binds more than some of its kernels take, which Metal allows
             buffers = {i: b for i, b in buffers.items() if i in kernel.buffers}
             constants = {i: c for i, c in constants.items() if i in kernel.buffers}
-        dispatch = Dispatch(kernel, grid, group, buffers, constants, memory)
+        return Dispatch(kernel, grid, group, buffers, constants, memory)
+
+    def _encode(self, encoding: Encoding, dispatch: Dispatch, order: str, fault: str) -> None:
         check(dispatch)
-        return dispatch
+        encoding.pending.append(dispatch)
+        if not encoding.concurrent:
+            self._run(encoding, order, fault)
+            self._hazards.barrier(encoding.encoder)
 
     def _run(self, encoding: Encoding, order: str, fault: str) -> None:
         """Runs the dispatches since the last barrier, in any order that is asked for."""

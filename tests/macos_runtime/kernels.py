@@ -203,7 +203,7 @@ def from_metallib(path: Path, name: str, constants: Mapping[int, bytes]) -> Kern
         missing = sorted(set(_UNDEFINED.findall(str(error))))
         what = f"needs {', '.join(missing)}" if missing else str(error)
         raise KernelError(f"{name} of MLX is not translated: it {what}") from error
-    except (ValueError, KeyError, RuntimeError) as error:
+    except Exception as error:  # whatever the translation does not know
         raise KernelError(f"{name} of MLX is not translated: {error!r}") from error
     alignments = {a.location: a.alignment for a in translation.arguments if a.location >= 0}
     return _kernel(name, library, function=translation.name, alignments=alignments)

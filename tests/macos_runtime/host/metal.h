@@ -167,4 +167,7 @@ struct Queue : Object {
 
 uint64_t new_id();
 
+// The versions of Metal's language that were asked for, e.g. 3.1.
+std::set<std::string> languages();
+
 }  // namespace metal

@@ -111,8 +111,21 @@ Object* device() {
 
 Object* constant_text(const char* text) { return new String(text); }
 
+std::mutex languages_mutex;
+std::set<std::string> languages_asked;
+
+void note_language(const Properties* options) {
+  if (options == nullptr) return;
+  const auto found = options->values.find("setLanguageVersion:");
+  if (found == options->values.end()) return;
+  const uint64_t version = found->second;
+  const std::lock_guard lock(languages_mutex);
+  languages_asked.insert(std::to_string(version >> 16) + "." + std::to_string(version & 0xffff));
+}
+
 // newLibraryWithSource:options:error:
-Object* compile(Object*, Selector, String* source, Properties*, Error** error) {
+Object* compile(Object*, Selector, String* source, Properties* options, Error** error) {
+  note_language(options);
   if (gpu::setting("compile_fails") == "1") {
     set_error(error, "program_source:1:1: error: a planted error");
     return nullptr;
@@ -315,6 +328,11 @@ const bool kMethods = [] {
   return true;
 }();
 
+std::set<std::string> read_languages() {
+  const std::lock_guard lock(languages_mutex);
+  return languages_asked;
+}
+
 Object* copy_all_devices() { return new objc::Array({retain(device())}); }
 Object* default_device() { return retain(device()); }
 
@@ -324,5 +342,7 @@ const macho::StandIns kFunctions{
 };
 
 }  // namespace
+
+std::set<std::string> languages() { return read_languages(); }
 
 }  // namespace metal

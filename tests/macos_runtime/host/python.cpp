@@ -6,6 +6,7 @@
 
 #include "gpu_link.h"
 #include "image.h"
+#include "metal.h"
 #include "objc.h"
 #include "stand_ins.h"
 #include "variadic.h"
@@ -125,16 +126,22 @@ PyObject* configure(PyObject*, PyObject* arguments) {
   Py_RETURN_NONE;
 }
 
-// reports(): what was found that is not allowed, since this was last asked.
-PyObject* reports(PyObject*, PyObject*) {
+template <typename Texts>
+PyObject* list_of(const Texts& texts) {
   PyObject* list = PyList_New(0);
-  for (const std::string& text : objc::take_reports()) {
+  for (const std::string& text : texts) {
     PyObject* item = PyUnicode_FromString(text.c_str());
     PyList_Append(list, item);
     Py_DECREF(item);
   }
   return list;
 }
+
+// reports(): what was found that is not allowed, since this was last asked.
+PyObject* reports(PyObject*, PyObject*) { return list_of(objc::take_reports()); }
+
+// languages(): the versions of Metal's language that sources were to be compiled as.
+PyObject* languages(PyObject*, PyObject*) { return list_of(metal::languages()); }
 
 // alive(): how many Objective-C objects there are, by class.
 PyObject* alive(PyObject*, PyObject*) {
@@ -148,13 +155,10 @@ PyObject* alive(PyObject*, PyObject*) {
 }
 
 PyMethodDef methods[] = {
-    {"load_libcxx", load_libcxx, METH_O, nullptr},
-    {"create", create, METH_O, nullptr},
-    {"execute", execute, METH_O, nullptr},
-    {"configure", configure, METH_VARARGS, nullptr},
-    {"reports", reports, METH_NOARGS, nullptr},
-    {"alive", alive, METH_NOARGS, nullptr},
-    {nullptr, nullptr, 0, nullptr},
+    {"load_libcxx", load_libcxx, METH_O, nullptr}, {"create", create, METH_O, nullptr},
+    {"execute", execute, METH_O, nullptr},         {"configure", configure, METH_VARARGS, nullptr},
+    {"reports", reports, METH_NOARGS, nullptr},    {"languages", languages, METH_NOARGS, nullptr},
+    {"alive", alive, METH_NOARGS, nullptr},        {nullptr, nullptr, 0, nullptr},
 };
 
 PyModuleDef definition = {

@@ -142,6 +142,9 @@ struct Floats {
 Doubles sine_and_cosine(double x) { return {sin(x), cos(x)}; }
 Floats sine_and_cosine_of_float(float x) { return {sinf(x), cosf(x)}; }
 
+_Float16 larger(_Float16 x, _Float16 y) { return static_cast<_Float16>(fmaxf(x, y)); }
+_Float16 smaller(_Float16 x, _Float16 y) { return static_cast<_Float16>(fminf(x, y)); }
+
 [[noreturn]] void assertion_failed(const char* f, const char* file, int line, const char* text) {
   fail("assertion failed: %s (%s:%d, %s)", text, file, line, f);
 }
@@ -206,6 +209,8 @@ const StandIns kMachine{
     {"___sincos_stret", function(sine_and_cosine)},
     {"___sincosf_stret", function(sine_and_cosine_of_float)},
     {"___exp10", function(exp10)},
+    {"___fmaxf16", function(larger)},
+    {"___fminf16", function(smaller)},
     {"___assert_rtn", function(assertion_failed)},
     {"___stack_chk_fail", function(stack_overwritten)},
     {"___stack_chk_guard", &stack_guard},

@@ -10,18 +10,18 @@
 #define __METAL_FAST_MATH__ 1
 #define __METAL_PRECISE_MATH__ 2
 
+// clang-format off
 #define UNARY(name) \
   inline float __metal_##name(float x, int) { return metal::name(x); }
-#define UNARY4(a, b, c, d) UNARY(a) UNARY(b) UNARY(c) UNARY(d)
-UNARY4(acos, asin, atan, ceil)
-UNARY4(cos, cosh, exp, exp2)
-UNARY4(fabs, floor, log, log10)
-UNARY4(rint, round, rsqrt, sin)
-UNARY4(sinh, sqrt, tan, tanh)
-UNARY(log2)
-UNARY(trunc)
-#undef UNARY4
+UNARY(acos) UNARY(asin) UNARY(atan) UNARY(ceil)
+UNARY(cos) UNARY(cosh) UNARY(exp) UNARY(exp2)
+UNARY(fabs) UNARY(floor) UNARY(log) UNARY(log10)
+UNARY(log2) UNARY(rint) UNARY(round) UNARY(rsqrt)
+UNARY(sin) UNARY(sinh) UNARY(sqrt) UNARY(tan)
+UNARY(tanh) UNARY(trunc)
 #undef UNARY
+    // clang-format on
+
     inline float __metal_fmod(float x, float y, int) {
   return metal::fmod(x, y);
 }
@@ -59,14 +59,12 @@ constexpr constant bool is_signed_v = is_signed<T>::value;
 template <typename T>
 constexpr constant bool is_unsigned_v = !is_signed<T>::value;
 
-#define UNARY(name) \
-  inline float name(float x) { return __builtin_##name##f(x); }
-UNARY(acosh)
-UNARY(asinh) UNARY(atanh)
-#undef UNARY
+inline float acosh(float x) { return __builtin_acoshf(x); }
+inline float asinh(float x) { return __builtin_asinhf(x); }
+inline float atanh(float x) { return __builtin_atanhf(x); }
 
-    template <typename T, size_t N>
-    struct array {
+template <typename T, size_t N>
+struct array {
   T elements[N];
   T operator[](size_t i) const { return elements[i]; }
 };

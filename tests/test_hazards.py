@@ -1,0 +1,165 @@
+"""The finder of hazards of the macOS runtime, on orders that are and are not enough."""
+
+import numpy as np
+import pytest
+from macos_runtime.gpu import changed, whole_groups
+from macos_runtime.hazards import Access, Hazards
+
+
+def access(*ranges: tuple[int, int], write: bool, buffer: int = 1, name: str = "k") -> Access:
+    return Access(buffer, np.array(ranges, np.int64), write, name)
+
+
+def write(*ranges: tuple[int, int], buffer: int = 1) -> list[Access]:
+    return [access(*ranges, write=True, buffer=buffer, name="writer")]
+
+
+def read(*ranges: tuple[int, int], buffer: int = 1) -> list[Access]:
+    return [access(*ranges, write=False, buffer=buffer, name="reader")]
+
+
+@pytest.fixture
+def hazards() -> Hazards:
+    """One command buffer, number 1, with encoders 10 and 11."""
+    made = Hazards()
+    made.begin(1, queue=1, completed=0, observed=0)
+    made.begin_encoder(1, 10)
+    made.begin_encoder(1, 11)
+    return made
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "found"),
+    [
+        (write((0, 8)), read((4, 12)), True),
+        (read((0, 8)), write((4, 12)), True),
+        (write((0, 8)), write((7, 9)), True),
+        (read((0, 8)), read((0, 8)), False),
+        (write((0, 8)), read((8, 16)), False),
+        (write((0, 8)), read((0, 8), buffer=2), False),
+        (write((0, 4), (8, 12)), write((4, 8), (12, 16)), False),
+        (write((0, 4), (8, 12)), read((5, 9)), True),
+        (write((8, 12)), read((0, 4), (9, 10)), True),
+    ],
+)
+def test_accesses_that_meet(
+    hazards: Hazards, first: list[Access], second: list[Access], found: bool
+) -> None:
+    assert hazards.dispatch(10, first) is None
+    message = hazards.dispatch(10, second)
+    assert (message is not None) == found
+    if message is not None:
+        assert "nothing orders them" in message
+
+
+def test_a_dispatch_does_not_conflict_with_itself(hazards: Hazards) -> None:
+    assert hazards.dispatch(10, [*read((0, 8)), *write((0, 8))]) is None
+
+
+def test_a_barrier_orders_its_encoder_alone(hazards: Hazards) -> None:
+    hazards.dispatch(10, write((0, 8)))
+    hazards.barrier(10)
+    assert hazards.dispatch(10, read((0, 8))) is None
+    hazards.barrier(11)
+    assert hazards.dispatch(11, read((0, 8))) is not None
+
+
+def test_the_order_of_execution_does_not_matter(hazards: Hazards) -> None:
+    """What comes after a barrier may not be taken for what comes before it."""
+    hazards.barrier(10)
+    hazards.dispatch(10, read((0, 8)))
+    assert hazards.dispatch(10, write((0, 8))) is not None
+
+
+def test_a_fence_orders_encoders(hazards: Hazards) -> None:
+    hazards.dispatch(10, write((0, 8)))
+    hazards.update_fence(10, 5)
+    hazards.wait_fence(11, 5)
+    assert hazards.dispatch(11, read((0, 8))) is None
+
+
+def test_another_fence_does_not(hazards: Hazards) -> None:
+    hazards.dispatch(10, write((0, 8)))
+    hazards.update_fence(10, 5)
+    hazards.wait_fence(11, 6)
+    assert hazards.dispatch(11, read((0, 8))) is not None
+
+
+def test_fences_order_what_came_before_what_they_order(hazards: Hazards) -> None:
+    hazards.begin_encoder(1, 12)
+    hazards.dispatch(10, write((0, 8)))
+    hazards.update_fence(10, 5)
+    hazards.wait_fence(11, 5)
+    hazards.update_fence(11, 6)
+    hazards.wait_fence(12, 6)
+    assert hazards.dispatch(12, read((0, 8))) is None
+
+
+@pytest.mark.parametrize("waits", [True, False])
+def test_an_event_orders_queues(hazards: Hazards, waits: bool) -> None:
+    hazards.dispatch(10, write((0, 8)))
+    hazards.signal_event(1, 7, 1)
+    hazards.begin(2, queue=2, completed=0, observed=0)
+    if waits:
+        hazards.wait_event(2, 7, 1)
+    hazards.begin_encoder(2, 20)
+    assert (hazards.dispatch(20, read((0, 8))) is None) == waits
+
+
+@pytest.mark.parametrize("seen", [True, False])
+def test_completion_orders_what_is_committed_after_it_was_known(
+    hazards: Hazards, seen: bool
+) -> None:
+    hazards.dispatch(10, write((0, 8)))
+    hazards.complete(1)
+    hazards.begin(2, queue=1, completed=1 if seen else 0, observed=0)
+    hazards.begin_encoder(2, 20)
+    assert (hazards.dispatch(20, read((0, 8))) is None) == seen
+
+
+@pytest.mark.parametrize("seen", [True, False])
+def test_an_event_that_the_program_has_seen_orders(hazards: Hazards, seen: bool) -> None:
+    hazards.dispatch(10, write((0, 8)))
+    hazards.signal_event(1, 7, 1)
+    hazards.observe(7, 1)
+    hazards.begin(2, queue=2, completed=0, observed=1 if seen else 0)
+    hazards.begin_encoder(2, 20)
+    assert (hazards.dispatch(20, read((0, 8))) is None) == seen
+
+
+def test_what_is_past_is_forgotten() -> None:
+    hazards = Hazards()
+    for i in range(1000):
+        hazards.begin(i, queue=1, completed=i, observed=0)
+        hazards.begin_encoder(i, i)
+        assert hazards.dispatch(i, write((0, 8))) is None
+        hazards.complete(i)
+    assert len(hazards._encoders) < 200
+    assert sum(len(past) for past in hazards._past.values()) < 200
+
+
+def test_ranges_that_have_changed() -> None:
+    before = np.zeros(10, np.uint8)
+    after = before.copy()
+    after[[0, 3, 4, 9]] = 1
+    assert changed(before, after).tolist() == [[0, 1], [3, 5], [9, 10]]
+    assert changed(before, before).size == 0
+
+
+@pytest.mark.parametrize(
+    ("grid", "group", "expected"),
+    [
+        ((64, 6, 2), (32, 3, 1), ((2, 2, 2), (32, 3, 1))),
+        ((7, 1, 1), (4, 1, 1), ((7, 1, 1), (1, 1, 1))),
+        ((30, 7, 1), (8, 8, 1), ((1, 7, 1), (30, 1, 1))),
+        ((6, 5, 1), (32, 2, 1), ((1, 1, 1), (6, 5, 1))),
+    ],
+)
+def test_whole_groups(
+    grid: tuple[int, int, int],
+    group: tuple[int, int, int],
+    expected: tuple[tuple[int, int, int], tuple[int, int, int]],
+) -> None:
+    groups, threads = whole_groups(grid, group)
+    assert (groups, threads) == expected
+    assert all(n * t == size for n, t, size in zip(groups, threads, grid, strict=True))
