@@ -20,6 +20,7 @@ from functools import cache
 from pathlib import Path
 
 import lief
+import macho_tables
 import pytest
 from macos import (
     NEWER_PLATFORMS,
@@ -208,7 +209,73 @@ def test_finds_mlx_beside_itself(extension: Path) -> None:
     assert image.libraries == {
         "@rpath/libmlx.dylib",
         "/usr/lib/libSystem.B.dylib",
+        "/usr/lib/libc++.1.dylib",
         "/usr/lib/libobjc.A.dylib",
+    }
+
+
+def test_what_it_needs_of_cxx_is_looked_for_in_libcxx_alone(extension: Path) -> None:
+    """Not in whatever happens to be loaded: a symbol that is not in libcxx.tbd has no library."""
+    imports = {
+        symbol: library
+        for symbol, library in read(extension).imports.items()
+        if symbol in macho_tables.bound(extension)
+    }
+    cxx = {s for s in imports if s.startswith(("__ZNSt", "__ZNKSt", "__ZSt", "__ZTISt", "___cxa_"))}
+    cxx -= {"___cxa_atexit"}  # of libSystem
+    assert len(cxx) > 90
+    assert {imports[symbol] for symbol in cxx} == {"/usr/lib/libc++.1.dylib"}
+    # Elsewhere dyld looks for CPython's functions, and for a virtual function of MLX's Primitive
+    # that is in every image that has a primitive.
+    anywhere = {symbol for symbol, library in imports.items() if library is None}
+    rest = {s for s in anywhere if not s.startswith(("_Py", "__Py", "__ZN3mlx4core9Primitive"))}
+    assert rest <= {"__tlv_bootstrap"}
+
+
+def test_every_page_has_the_hash_that_the_signature_says(extension: Path) -> None:
+    """macOS ends a process that touches another page; zig's linker makes the signature."""
+    found = macho_tables.signature(extension)
+    assert found.flags & macho_tables.ADHOC
+    assert found.hash_type == macho_tables.SHA256
+    assert found.identifier == extension.name
+    assert found.code_limit == found.position
+    assert found.pages == -(-found.code_limit // found.page)
+    assert found.wrong_pages == []
+
+
+def test_a_changed_byte_breaks_the_signature(extension: Path, tmp_path: Path) -> None:
+    data = bytearray(extension.read_bytes())
+    data[0x5000] ^= 1
+    changed = tmp_path / extension.name
+    changed.write_bytes(data)
+    found = macho_tables.signature(changed)
+    assert found.wrong_pages == [0x5000 // found.page]
+
+
+def test_every_unwind_entry_fits_its_function(extension: Path) -> None:
+    """Ranges, in order and in the code; for handlers, where they are and who reads them."""
+    functions = macho_tables.functions(extension)
+    code = macho_tables.address_of_section(extension, "__text")
+    handlers = macho_tables.address_of_section(extension, "__gcc_except_tab")
+    starts = [f.start for f in functions]
+    assert starts == sorted(set(starts))
+    assert all(f.start in code for f in functions if f.encoding)
+    has_lsda = 0x40000000
+    for f in functions:
+        assert bool(f.encoding & has_lsda) == (f.lsda is not None), hex(f.start)
+        assert (f.personality is not None) == (f.lsda is not None), hex(f.start)
+        assert f.lsda is None or f.lsda in handlers, hex(f.start)
+        assert (f.mode == macho_tables.DWARF) == (f.frame is not None)
+        if f.frame is not None:
+            assert f.frame.start == f.start, hex(f.start)
+            assert f.frame.end <= f.end, hex(f.start)
+            assert f.frame.lsda == f.lsda, hex(f.start)
+            assert f.frame.personality in (f.personality, None) or f.lsda is None, hex(f.start)
+    with_handlers = [f for f in functions if f.lsda is not None]
+    assert len(with_handlers) > 100
+    personalities = {f.personality for f in with_handlers}
+    assert {macho_tables.bound_at(extension, p) for p in personalities if p is not None} == {
+        "___gxx_personality_v0"
     }
 
 

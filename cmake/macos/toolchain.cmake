@@ -2,7 +2,7 @@
 #
 # MLX_DIR must name the CMake files in MLX's wheel for macOS, as `make wheel-macos` does. What zig's
 # own headers and libraries lack of Apple's SDK is beside this file: a few declarations that
-# metal-cpp needs, and the symbols of libobjc.
+# metal-cpp needs, the symbols of libobjc, and those of libc++ that the extension uses.
 
 set(CMAKE_SYSTEM_NAME Darwin)
 set(CMAKE_SYSTEM_PROCESSOR arm64)
@@ -30,10 +30,11 @@ string(JOIN " " CMAKE_CXX_FLAGS_INIT
   "-isystem ${CMAKE_CURRENT_LIST_DIR}/include")
 
 # zig would link a libc++ of its own, whose exceptions are not of the types that libmlx throws and
-# catches. So libc++'s symbols, and Python's, stay undefined until the extension is loaded.
+# catches. So the extension refers to the system's by name (libcxx.tbd), and Python's symbols stay
+# undefined until it is loaded.
 string(JOIN " " CMAKE_MODULE_LINKER_FLAGS_INIT
   "-undefined dynamic_lookup -nostdlib++"
-  "-L${CMAKE_CURRENT_LIST_DIR}")
+  "-L${CMAKE_CURRENT_LIST_DIR} -lcxx")
 
 # A program would be linked with zig's libc++, which takes a minute to compile.
 set(CMAKE_TRY_COMPILE_TARGET_TYPE STATIC_LIBRARY)
