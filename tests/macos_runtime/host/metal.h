@@ -166,6 +166,7 @@ struct Queue : Object {
 };
 
 uint64_t new_id();
+Object* the_device();
 
 // The versions of Metal's language that were asked for, e.g. 3.1.
 std::set<std::string> languages();

@@ -104,11 +104,6 @@ namespace {
 
 constexpr const char* kDevice = "MTLDevice";
 
-Object* device() {
-  static auto* made = new Properties(class_named(kDevice));
-  return made;
-}
-
 Object* constant_text(const char* text) { return new String(text); }
 
 std::mutex languages_mutex;
@@ -333,8 +328,8 @@ std::set<std::string> read_languages() {
   return languages_asked;
 }
 
-Object* copy_all_devices() { return new objc::Array({retain(device())}); }
-Object* default_device() { return retain(device()); }
+Object* copy_all_devices() { return new objc::Array({retain(the_device())}); }
+Object* default_device() { return retain(the_device()); }
 
 const macho::StandIns kFunctions{
     {"_MTLCopyAllDevices", macho::function(copy_all_devices)},
@@ -342,6 +337,11 @@ const macho::StandIns kFunctions{
 };
 
 }  // namespace
+
+Object* the_device() {
+  static auto* made = new Properties(class_named(kDevice));
+  return made;
+}
 
 std::set<std::string> languages() { return read_languages(); }
 

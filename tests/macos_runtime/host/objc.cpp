@@ -191,6 +191,7 @@ void macho_send();
 
 __attribute__((used)) const void* macho_find_method(const Object* self, Selector name) {
   if (self == nullptr) return macho::function(answer_of_nil);
+  if (self->isa == &zombie()) macho::fail("-%s is sent to a released object", name);
   const void* found = find_method(self->isa, name);
   if (found == nullptr) {
     const auto* c = dynamic_cast<const Class*>(self);

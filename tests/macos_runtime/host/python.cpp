@@ -7,6 +7,7 @@
 #include "gpu_link.h"
 #include "image.h"
 #include "metal.h"
+#include "misuse.h"
 #include "objc.h"
 #include "stand_ins.h"
 #include "variadic.h"
@@ -143,6 +144,13 @@ PyObject* reports(PyObject*, PyObject*) { return list_of(objc::take_reports()); 
 // languages(): the versions of Metal's language that sources were to be compiled as.
 PyObject* languages(PyObject*, PyObject*) { return list_of(metal::languages()); }
 
+// misuse(what): runs a program that uses Metal wrongly. Returns its command buffer's error.
+PyObject* run_misuse(PyObject*, PyObject* what) {
+  const char* name = PyUnicode_AsUTF8(what);
+  if (name == nullptr) return nullptr;
+  return PyUnicode_FromString(metal::misuse(name).c_str());
+}
+
 // alive(): how many Objective-C objects there are, by class.
 PyObject* alive(PyObject*, PyObject*) {
   PyObject* counts = PyDict_New();
@@ -155,10 +163,15 @@ PyObject* alive(PyObject*, PyObject*) {
 }
 
 PyMethodDef methods[] = {
-    {"load_libcxx", load_libcxx, METH_O, nullptr}, {"create", create, METH_O, nullptr},
-    {"execute", execute, METH_O, nullptr},         {"configure", configure, METH_VARARGS, nullptr},
-    {"reports", reports, METH_NOARGS, nullptr},    {"languages", languages, METH_NOARGS, nullptr},
-    {"alive", alive, METH_NOARGS, nullptr},        {nullptr, nullptr, 0, nullptr},
+    {"load_libcxx", load_libcxx, METH_O, nullptr},
+    {"create", create, METH_O, nullptr},
+    {"execute", execute, METH_O, nullptr},
+    {"configure", configure, METH_VARARGS, nullptr},
+    {"reports", reports, METH_NOARGS, nullptr},
+    {"misuse", run_misuse, METH_O, nullptr},
+    {"languages", languages, METH_NOARGS, nullptr},
+    {"alive", alive, METH_NOARGS, nullptr},
+    {nullptr, nullptr, 0, nullptr},
 };
 
 PyModuleDef definition = {
