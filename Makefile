@@ -107,10 +107,18 @@ mutants: build
 
 # On an emulated processor, with stand-ins for macOS and Metal: docs/macos_runtime.md.
 MACOS ?= 14
+MACOS_BACKEND ?= gpu
 MACOS_WHEELS := build/macos_runtime/wheels
+MACOS_PYTEST = PYTHONPATH=tests MACOS=$(MACOS) $(PY) -m macos_runtime -m pytest
+# Of the suite what holds the CPU's kernels to float64, here with NEON.
+MACOS_CPU_TESTS := tests/test_evaluation.py tests/test_layouts.py
 test-macos: $(MACOS_WHEELS)/stamp
-	PYTHONPATH=tests MACOS=$(MACOS) $(PY) -m macos_runtime \
-		-m pytest --backend gpu $(or $(PYTEST_ARGS),tests/macos_runtime)
+ifdef PYTEST_ARGS
+	$(MACOS_PYTEST) --backend $(MACOS_BACKEND) $(PYTEST_ARGS)
+else
+	$(MACOS_PYTEST) --backend gpu tests/macos_runtime
+	$(MACOS_PYTEST) --backend cpu -m 'not slow' $(MACOS_CPU_TESTS)
+endif
 
 # For the interpreter of .venv, which must be of the version that Debian has.
 $(MACOS_WHEELS)/stamp: $(VENV)/package.stamp

@@ -218,6 +218,7 @@ const StandIns kThreads{
     {"_pthread_join", function(pthread_join)},
     {"_pthread_detach", function(pthread_detach)},
     {"_pthread_self", function(pthread_self)},
+    {"_pthread_atfork", function(pthread_atfork)},
     {"_pthread_key_create", function(key_create)},
     {"_pthread_key_delete", function(key_delete)},
     {"_pthread_setspecific", function(set_specific)},
