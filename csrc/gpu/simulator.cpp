@@ -59,7 +59,7 @@ void simulate(SimulatorFunction function, const Plan& p, BoundArrays& arrays) {
         data = arrays[b.array].data<char>();
         bytes = arrays[b.array].nbytes();
       }
-      buffers.push_back({static_cast<uint32_t>(b.index), b.written, data, bytes, 0, 0});
+      buffers.push_back({static_cast<uint32_t>(b.index), b.written, data, bytes, 0, 0, 0});
     }
     const SimulatorConstant parameters = std::visit(
         [](const auto& v) { return SimulatorConstant{kParameters, &v, sizeof v}; }, d.parameters);
