@@ -32,12 +32,11 @@ inline Affine forward(constant Sweep& sweep, float mean, float var, float weight
   return Affine{mean, inverse_deviation(var, sweep.eps) * weight, bias, 0.0f};
 }
 
-/// grad x of x and g.
-inline Affine backward(constant Sweep& sweep, float mean, float var, float weight, Sums sums,
-                       float grad_mean, float grad_var) {
+/// grad x of x and g, with per_value = 1 / m: the same for all, one division.
+inline Affine backward(constant Sweep& sweep, float per_value, float mean, float var, float weight,
+                       Sums sums, float grad_mean, float grad_var) {
   const float r = inverse_deviation(var, sweep.eps);
   const float rw = r * weight;
-  const float per_value = 1.0f / sweep.count;  // the same for all: one division
   return Affine{mean, (2.0f * grad_var - rw * r * sum_of_normalized(sums, r)) * per_value,
                 (grad_mean - rw * sums.g) * per_value, rw};
 }

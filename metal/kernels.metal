@@ -324,12 +324,13 @@ template <typename T, int V, typename A>
   const Place p = A::place(sweep, thread_index);
   const Walk w = A::template walk<V>(sweep, A::locate(sweep, group, groups, true), p);
   if (w.inside) {
+    const float per_value = 1.0f / sweep.count;
     Affine f[S];
     long channel = w.channel;
     WELFORD_UNROLL
     for (int i = 0; i < S; ++i) {
       const long j = w.statistic + i;
-      f[i] = backward(sweep, mean[j], var[j], weight_of(sweep, weight, channel),
+      f[i] = backward(sweep, per_value, mean[j], var[j], weight_of(sweep, weight, channel),
                       sums_of(sweep, sums, j), grad_mean[j], grad_var[j]);
       channel = after(channel, sweep.channels);
     }
@@ -402,6 +403,7 @@ template <typename T, int V, typename A>
   find_moments<T, V, S>(kept, w, found);
   merge_along<Moments, S, true>(found, p, entries);
   if (w.inside) {
+    const float per_value = 1.0f / sweep.count;  // before the stores, or each would need its own
     Affine f[S];
     long channel = w.channel;
     WELFORD_UNROLL
@@ -409,7 +411,7 @@ template <typename T, int V, typename A>
       const long j = w.statistic + i;
       const Moments of_x = settled(found[i]);
       const float m = of_x.mean;
-      const float v = of_x.m2 / of_x.count;
+      const float v = of_x.m2 * per_value;
       f[i] = forward(sweep, m, v, weight_of(sweep, weight, channel), bias_of(sweep, bias, channel));
       channel = after(channel, sweep.channels);
       if (p.along == 0) {
@@ -446,13 +448,14 @@ template <typename T, int V, typename A>
   find_sums<T, V, S>(kept_x, kept_g, w, means, found);
   merge_along<Sums, S, true>(found, p, entries);
   if (w.inside) {
+    const float per_value = 1.0f / sweep.count;
     Affine f[S];
     long channel = w.channel;
     WELFORD_UNROLL
     for (int i = 0; i < S; ++i) {
       const long j = w.statistic + i;
-      f[i] = backward(sweep, means[i], var[j], weight_of(sweep, weight, channel), found[i],
-                      grad_mean[j], grad_var[j]);
+      f[i] = backward(sweep, per_value, means[i], var[j], weight_of(sweep, weight, channel),
+                      found[i], grad_mean[j], grad_var[j]);
       channel = after(channel, sweep.channels);
       if (p.along == 0) {
         sums[j] = found[i];

@@ -36,28 +36,28 @@ struct Shares {
 
 inline Shares shares_of(float a, float b) {
   const float count = a + b;
-  float of_b = 0.5f;
-  if (a != b) {  // a division takes longer than the rest of a merge; equal sets need none
-    of_b = b / count;
+  Shares shares{count, 0.5f, 0.25f * count};  // of equal sets
+  // A division takes longer than the rest of a merge; equal sets and empty ones need none. Together
+  // with the product it is too much for a compiler to compute it in any case, as it may by itself.
+  if (a != b && a != 0.0f && b != 0.0f) {
+    shares.of_b = b / count;
+    shares.both = a * shares.of_b;
   }
-  return Shares{count, of_b, a * of_b};
+  return shares;
 }
 
-/// Chan's merge of two sets that have values.
-inline Moments merge(Moments a, Moments b, Shares s) {
-  const float d = (b.mean - a.mean) + (b.tail - a.tail);
-  return moments_about(s.count, a.mean, a.tail + d * s.of_b, a.m2 + b.m2 + d * d * s.both);
+/// Chan's merge of two sets in this order, with d = b.mean - a.mean, where mean + tail is that of a.
+/// If a side is empty, d is 0 and mean + tail is the other's: (inf - 0) * 0 would be a nan.
+inline Moments merge(float mean, float tail, float d, float m2, Shares s) {
+  return moments_about(s.count, mean, tail + d * s.of_b, m2 + d * d * s.both);
 }
 
-/// Chan's merge of two sets. An empty side is skipped, so that (inf - 0) * 0 never makes a nan.
+/// Chan's merge of two sets. What is chosen is numbers: structs might stay in memory.
 inline Moments merge(Moments a, Moments b) {
-  if (b.count == 0.0f) {
-    return a;
-  }
-  if (a.count == 0.0f) {
-    return b;
-  }
-  return merge(a, b, shares_of(a.count, b.count));
+  const bool a_empty = a.count == 0.0f;
+  const float d = (b.mean - a.mean) + (b.tail - a.tail);
+  return merge(a_empty ? b.mean : a.mean, a_empty ? b.tail : a.tail,
+               a_empty || b.count == 0.0f ? 0.0f : d, a.m2 + b.m2, shares_of(a.count, b.count));
 }
 
 /// Welford's step: the merge with a single value.
@@ -88,18 +88,18 @@ inline void merge_lanes(thread Moments* values, uint lane, uint step) {
     const bool upper = (lane & offset) != 0;
     const float own = values[0].count;
     const float other = metal::simd_shuffle_xor(own, ushort(offset));
-    const Shares shares = upper ? shares_of(other, own) : shares_of(own, other);
+    const Shares shares = shares_of(upper ? other : own, upper ? own : other);
+    const bool either_empty = own == 0.0f || other == 0.0f;
+    const bool theirs = own == 0.0f || (upper && other != 0.0f);  // is the mean to begin with
     WELFORD_UNROLL
     for (int i = 0; i < n; ++i) {
       const Moments m = values[i];
-      const Moments from{other, metal::simd_shuffle_xor(m.mean, ushort(offset)),
-                         metal::simd_shuffle_xor(m.tail, ushort(offset)),
-                         metal::simd_shuffle_xor(m.m2, ushort(offset))};
-      if (own == 0.0f) {
-        values[i] = from;
-      } else if (other != 0.0f) {
-        values[i] = merge(upper ? from : m, upper ? m : from, shares);
-      }
+      const float mean = metal::simd_shuffle_xor(m.mean, ushort(offset));
+      const float tail = metal::simd_shuffle_xor(m.tail, ushort(offset));
+      const float m2 = metal::simd_shuffle_xor(m.m2, ushort(offset));
+      const float d = (mean - m.mean) + (tail - m.tail);
+      values[i] = merge(theirs ? mean : m.mean, theirs ? tail : m.tail,
+                        either_empty ? 0.0f : (upper ? -d : d), m.m2 + m2, shares);
     }
   }
 }

@@ -37,9 +37,9 @@ struct FusedRegisters {
 /// As NVRTC allots them for sm_90, the largest of all element types: Apple's compiler, which decides
 /// for itself, has not been asked. tests/test_cuda.py measures them again.
 constexpr FusedRegisters kFusedRegisters[] = {
-    {Fused::forward, true, 1, 48},   {Fused::forward, true, 4, 80},
-    {Fused::forward, true, 8, 112},  {Fused::forward, false, 1, 48},
-    {Fused::forward, false, 4, 64},  {Fused::forward, false, 8, 72},
+    {Fused::forward, true, 1, 48},   {Fused::forward, true, 4, 68},
+    {Fused::forward, true, 8, 80},   {Fused::forward, false, 1, 44},
+    {Fused::forward, false, 4, 56},  {Fused::forward, false, 8, 72},
     {Fused::backward, true, 1, 40},  {Fused::backward, true, 4, 72},
     {Fused::backward, true, 8, 96},  {Fused::backward, false, 1, 40},
     {Fused::backward, false, 4, 64}, {Fused::backward, false, 8, 72},
