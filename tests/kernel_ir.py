@@ -22,6 +22,7 @@ class Function:
     """A kernel's instructions, and the arrays of a thread's own that it keeps in memory."""
 
     instructions: int = 0
+    divisions: int = 0  # of floats, among them
     arrays: list[str] = field(default_factory=list)
 
 
@@ -50,6 +51,7 @@ def parsed(ir: str) -> dict[str, Function]:
             current = None
         elif current is not None and line.startswith("  "):
             current.instructions += 1
+            current.divisions += " = fdiv " in line
             # A single number is what the stand-in of a shuffle takes the address of
             if array := re.search(r" = alloca ([\[%].*?), align", line):
                 current.arrays.append(array[1])

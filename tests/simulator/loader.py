@@ -419,12 +419,18 @@ def _build(
     folder: Path, translation: Translation, options: Sequence[str], implicit_bfloat: bool
 ) -> Path:
     """Compiles and links the two generated sources and the executor in ``folder``."""
-    kernels, table, result = folder / "kernels.cpp", folder / "table.cpp", folder / "library.so"
+    kernels = folder / "kernels.cpp"
     kernels.write_text(translation.kernels_source)
-    table.write_text(translation.table_source)
+    (folder / "table.cpp").write_text(translation.table_source)
     compiled = _run([*_zig(), "clang", *options, "-c", str(kernels), "-o", f"{kernels}.o"])
     for message in () if implicit_bfloat else IMPLICIT_BFLOAT.finditer(compiled.stderr):
         raise CompileError(compiled.stderr[message.start() :].replace("warning:", "error:", 1))
+    return link(folder, Path(f"{kernels}.o"))
+
+
+def link(folder: Path, kernels: Path) -> Path:
+    """The library of compiled kernels, of ``folder / "table.cpp"`` and of the executor."""
+    result = folder / "library.so"
     _run(
         [
             *_zig(),
@@ -441,8 +447,8 @@ def _build(
             "-Wl,-Bsymbolic",
             f"-I{DIRECTORY}",
             str(DIRECTORY / "executor.cpp"),
-            str(table),
-            f"{kernels}.o",
+            str(folder / "table.cpp"),
+            str(kernels),
             "-o",
             str(result),
         ]
