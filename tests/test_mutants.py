@@ -427,7 +427,7 @@ def test_the_table() -> None:
         "| two | `src/a.cpp` | nothing added | **survived** |  | 20 |",
         "| three | `src/b.py` | < has become <= | pending | none in 2 test files | 3 |",
         "",
-        "Draws that were replaced by the next ones:",
+        "Faults that were replaced by others:",
         "",
         "- gone, `src/b.py`: < has become <=; equivalent: x is never 0.",
     ]

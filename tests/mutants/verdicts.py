@@ -140,7 +140,7 @@ def markdown(data: Data, verdicts: Verdicts) -> str:
         lines.append("| " + " | ".join(map(_cell, cells)) + " |")
     rejected = [mutant for mutant in data.mutants if mutant.rejected]
     if rejected:
-        lines += ["", "Draws that were replaced by the next ones:", ""]
+        lines += ["", "Faults that were replaced by others:", ""]
         lines += [f"- {m.name}, `{m.file}`: {_cell(m.why)}; {m.rejected}." for m in rejected]
     return "\n".join(lines)
 
