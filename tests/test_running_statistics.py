@@ -202,19 +202,6 @@ def check_nothing_is_differentiated() -> None:
         assert_same_bits(tangent, mx.zeros_like(tangent))
 
 
-def test_an_evaluation_within_a_transformation_spares_what_that_goes_on_with() -> None:
-    """Of exp, MLX takes the result again for the derivative: it must not have been overwritten."""
-    nan = mx.full((5,), float("nan"))
-
-    def of_next(a: mx.array) -> mx.array:
-        found = _ext.next_running_statistics(mx.exp(a), mx.exp(a), nan, nan, 0.1, 4, "test")
-        mx.eval(found)
-        return mx.stack(list(found)).sum()
-
-    a = mx.random.normal((5,))
-    assert_same_bits(mx.grad(of_next)(a), mx.zeros(5))
-
-
 def test_mapped_over_a_batch_of_batches() -> None:
     x = mx.stack([batch(seed) for seed in range(3)])
     mean, var = mx.random.normal((3, 5)), mx.random.uniform(0.5, 2, (3, 5))
