@@ -11,7 +11,7 @@ from __future__ import annotations
 import re
 import threading
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 
@@ -81,7 +81,23 @@ class SourceLibrary:
     def kernel(self, name: str, constants: Mapping[int, bytes]) -> Kernel:
         if name not in self.names:
             raise KernelError(f"there is no function {name}")
-        return _kernel(name, self.library, ours=self.ours, function_constants=constants)
+        kernel = _kernel(name, self.library, ours=self.ours, function_constants=constants)
+        return replace(kernel, alignments=_alignments(kernel)) if self.ours else kernel
+
+
+# In this package's kernels these are read and written as vectors of the width in the kernel's name.
+_VECTORS = ("x", "g", "y", "grad_x")
+_ELEMENTS = {"float": 4, "half": 2, "bfloat": 2}
+_NAME = re.compile(rf"_({'|'.join(_ELEMENTS)})_(\d)_")
+
+
+def _alignments(kernel: Kernel) -> dict[int, int]:
+    """What the arrays of x's size must be aligned to, of a kernel of this package."""
+    match = _NAME.search(kernel.name)
+    if match is None:
+        return {}
+    bytes_of_vector = _ELEMENTS[match[1]] * int(match[2])
+    return {i: bytes_of_vector for i, p in kernel.buffers.items() if p.name in _VECTORS}
 
 
 @cache

@@ -1,9 +1,11 @@
-"""The finder of hazards of the macOS runtime, on orders that are and are not enough."""
+"""The GPU of the macOS runtime: what orders dispatches, and what their arguments must be."""
 
 import numpy as np
 import pytest
-from macos_runtime.gpu import changed, whole_groups
+from macos_runtime.gpu import Binding, CommandError, Dispatch, changed, check, whole_groups
 from macos_runtime.hazards import Access, Hazards
+from macos_runtime.kernels import Kernel, compile_source
+from mlx_welford import _ext
 
 
 def access(*ranges: tuple[int, int], write: bool, buffer: int = 1, name: str = "k") -> Access:
@@ -163,3 +165,43 @@ def test_whole_groups(
     groups, threads = whole_groups(grid, group)
     assert (groups, threads) == expected
     assert all(n * t == size for n, t, size in zip(groups, threads, grid, strict=True))
+
+
+def shader(name: str) -> Kernel:
+    """A kernel of this package, from the source that the extension would give to Metal."""
+    line = dict(_ext.shader_kernels())[name]
+    return compile_source(_ext.shader_source + line).kernel(name, {})
+
+
+def bound(kernel: Kernel, **offsets: int) -> Dispatch:
+    """A dispatch with all that the kernel takes, buffers at these offsets."""
+    places = {p.name: i for i, p in kernel.buffers.items()}
+    buffers = {i: Binding(i + 1, 0, 4096, 0) for i in kernel.buffers}
+    for name, offset in offsets.items():
+        buffers[places[name]] = Binding(places[name] + 1, 0, 4096, offset)
+    return Dispatch(kernel, (1, 1, 1), (32, 1, 1), buffers, {}, {})
+
+
+@pytest.mark.parametrize(
+    ("name", "offset", "right"),
+    [
+        ("normalize_input_half_8_Columns", 16, True),
+        ("normalize_input_half_8_Columns", 8, False),
+        ("normalize_input_float_4_Rows", 8, False),
+        ("normalize_input_float_1_Rows", 8, True),
+        ("normalize_input_bfloat_1_Rows", 2, True),
+        ("normalize_input_bfloat_1_Rows", 1, False),
+    ],
+)
+def test_vectors_are_aligned(name: str, offset: int, right: bool) -> None:
+    dispatch = bound(shader(name), x=offset)
+    if right:
+        check(dispatch)
+    else:
+        with pytest.raises(CommandError, match="not aligned to"):
+            check(dispatch)
+
+
+def test_another_source_than_this_checkouts_is_refused() -> None:
+    with pytest.raises(Exception, match="not those of this checkout"):
+        compile_source(_ext.shader_source.replace("mean", "average", 1) + "// mlx_welford")
