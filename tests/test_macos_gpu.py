@@ -24,7 +24,7 @@ def read(*ranges: tuple[int, int], buffer: int = 1) -> list[Access]:
 def hazards() -> Hazards:
     """One command buffer, number 1, with encoders 10 and 11."""
     made = Hazards()
-    made.begin(1, queue=1, completed=0, observed=0)
+    made.begin(1, completed=0, observed=0)
     made.begin_encoder(1, 10)
     made.begin_encoder(1, 11)
     return made
@@ -101,7 +101,7 @@ def test_fences_order_what_came_before_what_they_order(hazards: Hazards) -> None
 def test_an_event_orders_queues(hazards: Hazards, waits: bool) -> None:
     hazards.dispatch(10, write((0, 8)))
     hazards.signal_event(1, 7, 1)
-    hazards.begin(2, queue=2, completed=0, observed=0)
+    hazards.begin(2, completed=0, observed=0)
     if waits:
         hazards.wait_event(2, 7, 1)
     hazards.begin_encoder(2, 20)
@@ -114,7 +114,7 @@ def test_completion_orders_what_is_committed_after_it_was_known(
 ) -> None:
     hazards.dispatch(10, write((0, 8)))
     hazards.complete(1)
-    hazards.begin(2, queue=1, completed=1 if seen else 0, observed=0)
+    hazards.begin(2, completed=1 if seen else 0, observed=0)
     hazards.begin_encoder(2, 20)
     assert (hazards.dispatch(20, read((0, 8))) is None) == seen
 
@@ -124,7 +124,7 @@ def test_an_event_that_the_program_has_seen_orders(hazards: Hazards, seen: bool)
     hazards.dispatch(10, write((0, 8)))
     hazards.signal_event(1, 7, 1)
     hazards.observe(7, 1)
-    hazards.begin(2, queue=2, completed=0, observed=1 if seen else 0)
+    hazards.begin(2, completed=0, observed=1 if seen else 0)
     hazards.begin_encoder(2, 20)
     assert (hazards.dispatch(20, read((0, 8))) is None) == seen
 
@@ -132,7 +132,7 @@ def test_an_event_that_the_program_has_seen_orders(hazards: Hazards, seen: bool)
 def test_what_is_past_is_forgotten() -> None:
     hazards = Hazards()
     for i in range(1000):
-        hazards.begin(i, queue=1, completed=i, observed=0)
+        hazards.begin(i, completed=i, observed=0)
         hazards.begin_encoder(i, i)
         assert hazards.dispatch(i, write((0, 8))) is None
         hazards.complete(i)

@@ -43,7 +43,7 @@ NUMBERS |= {SIGNAL_EVENT: 2, WAIT_EVENT: 2, COMPLETE: 0}
 
 Size = tuple[int, int, int]
 
-# A page of Apple's: buffers begin at multiples of it.
+# What vectors are aligned to at most. Buffers themselves begin at pages.
 ALIGNMENT = 16
 
 
@@ -206,14 +206,14 @@ class Device:
         return pack(number)
 
     def _execute(self, message: Message) -> bytes:
-        commands, queue = message.number(), message.number()
+        commands = message.number()
         completed, observed = message.number(), message.number()
         for _ in range(message.number()):
             self._hazards.observe(message.number(), message.number())
         valid, order, fault = message.number(), message.text(), message.text()
         records = list(self._read(Message(message.bytes())))
         if commands not in self._encodings:
-            self._hazards.begin(commands, queue, completed, observed)
+            self._hazards.begin(commands, completed=completed, observed=observed)
             self._encodings[commands] = Encoding()
         encoding = self._encodings[commands]
         failure: CommandError | None = None
@@ -275,9 +275,13 @@ class Device:
         memory = {records.number(): records.number() for _ in range(records.number())}
         if threads:
             grid, group = whole_groups(grid, group)
-        if not kernel.ours:  # MLX binds more than some of its kernels take, which Metal allows
+        if not kernel.ours:
+            # MLX binds more than some of its kernels take, and less where a kernel does not look:
+            # Metal allows both.
             buffers = {i: b for i, b in buffers.items() if i in kernel.buffers}
-            constants = {i: c for i, c in constants.items() if i in kernel.buffers}
+            constants = {
+                i: constants.get(i, b"\0" * 16) for i in kernel.buffers if i not in buffers
+            }
         return Dispatch(kernel, grid, group, buffers, constants, memory)
 
     def _encode(self, encoding: Encoding, dispatch: Dispatch, order: str, fault: str) -> None:

@@ -44,7 +44,6 @@ class Access:
 class _Commands:
     """A command buffer."""
 
-    queue: int
     known: int  # how many had completed when it was committed
     after: set[int] = field(default_factory=set)  # encoders that what is encoded next comes after
     encoders: list[int] = field(default_factory=list)
@@ -82,10 +81,10 @@ class Hazards:
         """The program has seen the event signalled."""
         self._observed.append(self._before(event, value))
 
-    def begin(self, commands: int, queue: int, completed: int, observed: int) -> None:
+    def begin(self, commands: int, *, completed: int, observed: int) -> None:
         """A command buffer, and how much the program had seen when it was committed."""
         after = set[int]().union(*self._observed[:observed])
-        self._commands[commands] = _Commands(queue, completed, after)
+        self._commands[commands] = _Commands(completed, after)
 
     def begin_encoder(self, commands: int, encoder: int) -> None:
         owner = self._commands[commands]

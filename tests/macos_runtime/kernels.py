@@ -21,7 +21,7 @@ from simulator.loader import CompileError, Library, Parameter, compile_library
 from simulator.oracle import air
 from simulator.oracle.metallib import MetalLibrary
 
-from .cache import CACHE, BuildError, cached, zig
+from .cache import BuildError, cached, zig
 
 
 class KernelError(RuntimeError):
@@ -240,4 +240,4 @@ class Kernels:
             return self._found[key]
 
 
-__all__ = ["CACHE", "Kernel", "KernelError", "Kernels", "SourceLibrary", "compile_source"]
+__all__ = ["Kernel", "KernelError", "Kernels", "SourceLibrary", "compile_source"]
