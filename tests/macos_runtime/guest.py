@@ -56,7 +56,6 @@ def install() -> None:
     kernel = f"{int(VERSION) + 9}.0.0"
     name = os.uname_result(("Darwin", os.uname().nodename, kernel, "Darwin", "arm64"))
     os.uname = lambda: name
-
     platform.mac_ver = lambda *_: (f"{VERSION}.0", ("", "", ""), "arm64")
 
 

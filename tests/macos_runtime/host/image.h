@@ -10,12 +10,11 @@
 
 namespace macho {
 
-// What the stand-ins for system libraries register under, and what reports name.
+// The library that an import is looked for in: one of the image's, counted from 1, or one of these.
 constexpr int kOrdinalSelf = 0;
 constexpr int kOrdinalMain = -1;  // the program: CPython
 constexpr int kOrdinalFlat = -2;  // whichever image has it
-constexpr int kOrdinalWeak =
-    -3;  // one definition for all images, C++'s inline functions and variables
+constexpr int kOrdinalWeak = -3;  // one definition for all images: C++'s inline functions, say
 
 struct Section {
   std::string segment;
