@@ -208,6 +208,37 @@ def test_round_trip_through_torch(dtype: str, momentum: float | None) -> None:
         np.testing.assert_allclose(np.array(mean), theirs[0].running_mean.numpy(), atol=1e-6)
 
 
+class Tensor:
+    """What is used of torch.Tensor, of bfloat16 unless it has been converted."""
+
+    def __init__(self, values: Array, dtype: str = "torch.bfloat16"):
+        self.values, self.dtype, self.shape = values, dtype, values.shape
+
+    def detach(self) -> "Tensor":
+        return self
+
+    cpu = detach
+
+    def float(self) -> "Tensor":
+        return Tensor(self.values.astype(np.float32), "torch.float32")
+
+    def half(self) -> "Tensor":
+        with np.errstate(over="ignore"):
+            return Tensor(self.values.astype(np.float16), "torch.float16")
+
+    def numpy(self) -> Array:
+        if self.dtype == "torch.bfloat16":
+            raise TypeError("Got unsupported ScalarType BFloat16")
+        return self.values
+
+
+def test_bfloat16_of_torch_keeps_its_range() -> None:
+    values = np.array([2.0**100, -(2.0**-100), 1.0 + 2.0**-7])
+    ((_, a),) = mw.from_torch({"weight": Tensor(values)})
+    assert a.dtype == mx.bfloat16
+    np.testing.assert_array_equal(wide(a), values)
+
+
 # gluon
 
 

@@ -5,6 +5,7 @@ with others, among them some in which axes have length 1, or 0, or no longer hav
 """
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -137,14 +138,18 @@ def test_moments(axes: tuple[int, ...]) -> None:
     check(moments, lambda shape: drawn(0)(shape)[:2], 4)
 
 
+@pytest.mark.parametrize("definition", [nullcontext, mw.composed])
 @pytest.mark.parametrize("axis", [0, 1, 2])
-def test_messages_of_ranks(axis: int) -> None:
-    """Their first row says how many values and channels the share has."""
+def test_messages_of_ranks(
+    axis: int, definition: Callable[[], AbstractContextManager[None]]
+) -> None:
+    """The first row says how many values and channels the share has, each other one the values."""
 
     def message(x: mx.array) -> list[mx.array]:
         return [_ext.rank_moments(x, "test", axis)]
 
-    check(message, lambda shape: drawn(axis)(shape)[:1], 3)
+    with definition():
+        check(message, lambda shape: drawn(axis)(shape)[:1], 3)
 
 
 @pytest.mark.parametrize("composed", [False, True])
