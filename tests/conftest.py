@@ -174,8 +174,6 @@ def shaders() -> str:
 def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """The backend of this test, which all operations on the default device use."""
     name: str = getattr(request, "param", "cpu")
-    if name == "gpu" and "float64" in request.node.name:
-        pytest.skip("MLX refuses float64 on the GPU")
     mx.set_default_device(mx.gpu if name == "gpu" else mx.cpu)
     if name == "sim":
         number = zlib.crc32(f"{request.path.name}::{request.node.name}".encode()) + SEED
