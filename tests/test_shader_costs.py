@@ -95,6 +95,14 @@ def test_arithmetic_is_within_its_budget(case: Case) -> None:
             assert cost.ratio <= budget, (kernel, dtype, cost.executed)
 
 
+@pytest.mark.parametrize("case", LARGE, ids=lambda case: case.name)
+def test_no_thread_divides_64_bits(case: Case) -> None:
+    """They are there for arrays of more than 2^32 rows, columns or segments alone."""
+    for dtype in DTYPES:
+        for kernel, cost in costs_of(case, dtype):
+            assert cost.executed["64-bit division"] == 0, (kernel, dtype)
+
+
 def test_exceptions_are_few_and_needed() -> None:
     assert len(EXCEPTIONS) <= 5
     cases = {case.name: case for case in LARGE}
