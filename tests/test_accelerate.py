@@ -155,6 +155,13 @@ def test_a_second_call_changes_nothing() -> None:
     assert modules_of(model) == before
 
 
+def test_restored_statistics_are_frozen_after_their_model_was_unfrozen() -> None:
+    """mlx.nn's layers freeze them once, and again only if they themselves are unfrozen."""
+    model = mw.accelerate(nn.Sequential(nn.BatchNorm(4)))
+    model.unfreeze()
+    assert sorted(trainable_of(mw.restore(model))) == ["layers.0.bias", "layers.0.weight"]
+
+
 def test_restore_gives_the_same_objects_with_what_was_learnt_since() -> None:
     model = randomised()
     modules, text = modules_of(model), repr(model)
