@@ -276,12 +276,13 @@ class Device:
         if threads:
             grid, group = whole_groups(grid, group)
         if not kernel.ours:
-            # MLX binds more than some of its kernels take, and less where a kernel does not look:
-            # Metal allows both.
+            # MLX binds more than some of its kernels take, and less where one of those in its
+            # library does not look: Metal allows both.
             buffers = {i: b for i, b in buffers.items() if i in kernel.buffers}
-            constants = {
-                i: constants.get(i, b"\0" * 16) for i in kernel.buffers if i not in buffers
-            }
+            constants = {i: c for i, c in constants.items() if i in kernel.buffers}
+            if kernel.from_metallib:
+                unused = kernel.buffers.keys() - buffers.keys() - constants.keys()
+                constants |= dict.fromkeys(unused, b"\0" * 16)
         return Dispatch(kernel, grid, group, buffers, constants, memory)
 
     def _encode(self, encoding: Encoding, dispatch: Dispatch, order: str, fault: str) -> None:

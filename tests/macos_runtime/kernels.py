@@ -36,6 +36,7 @@ class Kernel:
     function: str  # as the library does
     library: Library
     ours: bool  # of this package, not of MLX
+    from_metallib: bool
     buffers: Mapping[int, Parameter]
     threadgroup_memory: Mapping[int, Parameter]
     function_constants: Mapping[int, bytes]
@@ -48,6 +49,7 @@ def _kernel(
     *,
     function: str = "",
     ours: bool = False,
+    from_metallib: bool = False,
     function_constants: Mapping[int, bytes] | None = None,
     alignments: Mapping[int, int] | None = None,
 ) -> Kernel:
@@ -57,6 +59,7 @@ def _kernel(
         function=function or name,
         library=library,
         ours=ours,
+        from_metallib=from_metallib,
         buffers={p.index: p for p in parameters if not p.threadgroup},
         threadgroup_memory={p.index: p for p in parameters if p.threadgroup},
         function_constants=function_constants or {},
@@ -222,7 +225,9 @@ def from_metallib(path: Path, name: str, constants: Mapping[int, bytes]) -> Kern
     except Exception as error:  # whatever the translation does not know
         raise KernelError(f"{name} of MLX is not translated: {error!r}") from error
     alignments = {a.location: a.alignment for a in translation.arguments if a.location >= 0}
-    return _kernel(name, library, function=translation.name, alignments=alignments)
+    return _kernel(
+        name, library, function=translation.name, from_metallib=True, alignments=alignments
+    )
 
 
 class Kernels:

@@ -45,7 +45,7 @@ struct Buffer : Object {
   char* memory;
   size_t bytes;
   char* seen_by_gpu;              // a copy, while the GPU works, where the memory is the caller's
-  std::atomic<int> in_flight{0};  // command buffers that use it and have not completed
+  std::atomic<int> in_flight{0};  // steps of command buffers that use it
 
   void show_to_gpu();
   void take_from_gpu();
@@ -125,6 +125,7 @@ struct CommandBuffer : Object {
   // What is executed, in order: work for the GPU, then an event, and so on.
   struct Step {
     gpu::Message work;
+    std::set<Buffer*> buffers;  // in flight until the work is done
     Event* event = nullptr;
     uint64_t value = 0;
     bool wait = false;
@@ -133,7 +134,6 @@ struct CommandBuffer : Object {
   Queue* queue;
   uint64_t id;
   std::vector<Step> steps;
-  std::set<Buffer*> buffers;
   std::vector<void*> handlers;
   // When this was committed, how many others were complete, and how many events had been seen.
   uint64_t completed_before = 0;
@@ -146,7 +146,8 @@ struct CommandBuffer : Object {
   bool handled = false;  // completed, and its handlers have run
   std::string error;
 
-  gpu::Message& work();
+  gpu::Message& work() { return step().work; }
+  Step& step();
   void add_event(Event* event, uint64_t value, bool wait);
   void refuse(const std::string& what);  // the first of its errors is kept
   void execute();

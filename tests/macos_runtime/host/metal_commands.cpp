@@ -110,7 +110,7 @@ void Encoder::dispatch(Size grid, Size group, bool threads) {
     }
     Buffer& buffer = *binding.buffer;
     work.number(gpu::offset_of(buffer.seen_by_gpu)).number(buffer.bytes).number(binding.offset);
-    if (commands->buffers.insert(&buffer).second) ++buffer.in_flight;
+    if (commands->step().buffers.insert(&buffer).second) ++buffer.in_flight;
   }
   work.number(threadgroup_memory.size());
   for (const auto& [index, bytes] : threadgroup_memory) work.number(index).number(bytes);
@@ -308,15 +308,17 @@ CommandBuffer::CommandBuffer(Queue* queue_)
     : Object(class_named("MTLCommandBuffer")), queue(retain(queue_)), id(new_id()) {}
 
 CommandBuffer::~CommandBuffer() {
-  for (Buffer* buffer : buffers) --buffer->in_flight;  // never committed
-  for (Step& step : steps) objc::release(step.event);
+  for (Step& step : steps) {
+    for (Buffer* buffer : step.buffers) --buffer->in_flight;  // never committed
+    objc::release(step.event);
+  }
   for (void* handler : handlers) macho::release_block(handler);
   objc::release(queue);
 }
 
-gpu::Message& CommandBuffer::work() {
+CommandBuffer::Step& CommandBuffer::step() {
   if (steps.empty() || steps.back().event != nullptr) steps.emplace_back();
-  return steps.back().work;
+  return steps.back();
 }
 
 void CommandBuffer::add_event(Event* event, uint64_t value, bool wait) {
@@ -340,7 +342,7 @@ void CommandBuffer::refuse(const std::string& what) {
 
 // On the queue's thread. After an error nothing is executed, but others that wait go on.
 void CommandBuffer::execute() {
-  for (const Step& step : steps) {
+  for (Step& step : steps) {
     if (step.event != nullptr && step.wait) {
       constexpr uint64_t kMilliseconds = 300'000;
       if (!step.event->wait(step.value, kMilliseconds))
@@ -359,7 +361,7 @@ void CommandBuffer::execute() {
     add_observations(message);
     message.number(error.empty()).bytes(gpu::setting("order")).bytes(gpu::setting("fault"));
     message.bytes(step.work.body);
-    for (Buffer* buffer : buffers) buffer->show_to_gpu();
+    for (Buffer* buffer : step.buffers) buffer->show_to_gpu();
     gpu::Reader answer;
     if (gpu::ask(gpu::Request::kExecute, message, &answer)) {
       const uint64_t serial = answer.number();
@@ -367,7 +369,12 @@ void CommandBuffer::execute() {
     } else {
       refuse(answer.bytes());
     }
-    for (Buffer* buffer : buffers) buffer->take_from_gpu();  // before anybody is told
+    // Before anybody is told: whoever waits for an event may take the buffers, or release them.
+    for (Buffer* buffer : step.buffers) {
+      buffer->take_from_gpu();
+      --buffer->in_flight;
+    }
+    step.buffers.clear();
   }
 }
 
@@ -401,8 +408,6 @@ void Queue::run() {
     }
     Object* pool = objc::new_pool();
     commands->execute();
-    for (Buffer* buffer : commands->buffers) --buffer->in_flight;
-    commands->buffers.clear();
     {
       const std::lock_guard lock(commands->mutex);
       commands->status = commands->error.empty() ? Status::kCompleted : Status::kError;
