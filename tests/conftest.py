@@ -36,7 +36,7 @@ from simulator.loader import compile_library
 SIMULATOR_SEEDS = 3
 
 PROFILE = os.environ.get("MLX_WELFORD_TEST_PROFILE", "default")
-EXAMPLES = {"quick": 8, "default": 60, "nightly": 1000}  # of each test with random problems
+EXAMPLES = {"quick": 4, "default": 60, "nightly": 1000}  # of each test with random problems
 
 # Their fixtures or processes are so dear that they should not be what the others wait for in the
 # end; the rest follows in order of names. Only the order, not what is run.

@@ -68,6 +68,7 @@ def pytest_sessionfinish(session):
 """
 
 
+@pytest.mark.slow
 def test_all_tests_of_float64_are_skipped_and_no_others(tmp_path: Path) -> None:
     marks = Report(tmp_path, "--collect-only", str(TESTS), profile="nightly").marks
     assert len(marks) > 3000

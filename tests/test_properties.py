@@ -141,6 +141,8 @@ def test_moments_are_right_to_rounding(problem: Problem, data: st.DataObject) ->
     assert_within(mean, truth[0], 8 * u * largest, "mean")
     # (x - mean) is off by a few u*X, whether by rounding x - mean or by the mean itself
     allowed = 16 * u * (truth[1] + np.sqrt(truth[1]) * largest) + (8 * u * largest) ** 2
+    if problem.case.dtype == "float64":  # of MLX's sums, which add one value after another
+        allowed *= 1 + reference.count(problem.x, axes) / 64
     assert_within(var, truth[1], allowed, "var")
     assert (wide(var) >= 0).all()
 

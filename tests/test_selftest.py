@@ -716,6 +716,7 @@ def run_in_process(
     )
 
 
+@pytest.mark.slow
 def test_the_command_in_a_process_of_its_own(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "mlx_welford", "selftest", "--quick"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
@@ -830,6 +831,7 @@ mw.moments = moments
     assert report["logs"][0].endswith(70000 * "y")
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="the simulator is for Linux")
 def test_a_kernel_that_does_not_compile_fails_the_cases_that_need_it(tmp_path: Path) -> None:
     missing = "fused_gradient_float_4_Columns"

@@ -32,6 +32,7 @@ def one(tmp_path_factory: pytest.TempPathFactory) -> Ended:
     return ended
 
 
+@pytest.mark.slow
 def test_two_processes_train_as_one(one: Ended, tmp_path: Path) -> None:
     first, second = run(2, tmp_path / "two")
     assert "processes                 2" in first.text
@@ -44,6 +45,7 @@ def test_two_processes_train_as_one(one: Ended, tmp_path: Path) -> None:
     assert [one.status, first.status, second.status] == [1, 1, 1]
 
 
+@pytest.mark.slow
 def test_local_statistics_do_not(one: Ended, tmp_path: Path) -> None:
     first, second = run(2, tmp_path / "two", "--local")
     assert "not the same on all processes" in first.text
@@ -57,6 +59,7 @@ def test_a_batch_that_does_not_divide_is_refused(tmp_path: Path) -> None:
         assert "--batch-size must be a multiple of 2, the number of processes." in rank.text
 
 
+@pytest.mark.slow
 def test_the_command_in_the_documentation(tmp_path: Path) -> None:
     """mlx.launch itself ends with status 0 whatever its processes do, so what they print counts."""
     launch = Path(sys.executable).with_name("mlx.launch")
