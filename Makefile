@@ -5,6 +5,8 @@ WERROR ?= OFF
 
 VENV := .venv
 PY := $(VENV)/bin/python
+# Where `python -m mutants`, macos_runtime and cuda_twin are, and the modules that they share.
+TESTS_PATH := tests:tests/support
 PACKAGE := python/mlx_welford
 # Written by the build, and copied here for mypy and editors.
 GENERATED := $(PACKAGE)/_build.py $(PACKAGE)/_ext.pyi
@@ -17,7 +19,7 @@ CXX_SOURCES = $(shell find $(wildcard csrc metal tests) -name '*.cpp' -o -name '
 PIP := $(PY) -m pip --disable-pip-version-check --quiet
 export PRE_COMMIT_HOME := $(CURDIR)/build/pre-commit
 
-# Called with each command of the compiler: python;tests/compiler_cache.py;folder
+# Called with each command of the compiler: python;tests/support/compiler_cache.py;folder
 LAUNCHER ?=
 # Any interpreter builds with the tools in $(VENV), of which none is compiled for one CPython.
 PYTHONS ?= $(shell $(PY) cmake/interpreters.py)
@@ -45,7 +47,7 @@ help:
 	@echo 'make test     run the tests                        PYTEST_ARGS="-k moments -x" JOBS=auto'
 	@echo 'make test-quick    a few rows of every test, in a minute; test-nightly: all rows, for hours'
 	@echo 'make mutants  plant faults, see which tests notice  MUTANTS_ARGS="--only NAME"'
-	@echo 'make test-macos   run tests on the wheel for macOS, on Linux MACOS=26 PYTEST_ARGS=tests/test_forward.py'
+	@echo 'make test-macos   run tests on the wheel for macOS, on Linux MACOS=26 PYTEST_ARGS=tests/numerics/test_forward.py'
 	@echo 'make bench    measure all of docs/performance.md   BENCH_ARGS="--only cases-tuned"'
 	@echo 'make lint     run every check on the sources'
 	@echo 'make format   rewrite the sources as the checks want them'
@@ -103,15 +105,15 @@ test-quick test-nightly: test
 
 # In build/mutants, a copy of the checkout. What has a verdict of this commit is not run again.
 mutants: build
-	PYTHONPATH=tests $(PY) -m mutants run $(MUTANTS_ARGS)
+	PYTHONPATH=$(TESTS_PATH) $(PY) -m mutants run $(MUTANTS_ARGS)
 
 # On an emulated processor, with stand-ins for macOS and Metal: docs/macos_runtime.md.
 MACOS ?= 14
 MACOS_BACKEND ?= gpu
 MACOS_WHEELS := build/macos_runtime/wheels
-MACOS_PYTEST = PYTHONPATH=tests MACOS=$(MACOS) $(PY) -m macos_runtime -m pytest
+MACOS_PYTEST = PYTHONPATH=$(TESTS_PATH) MACOS=$(MACOS) $(PY) -m macos_runtime -m pytest
 # Of the suite what holds the CPU's kernels to float64, here with NEON.
-MACOS_CPU_TESTS := tests/test_evaluation.py tests/test_layouts.py
+MACOS_CPU_TESTS := tests/numerics/test_evaluation.py tests/numerics/test_layouts.py
 test-macos: $(MACOS_WHEELS)/stamp
 ifdef PYTEST_ARGS
 	$(MACOS_PYTEST) --backend $(MACOS_BACKEND) $(PYTEST_ARGS)
@@ -199,7 +201,7 @@ try-mlx: $(VENV)/requirements.stamp
 	$(MAKE) -C $(TRIED) test PYTEST_ARGS='$(TRY_ARGS)'
 # CUDA_PY is an interpreter that has all that tests/cuda_twin/README.md asks for, and into which nothing
 # is installed; without one that of .venv, into which torch is installed if it can be.
-CUDA_PYTHON = PYTHONPATH=tests$(if $(PYTHONPATH),:$(PYTHONPATH)) $(or $(CUDA_PY),$(PY))
+CUDA_PYTHON = PYTHONPATH=$(TESTS_PATH)$(if $(PYTHONPATH),:$(PYTHONPATH)) $(or $(CUDA_PY),$(PY))
 cuda: $(if $(CUDA_PY),,build)
 	@$(if $(CUDA_PY),,$(PY) -c 'import torch' 2> /dev/null || $(PIP) install torch || \
 		echo 'torch is not there and cannot be installed: the shaders are timed beside a copy alone.')
@@ -217,7 +219,7 @@ cuda-pack: build
 	$(PIP) --python $(PACK_PYTHON) install --target $(CUDA_PACK)/site --no-compile --only-binary :all: \
 		mlx-cpu==$$($(PY) cmake/pins.py pin mlx) 'cuda-bindings>=13,<14' hypothesis numpy \
 		$(CUDA_PACK)/wheel/*.whl
-	PYTHONPATH=tests $(PY) -m cuda_twin resources --architecture $(CUDA_ARCHITECTURE) > /dev/null
+	PYTHONPATH=$(TESTS_PATH) $(PY) -m cuda_twin resources --architecture $(CUDA_ARCHITECTURE) > /dev/null
 	tar -czf $(CUDA_PACK).tar.gz --exclude=__pycache__ tests bench build/cuda/programs -C $(CUDA_PACK) site
 
 clean:

@@ -1,6 +1,7 @@
 """The shaders' bandwidth on an NVIDIA GPU, a proxy for Apple's, beside a copy and torch.nn.
 
-    PYTHONPATH=tests python bench/cuda_bandwidth.py --json results.json --plot results.png
+    export PYTHONPATH=tests:tests/support
+    python bench/cuda_bandwidth.py --json results.json --plot results.png
 
 Every figure is a median of times between CUDA events, taken one contestant after the other within a
 case; before each repetition memory of several times the L2 cache is overwritten. The bandwidth of a

@@ -35,7 +35,7 @@ struct FusedRegisters {
 };
 
 /// As NVRTC allots them for sm_90, the largest of all element types: Apple's compiler, which decides
-/// for itself, has not been asked. tests/test_cuda.py measures them again.
+/// for itself, has not been asked. tests/emulators/test_cuda.py measures them again.
 constexpr FusedRegisters kFusedRegisters[] = {
     {Fused::forward, true, 1, 48},   {Fused::forward, true, 4, 68},
     {Fused::forward, true, 8, 80},   {Fused::forward, false, 1, 44},

@@ -1,4 +1,4 @@
-"""From the checkout's root, with PYTHONPATH=tests:
+"""From the checkout's root, with PYTHONPATH=tests:tests/support:
 
 python -m cuda_twin resources   what each kernel takes of registers and memory; needs no GPU
 python -m cuda_twin check       every kernel against float64, on the GPU

@@ -1,4 +1,4 @@
-"""From the checkout's root, with PYTHONPATH=tests:
+"""From the checkout's root, with PYTHONPATH=tests:tests/support:
 
 python -m mutants run     finds missing verdicts, writes docs/testing.md (`make mutants`)
 python -m mutants check   every mutant still fits the sources

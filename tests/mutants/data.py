@@ -101,6 +101,13 @@ def load(path: Path = DATA) -> Data:
     return parse(path.read_text())
 
 
+def suite_files(root: Path = ROOT) -> dict[str, str]:
+    """The test files by stem, which no two share: paths from `root`."""
+    found = (root / "tests").rglob("test_*.py")
+    paths = [path for path in found if path.parent.name != "macos_runtime"]
+    return {path.stem: str(path.relative_to(root)) for path in sorted(paths)}
+
+
 def check(data: Data, root: Path = ROOT) -> None:
     """Raises DataError if a mutant does not fit the sources, or a named test file is gone."""
     _check_names(mutant.name for mutant in data.mutants)
@@ -118,9 +125,10 @@ def check(data: Data, root: Path = ROOT) -> None:
         named += [*area.first, *area.unreached]
     for mutant in data.mutants:
         named += mutant.first
+    present = suite_files(root)
     for file in named:
-        if not (root / "tests" / f"{file}.py").exists():
-            raise DataError(f"There is no tests/{file}.py.")
+        if file not in present:
+            raise DataError(f"There is no test file {file}.py.")
 
 
 def _check_names(names: Iterable[str]) -> None:

@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
-from .data import Data, Mutant, overlap
+from .data import Data, Mutant, overlap, suite_files
 from .suite import (
     UNKNOWN_SECONDS,
     NoSuchTestError,
@@ -81,7 +81,7 @@ class Runner:
         self.logs = logs
         self.say = say
         self.useless: set[str] = set()  # tests that fail without any fault, too
-        present = sorted(path.stem for path in (tree.path / "tests").glob("test_*.py"))
+        present = sorted(suite_files(tree.path))
         self.seconds = {file: data.seconds.get(file, UNKNOWN_SECONDS) for file in present}
         logs.mkdir(parents=True, exist_ok=True)
 

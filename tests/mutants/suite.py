@@ -11,7 +11,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from .data import Area, Data, Mutant
+from .data import Area, Data, Mutant, suite_files
 from .tree import Tree, environment
 
 # Test files by their time: seconds, cheap ones before dear ones. Unknown ones are in the middle.
@@ -101,7 +101,8 @@ def run(
     leave_out: Collection[str],
 ) -> Outcome:
     """Runs files (by stem) or single tests (by id) in the order given, up to the first failure."""
-    named = [test if "::" in test else f"tests/{test}.py" for test in tests]
+    paths = suite_files(tree.path)
+    named = [test if "::" in test else paths[test] for test in tests]
     command = [tree.python, "-m", "pytest", "-x", "-v", "-rN", "--tb=short", "--no-header"]
     command += ["-p", "no:cacheprovider", "-m", marker]
     for test in leave_out:

@@ -21,7 +21,7 @@ from tolerance import Comparison, wide
 
 pytestmark = pytest.mark.every_backend
 
-GOLDEN = Path(__file__).parent / "golden"
+GOLDEN = Path(__file__).parents[1] / "golden"
 TORCH = sorted(GOLDEN.glob("torch_*.npz"))
 MXNET = sorted(GOLDEN.glob("mxnet_*.npz"))
 STEPS = ["0", "1", "2", "_eval"]

@@ -53,7 +53,7 @@ def test_the_public_names_are_among_those_run() -> None:
 @pytest.mark.parametrize(("name", "least"), [("porting.md", 5), ("distributed.md", 1)])
 def test_guides(name: str, least: int) -> None:
     """Their blocks in their order, in one namespace, as a reader would paste them."""
-    text = (Path(__file__).parents[1] / "docs" / name).read_text(encoding="utf-8")
+    text = (Path(__file__).parents[2] / "docs" / name).read_text(encoding="utf-8")
     blocks = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
     assert len(blocks) >= least
     namespace: dict[str, object] = {}

@@ -23,7 +23,7 @@ import lief
 from mlx_welford._build import MLX
 from simulator.oracle.metallib import fetch_wheel
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 CACHE = ROOT / "build" / "macos"
 
 OLDEST = (14, 0, 0)  # macOS of MLX's wheels

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from ranks import Ended, free_ports, run_ranks
 
-SCRIPT = Path(__file__).parents[1] / "examples" / "train_distributed.py"
+SCRIPT = Path(__file__).parents[2] / "examples" / "train_distributed.py"
 SHORT = ["--epochs", "1", "--width", "4", "--batch-size", "128"]
 
 

@@ -3,24 +3,13 @@
 from pathlib import Path
 
 import pytest
-from processes import assert_equal_within_rounding, compute, run
+from processes import SMALL, assert_equal_within_rounding, compute, run, skip_unless_present
 from reference import Array
-
-SMALL = "import mlx.core as mx, mlx_welford as mw; mx.eval(mw.moments(mx.ones((4,)), 0))"
 
 
 @pytest.fixture(scope="module")
 def by_default(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Array]:
     return compute(tmp_path_factory.mktemp("default"))
-
-
-def skip_unless_present(isa: str) -> None:
-    try:
-        run(SMALL, isa=isa)
-    except AssertionError as error:
-        if f"MLX_WELFORD_ISA={isa} is not an instruction set" in str(error):
-            pytest.skip(f"this build or this processor lacks {isa}")
-        raise
 
 
 @pytest.mark.parametrize("isa", ["baseline", "x86_64_v3", "x86_64_v4"])

@@ -7,10 +7,13 @@ import textwrap
 from pathlib import Path
 
 import numpy as np
+import pytest
 from reference import Array
 
 TIMEOUT = 120  # seconds
 VARIABLES = {"threads": "MLX_WELFORD_NUM_THREADS", "isa": "MLX_WELFORD_ISA"}
+
+SMALL = "import mlx.core as mx, mlx_welford as mw; mx.eval(mw.moments(mx.ones((4,)), 0))"
 
 # Results by name; sizes are large enough to be split among threads, or odd.
 COMPUTE = """
@@ -71,6 +74,15 @@ def run(script: str, *arguments: str, **variables: str) -> str:
     )
     assert done.returncode == 0, f"exit code {done.returncode}\n{done.stdout}\n{done.stderr}"
     return done.stdout
+
+
+def skip_unless_present(isa: str) -> None:
+    try:
+        run(SMALL, isa=isa)
+    except AssertionError as error:
+        if f"MLX_WELFORD_ISA={isa} is not an instruction set" in str(error):
+            pytest.skip(f"this build or this processor lacks {isa}")
+        raise
 
 
 def compute(directory: Path, **variables: str) -> dict[str, Array]:

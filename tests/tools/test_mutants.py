@@ -87,7 +87,7 @@ def test_what_fits_is_accepted(root: Path) -> None:
         (replace(ONE, file="other/a.cpp"), "one: other/a.cpp is in 0 areas, not one."),
         (replace(ONE, kind="guessed"), "one: 'kind' is 'guessed'."),
         (replace(ONE, why=""), "one: 'why' is missing."),
-        (replace(ONE, first=("test_gone",)), "There is no tests/test_gone.py."),
+        (replace(ONE, first=("test_gone",)), "There is no test file test_gone.py."),
         (replace(ONE, name="two"), "Two mutants are called two."),
     ],
 )

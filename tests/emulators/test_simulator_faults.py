@@ -15,7 +15,7 @@ import pytest
 from numpy.typing import NDArray
 from simulator import Library, SimulatorError, compile_library
 
-FAULTS = (Path(__file__).parent / "simulator" / "kernels" / "faults.metal").read_text()
+FAULTS = (Path(__file__).parents[1] / "simulator" / "kernels" / "faults.metal").read_text()
 SEEDS = [0, 1, 2, 3]
 
 

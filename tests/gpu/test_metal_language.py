@@ -15,7 +15,7 @@ import pytest
 from metal_language import ALLOWED, Violation, Vocabulary, check
 from simulator.oracle.metallib import INCLUDE, fetch_wheel, pinned_version
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 HEADERS = "mlx/backend/metal/kernels"
 
 # What the planted snippets begin with.

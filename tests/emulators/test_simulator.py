@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import threading
@@ -16,7 +17,7 @@ from simulator import CompileError, Library, SimulatorError, Traffic, compile_li
 from simulator.loader import check_system
 from simulator.source import SourceError, translate
 
-KERNELS = Path(__file__).parent / "simulator" / "kernels"
+KERNELS = Path(__file__).parents[1] / "simulator" / "kernels"
 BASICS = (KERNELS / "basics.metal").read_text()
 SEEDS = [0, 1, 2, 3]
 
@@ -584,7 +585,8 @@ def test_several_processes_compile_the_same_library(tmp_path: Path) -> None:
         "simulator.compile_library(source, cache=pathlib.Path(sys.argv[1]))\n"
     )
     command = [sys.executable, "-c", program, str(tmp_path)]
-    running = [subprocess.Popen(command, cwd=Path(__file__).parent) for _ in range(3)]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    running = [subprocess.Popen(command, env=environment) for _ in range(3)]
     assert [process.wait(timeout=120) for process in running] == [0, 0, 0]
     assert sorted(path.suffix for path in tmp_path.iterdir()) == [".lock", ".so"]
 

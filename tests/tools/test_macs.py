@@ -9,7 +9,7 @@ import pytest
 import report
 from mlx_welford.selftest.chips import CHIPS
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def published(chip: str, **changes: Any) -> dict[str, Any]:

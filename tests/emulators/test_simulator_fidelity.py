@@ -47,11 +47,11 @@ pytestmark = pytest.mark.slow
 Array = NDArray[Any]
 Triple = tuple[int, int, int]
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 CACHE = ROOT / "build" / "oracle"
 
 # Stands in for what metal_stdlib lacks of what MLX's headers name.
-SUPPORT = Path(__file__).parent / "simulator" / "oracle" / "include"
+SUPPORT = Path(__file__).parents[1] / "simulator" / "oracle" / "include"
 HEADERS = """
 #include "metal_internals.h"
 using namespace metal;

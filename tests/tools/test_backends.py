@@ -13,7 +13,7 @@ from problems import FLOAT64_IS_NOT_ON_GPU
 from simulator import compile_library
 from simulator.oracle.air import link
 
-TESTS = Path(__file__).parent
+TESTS = Path(__file__).parents[1]
 CONFIGURATION = TESTS.parent / "pyproject.toml"
 
 
@@ -25,7 +25,10 @@ class Report:
         path = directory / "record.json"
         command = [sys.executable, "-m", "pytest", "-p", "pretend_gpu", "--backend", "gpu", "-q"]
         options = ["-p", "record", "-p", "no:cacheprovider", f"--config-file={CONFIGURATION}"]
-        variables = {"PYTHONPATH": f"{TESTS}{os.pathsep}{directory}", "RECORD": str(path)}
+        variables = {
+            "PYTHONPATH": os.pathsep.join(map(str, [TESTS, TESTS / "support", directory])),
+            "RECORD": str(path),
+        }
         variables["MLX_WELFORD_TEST_PROFILE"] = profile
         done = subprocess.run(
             [*command, *options, *arguments],
@@ -78,9 +81,8 @@ def test_all_tests_of_float64_are_skipped_and_no_others(tmp_path: Path) -> None:
 
 
 def test_what_chooses_dtypes_by_itself_takes_those_of_the_device(tmp_path: Path) -> None:
-    report = Report(
-        tmp_path, *(str(TESTS / f"test_{name}.py") for name in ("properties", "options"))
-    )
+    files = ("numerics/test_properties.py", "layers/test_options.py")
+    report = Report(tmp_path, *(str(TESTS / file) for file in files))
     assert set(report.outcomes.values()) == {"passed", "skipped"}, report.text
     assert report.names("skipped") == ["test_float64_takes_the_running_statistics_along"]
     assert report.names("passed").count("test_forward_is_right_to_rounding") == 1

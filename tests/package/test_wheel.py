@@ -116,7 +116,7 @@ def make(target: str, folder: Path, cpython: CPython, source: Path | None = None
     if source is None:
         once = [
             sys.executable,
-            str(ROOT / "tests" / "compiler_cache.py"),
+            str(ROOT / "tests" / "support" / "compiler_cache.py"),
             str(ROOT / "build/objects"),
         ]
         variables.append("LAUNCHER=" + ";".join(map(str, once)))

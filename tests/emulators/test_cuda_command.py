@@ -27,7 +27,7 @@ from cuda_twin.shaders import shader_program
 from plan_cases import SOME
 from plans import shaders
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 
 pytestmark = pytest.mark.skipif(
     sys.platform != "linux" or importlib.util.find_spec("cuda") is None,
@@ -308,7 +308,7 @@ def environment(tmp_path: Path) -> dict[str, str]:
     return {
         **os.environ,
         "PATH": os.pathsep.join(paths),
-        "PYTHONPATH": "tests",
+        "PYTHONPATH": "tests:tests/support",
         "CUDA_TWIN_DRIVER": "cuda_twin.on_host",
     }
 
@@ -456,7 +456,7 @@ def test_without_a_gpu_the_first_step_is_the_last(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("CUDA_TWIN_DRIVER", "cuda.bindings.not_there")
-    monkeypatch.setenv("PYTHONPATH", str(ROOT / "tests"))
+    monkeypatch.setenv("PYTHONPATH", f"{ROOT}/tests:{ROOT}/tests/support")
     monkeypatch.setattr(signal, "signal", lambda *_: None)
     assert command.main(["all", "--output", str(tmp_path)]) == 2
     out = capsys.readouterr().out
@@ -486,5 +486,5 @@ def test_make_changes_nothing_in_the_interpreter_that_it_is_given(
         check=False,
     )
     assert done.returncode != 0, "the step failed"
-    expected = "tests" if path is None else f"tests:{path}"
+    expected = "tests:tests/support" + (f":{path}" if path else "")
     assert calls.read_text() == f"{expected} -m cuda_twin all --seconds 540 --sizes 256\n"

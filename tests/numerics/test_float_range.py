@@ -21,9 +21,8 @@ from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 from mlx_welford import _ext
 from problems import DTYPES
-from processes import run
+from processes import run, skip_unless_present
 from reference import Array
-from test_instruction_sets import skip_unless_present
 from tolerance import wide
 
 pytestmark = pytest.mark.every_backend

@@ -17,7 +17,7 @@ from trees import parameters_of, trainable_of
 
 pytestmark = pytest.mark.every_backend
 
-FILES = sorted((Path(__file__).parent / "golden").glob("mxnet_*.npz"))
+FILES = sorted((Path(__file__).parents[1] / "golden").glob("mxnet_*.npz"))
 THEIRS = {"weight": "gamma", "bias": "beta"}
 
 

@@ -20,7 +20,7 @@ from trees import leaves, parameters_of, trainable_of
 pytestmark = pytest.mark.every_backend
 
 Make = Callable[..., nn.Module]
-GOLDEN = Path(__file__).parent / "golden"
+GOLDEN = Path(__file__).parents[1] / "golden"
 FILES = sorted([*GOLDEN.glob("torch_*.npz"), *GOLDEN.glob("compat/torch_*.npz")])
 STEPS = ["0", "1", "2", "_eval"]
 NAMES = {"x": "gx", "weight": "gw", "bias": "gb"}
