@@ -90,7 +90,7 @@ $(VENV)/package.stamp: $(SOURCES) $(VENV)/sources.txt $(VENV)/requirements.stamp
 
 demo: build
 	$(PY) examples/train_digits.py
-	$(PY) bench/compare.py --quick
+	$(PY) -m bench.compare --quick
 
 # A file's tests stay in one process, where its fixtures are made once, and dear files come first
 # (tests/conftest.py). JOBS=0 runs all in one process, as a debugger needs.
@@ -129,8 +129,8 @@ $(MACOS_WHEELS)/stamp: $(VENV)/package.stamp
 	@touch $@
 
 bench: build
-	$(PY) bench/suite.py $(BENCH_ARGS)
-	$(PY) bench/report.py
+	$(PY) -m bench.suite $(BENCH_ARGS)
+	$(PY) -m bench.report
 
 lint: build
 	$(PY) -m pre_commit run --all-files

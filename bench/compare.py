@@ -10,9 +10,12 @@ from fnmatch import fnmatch
 from pathlib import Path
 
 import mlx.core as mx
-import settings
-import torch_contestants
-from contestants import (
+from mlx_welford._machine import memory_bytes
+from rich.console import Console
+from rich.progress import Progress
+
+from . import settings, torch_contestants
+from .contestants import (
     BACKWARD,
     BASELINE,
     BOTH,
@@ -27,14 +30,11 @@ from contestants import (
     absent,
     steps,
 )
-from environment import Environment, cores, environment
-from harness import measure
-from mlx_welford._machine import memory_bytes
-from results import Report, Row, rows
-from rich.console import Console
-from rich.progress import Progress
-from tables import table
-from workloads import CASES, DTYPES, MODELS, Case
+from .environment import Environment, cores, environment
+from .harness import measure
+from .results import Report, Row, rows
+from .tables import table
+from .workloads import CASES, DTYPES, MODELS, Case
 
 # What a process needs for each element of x at most, inputs and the copy included. In
 # forward+backward mlx.nn holds 14 numbers per element in float32, 25 in 16 bits.
@@ -162,7 +162,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     options = arguments(argv)
     if not settings.is_entered(options.setting, options.threads):
-        return settings.run_in_child(Path(__file__), argv, options.setting, options.threads)
+        return settings.run_in_child("bench.compare", argv, options.setting, options.threads)
     settings.raise_cache_limit(options.setting)
 
     console = Console()

@@ -7,11 +7,12 @@ import mlx.core as mx
 import mlx.nn as nn
 import mlx_welford as mw
 import numpy as np
-import torch_contestants
-from harness import Step, mlx_step, peak_above_inputs
-from torch_contestants import TorchContestant
-from workloads import DTYPES, Case, Values
-from yardstick import ThreadedCopy
+
+from . import torch_contestants
+from .harness import Step, mlx_step, peak_above_inputs
+from .torch_contestants import TorchContestant
+from .workloads import DTYPES, Case, Values
+from .yardstick import ThreadedCopy
 
 FORWARD, BACKWARD, BOTH, EVALUATION = "forward", "backward", "forward+backward", "evaluation"
 MODES = (FORWARD, BACKWARD, BOTH, EVALUATION)

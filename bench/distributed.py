@@ -1,7 +1,7 @@
 """What synchronising BatchNorm costs: measured on 1 to 4 processes, modelled for many machines.
 
-    python bench/distributed.py --json figures.json --plot figures.svg
-    python bench/distributed.py --from figures.json --plot docs/distributed.svg
+    python -m bench.distributed --json figures.json --plot figures.svg
+    python -m bench.distributed --from figures.json --plot docs/distributed.svg
 
 Starts itself with mlx.launch, ring over loopback, as 1 to 4 processes. Each times one layer,
 forward and backward, with BatchNorm and with SyncBatchNorm, and bare collectives of several sizes.
@@ -27,8 +27,9 @@ from pathlib import Path
 import mlx.core as mx
 import mlx_welford as mw
 import numpy as np
-from environment import Environment, environment
-from harness import Run, milliseconds
+
+from .environment import Environment, environment
+from .harness import Run, milliseconds
 
 CHANNELS = (16, 64, 256, 1024, 4096)
 RANKS = (1, 2, 3, 4)
@@ -179,7 +180,8 @@ def run_ranks(ranks: int, rounds: int) -> Measured:
     """Measures in processes of their own."""
     with tempfile.TemporaryDirectory() as folder, quiet_input() as nothing:
         file = Path(folder) / "measured.json"
-        own = [sys.executable, __file__, "--rounds", str(rounds), "--rank-to", str(file)]
+        own = [sys.executable, "-m", "bench.distributed"]
+        own += ["--rounds", str(rounds), "--rank-to", str(file)]
         with socket.socket() as s:
             s.bind(("127.0.0.1", 0))
             port = s.getsockname()[1]

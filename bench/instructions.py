@@ -1,6 +1,6 @@
 """Instructions per element of x, counted by valgrind: the same in every run on any machine.
 
-    python bench/instructions.py --modes forward forward+backward --dtypes float32
+    python -m bench.instructions --modes forward forward+backward --dtypes float32
 
 valgrind knows no AVX-512: on x86-64 it counts the kernels for AVX2, with one thread.
 """
@@ -13,8 +13,8 @@ import subprocess
 import sys
 from collections.abc import Sequence
 
-from contestants import BOTH, FORWARD, OURS, PEERS, modes_of, steps
-from workloads import CASES, DTYPES
+from .contestants import BOTH, FORWARD, OURS, PEERS, modes_of, steps
+from .workloads import CASES, DTYPES
 
 CALLS = (1, 3)
 """Of two runs, whose difference is free of imports, inputs and the first call's work."""
@@ -44,7 +44,8 @@ def count(text: str) -> int:
 
 def instructions(case: str, dtype: str, mode: str, contestant: str, calls: int) -> int:
     command = ["valgrind", "--tool=cachegrind", "--cache-sim=no", "--cachegrind-out-file=/dev/null"]
-    child = [sys.executable, __file__, "--work", case, dtype, mode, contestant, str(calls)]
+    child = [sys.executable, "-m", "bench.instructions"]
+    child += ["--work", case, dtype, mode, contestant, str(calls)]
     threads = {"MLX_WELFORD_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
         command + child, capture_output=True, text=True, check=True, env=os.environ | threads

@@ -5,11 +5,12 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib as mpl
-from contestants import BASELINE, BOTH, COPY, FORWARD, OURS, TORCH
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from results import Report, Row
-from settings import AS_FOUND, TUNED
+
+from .contestants import BASELINE, BOTH, COPY, FORWARD, OURS, TORCH
+from .results import Report, Row
+from .settings import AS_FOUND, TUNED
 
 Reports = Mapping[str, Report]
 

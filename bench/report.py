@@ -1,7 +1,7 @@
 """Make plots and tables of what suite.py measured.
 
-    python bench/report.py                              plots in build/bench
-    python bench/report.py --write docs/performance.md README.md
+    python -m bench.report                              plots in build/bench
+    python -m bench.report --write docs/performance.md README.md
         the tables between markers in these files, plots in a folder beside the first
 
 README.md beside this file says what they mean.
@@ -13,13 +13,12 @@ import sys
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
-import macs
-import plots
-from contestants import BASELINE, BOTH, COPY, EVALUATION, FORWARD, OF_MLX, OURS, TORCH
-from plots import MEBIBYTE, Reports
-from results import Report, Row
-from settings import AS_FOUND, TUNED
-from suite import COLD, RESULTS
+from . import macs, plots
+from .contestants import BASELINE, BOTH, COPY, EVALUATION, FORWARD, OF_MLX, OURS, TORCH
+from .plots import MEBIBYTE, Reports
+from .results import Report, Row
+from .settings import AS_FOUND, TUNED
+from .suite import COLD, RESULTS
 
 SETTINGS = {AS_FOUND: "as-found", TUNED: "tuned"}
 NAMES = (BASELINE, TORCH, OURS)
@@ -327,7 +326,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     reports = read(options.results)
     if not reports:
-        parser.error(f"no figures in {options.results}: run suite.py")
+        parser.error(f"no figures in {options.results}: run bench.suite")
     directory = options.results
     for path in options.write:
         text = path.read_text(encoding="utf-8")

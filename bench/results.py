@@ -5,11 +5,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from contestants import BACKWARD, BASELINE, BOTH, COPY, EVALUATION, FORWARD, Key, note
-from environment import Environment
-from harness import Figures, Samples, net
 from mlx_welford.dispatches import normalization_plans, traffic
-from workloads import DTYPES, Case
+
+from .contestants import BACKWARD, BASELINE, BOTH, COPY, EVALUATION, FORWARD, Key, note
+from .environment import Environment
+from .harness import Figures, Samples, net
+from .workloads import DTYPES, Case
 
 SCHEMA = 2
 """Of the file; another number means that fields have other names or meanings."""

@@ -7,7 +7,6 @@ import os
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 
 import mlx.core as mx
 from mlx_welford._machine import memory_bytes
@@ -49,16 +48,16 @@ def is_entered(setting: str, threads: int | None) -> bool:
 
 
 def run_in_child(
-    script: Path,
+    module: str,
     arguments: Sequence[str],
     setting: str,
     threads: int | None,
     *,
     variables: Mapping[str, str] | None = None,
 ) -> int:
-    """Runs a script in a process with the setting, and other variables; its exit status."""
+    """Runs a module in a process with the setting, and other variables; its exit status."""
     environment = _changed(os.environ, needed(setting, threads) | dict(variables or {}))
-    return subprocess.run([sys.executable, script, *arguments], env=environment).returncode
+    return subprocess.run([sys.executable, "-m", module, *arguments], env=environment).returncode
 
 
 def _changed(before: Mapping[str, str], changes: Mapping[str, str | None]) -> dict[str, str]:

@@ -12,14 +12,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import mlx.core as mx
-import settings
-from contestants import BASELINE, BOTH, COMPILED, EVALUATION, FORWARD, OF_MLX, OURS, TORCH
-from environment import cores
-from settings import AS_FOUND, TUNED
-from workloads import SMALL, SOME, SWEEP, TARGETS, Case
 
-BENCH = Path(__file__).parent
-RESULTS = BENCH.parent / "build" / "bench"
+from . import settings
+from .contestants import BASELINE, BOTH, COMPILED, EVALUATION, FORWARD, OF_MLX, OURS, TORCH
+from .environment import cores
+from .settings import AS_FOUND, TUNED
+from .workloads import SMALL, SOME, SWEEP, TARGETS, Case
+
+RESULTS = Path(__file__).parents[1] / "build" / "bench"
 
 COLD_CASE = "resnet50-stage1"
 COLD = (BASELINE, COMPILED, TORCH, OURS)
@@ -135,7 +135,7 @@ def run(job: Job, results: Path) -> int:
     """Its exit status. mx.compile keeps on disk what it compiled: here it starts with nothing."""
     with tempfile.TemporaryDirectory() as directory:
         return settings.run_in_child(
-            BENCH / "compare.py",
+            "bench.compare",
             job.arguments(results),
             job.setting,
             job.threads,

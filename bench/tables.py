@@ -3,11 +3,12 @@
 from collections.abc import Sequence
 from itertools import groupby
 
-from contestants import COPY, OURS
-from environment import Environment
-from results import Row
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
+
+from .contestants import COPY, OURS
+from .environment import Environment
+from .results import Row
 
 HEADINGS = ("ms", "20-80 %", "copies", "x mlx.nn", "memory/x", "GB/s")
 

@@ -6,8 +6,8 @@ import os
 from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
-from harness import Run, Step
-from workloads import Case, Values
+from .harness import Run, Step
+from .workloads import Case, Values
 
 if TYPE_CHECKING:
     import torch

@@ -128,7 +128,7 @@ def commands(output: Path, of_bandwidth: Sequence[str]) -> dict[str, list[str] |
     for name in TOOLS:
         options = ["--tool", name, "--error-exitcode", "9"]
         found[name] = [tool, *options, *twin, "--quick"] if tool else None
-    bandwidth = [sys.executable, str(ROOT / "bench" / "cuda_bandwidth.py")]
+    bandwidth = [sys.executable, "-m", "cuda_twin.bandwidth"]
     for option, suffix in (("json", "json"), ("markdown", "md"), ("plot", "png")):
         bandwidth += [f"--{option}", str(output / f"bandwidth.{suffix}")]
     return {**found, "bandwidth": [*bandwidth, *of_bandwidth]}
@@ -215,7 +215,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     alone.add_argument("--json", type=Path, metavar="FILE")
     alone.set_defaults(run=check)
     every = names.add_parser(
-        "all", allow_abbrev=False, epilog="Other options are those of bench/cuda_bandwidth.py."
+        "all",
+        allow_abbrev=False,
+        epilog="Other options are those of python -m cuda_twin.bandwidth.",
     )
     every.add_argument("--output", type=Path, default=RESULTS, metavar="FOLDER")
     every.set_defaults(run=run_all)

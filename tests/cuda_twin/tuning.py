@@ -1,7 +1,7 @@
 """Constants of the launch plan for NVIDIA's GPUs, where they differ from Apple's.
 
 By a part of the GPU's name, then as csrc/gpu/tuning.h calls them. Only what was measured on that
-GPU stands here (bench/cuda_bandwidth.py --tuning tries values out): so far nothing has been.
+GPU stands here (cuda_twin.bandwidth --tuning tries values out): so far nothing has been.
 """
 
 from __future__ import annotations

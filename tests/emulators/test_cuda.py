@@ -16,13 +16,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import cuda_bandwidth
 import cuda_twin.__main__
 import numpy as np
 import pytest
-from cuda_bandwidth import KINDS, MODES, Case, Row
-from cuda_twin import compiler
+from cuda_twin import bandwidth, compiler
 from cuda_twin.__main__ import check_all, resources_table
+from cuda_twin.bandwidth import KINDS, MODES, Case, Row
 from cuda_twin.cases import solve, solve_on_device
 from cuda_twin.compiler import (
     CompileError,
@@ -609,14 +608,14 @@ def test_bytes_that_bandwidth_is_made_of() -> None:
             for name, t in of_dispatch.items()
             if name in ("x", "g", "out")
         )
-        assert moved == cuda_bandwidth.passes(case.problem.plan()) * case.nbytes, case
+        assert moved == bandwidth.passes(case.problem.plan()) * case.nbytes, case
 
 
 def small_cases() -> list[Case]:
     """Of each plan that is measured, at a size for the simulator."""
     found = [
         replace(case, images=3, side=side, channels=8)
-        for case in cuda_bandwidth.cases([1], DTYPES, MODES, KINDS)
+        for case in bandwidth.cases([1], DTYPES, MODES, KINDS)
         for side in (8, 72)
     ]
     assert {len(case.problem.plan().dispatches) for case in found} == {1, 2, 3, 4}
@@ -628,13 +627,13 @@ def test_measurement(on_host: Twin, host: HostDriver) -> None:
     """With the host's driver: the time between two of its events is the number of the second."""
     flush = Memory(on_host.device, 64)
     for case in small_cases():
-        rows, left_out = cuda_bandwidth.measure(
+        rows, left_out = bandwidth.measure(
             on_host, case, torch=None, repetitions=3, flush=flush, tuning={}, budget=Budget()
         )
         assert not left_out
         assert [row.contestant for row in rows] == ["copy", "shaders"]
         copy, ours = rows
-        moved = cuda_bandwidth.passes(case.problem.plan()) / 2
+        moved = bandwidth.passes(case.problem.plan()) / 2
         assert ours.share == pytest.approx(moved * copy.milliseconds / ours.milliseconds)
         assert ours.kernels.split() == case.problem.plan().kernels
     assert len(host.memory) == 1, "memory that was not freed"
@@ -647,23 +646,23 @@ def a_row(contestant: str, milliseconds: float, share: float, **of_case: Any) ->
 
 def test_targets_that_are_missed() -> None:
     reached = [a_row("shaders", 1.0, 0.86), a_row("torch", 1.4, 0.6)]
-    assert cuda_bandwidth.missed(reached) == []
+    assert bandwidth.missed(reached) == []
     slow = [a_row("shaders", 1.0, 0.84), a_row("torch", 1.2, 0.7)]
-    assert [line.split(": ")[1] for line in cuda_bandwidth.missed(slow)] == [
+    assert [line.split(": ")[1] for line in bandwidth.missed(slow)] == [
         "84% of the copy, not 85%",
         "1.20 times as fast as torch, not 1.3",
     ]
     small = [a_row("shaders", 1.3, 0.1, side=4), a_row("torch", 1.0, 0.1, side=4)]
-    assert len(cuda_bandwidth.missed(small)) == 1
+    assert len(bandwidth.missed(small)) == 1
 
 
 def test_results_are_written(tmp_path: Path) -> None:
     rows = [a_row("copy", 0.5, 1.0), a_row("shaders", 1.0, 0.86), a_row("torch", 1.4, 0.6)]
-    table = cuda_bandwidth.markdown(rows)
+    table = bandwidth.markdown(rows)
     assert (
         "| instance forward, channels last, float32 | 256 | 0.500 (100%) | 1.000 (86%) |" in table
     )
-    cuda_bandwidth.plot(rows, "a GPU", tmp_path / "plot.png")
+    bandwidth.plot(rows, "a GPU", tmp_path / "plot.png")
     assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
 
 
@@ -674,7 +673,7 @@ def test_nothing_is_measured_without_a_gpu(
         raise DeviceError("cuda-bindings is not installed")
 
     monkeypatch.setattr(Device, "__init__", fail)
-    assert cuda_bandwidth.main(["--quick"]) == 1
+    assert bandwidth.main(["--quick"]) == 1
     assert "Nothing to measure: cuda-bindings is not installed." in capsys.readouterr().err
 
 

@@ -16,10 +16,10 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import cuda_bandwidth
 import cuda_twin.__main__ as command
 import pytest
-from cuda_bandwidth import Case
+from cuda_twin import bandwidth
+from cuda_twin.bandwidth import Case
 from cuda_twin.device import Device, DeviceError, Memory, Twin
 from cuda_twin.host_driver import HostDriver, struct_bytes
 from cuda_twin.progress import Budget, write_json
@@ -173,14 +173,14 @@ def test_torch_is_left_out_for_the_shaders_of_later_cases(
     def broken() -> None:
         raise RuntimeError("no compiler")
 
-    monkeypatch.setattr(cuda_bandwidth, "copies", slow(2))
+    monkeypatch.setattr(bandwidth, "copies", slow(2))
     contestants = {"torch": lambda: slow(10), "torch.compile": broken}
-    monkeypatch.setattr(cuda_bandwidth, "torch_steps", lambda *_: contestants)
+    monkeypatch.setattr(bandwidth, "torch_steps", lambda *_: contestants)
     monkeypatch.setattr(Device, "median_time", lambda self, step, *_: step() or 1.0)
     budget = Budget(40, clock)
 
     def measure(cases_to_come: int) -> tuple[list[str], list[str]]:
-        rows, left_out = cuda_bandwidth.measure(
+        rows, left_out = bandwidth.measure(
             twin,
             SMALL,
             torch=SimpleNamespace(cuda=SimpleNamespace(empty_cache=lambda: None)),
@@ -217,17 +217,17 @@ def test_bandwidth_that_is_stopped_leaves_what_it_found(
     twin: Twin, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     on_host(monkeypatch, twin)
-    measure = cuda_bandwidth.measure
+    measure = bandwidth.measure
 
     def stopped(twin: Twin, case: Case, **options: Any) -> Any:
         if case.layout == "channels first":
             raise KeyboardInterrupt
         return measure(twin, case, **options)
 
-    monkeypatch.setattr(cuda_bandwidth, "measure", stopped)
+    monkeypatch.setattr(bandwidth, "measure", stopped)
     path = tmp_path / "bandwidth.json"
     with pytest.raises(KeyboardInterrupt):
-        cuda_bandwidth.main([*SHORT, "--json", str(path)])
+        bandwidth.main([*SHORT, "--json", str(path)])
     found = read_json(path)
     assert [row["contestant"] for row in found["rows"]] == ["copy", "shaders"]
     assert (found["cases"], found["cases_tried"]) == (2, 1)
@@ -242,7 +242,7 @@ def test_without_matplotlib_there_is_no_plot(
 ) -> None:
     on_host(monkeypatch, twin)
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    assert cuda_bandwidth.main([*SHORT, "--plot", str(tmp_path / "plot.png")]) == 0
+    assert bandwidth.main([*SHORT, "--plot", str(tmp_path / "plot.png")]) == 0
     assert "Without a plot: import of matplotlib.figure" in capsys.readouterr().err
 
 
@@ -255,7 +255,7 @@ def test_bandwidth_without_time_says_so(
     on_host(monkeypatch, twin)
     paths = [tmp_path / name for name in ("a.json", "a.md", "a.png")]
     options = ["--json", str(paths[0]), "--markdown", str(paths[1]), "--plot", str(paths[2])]
-    assert cuda_bandwidth.main([*SHORT, "--seconds", "0", *options]) == 0
+    assert bandwidth.main([*SHORT, "--seconds", "0", *options]) == 0
     cases = ["batch evaluation, channels last, float32, 1 MB: no time left"]
     cases.append(cases[0].replace("last", "first", 1))
     assert read_json(paths[0])["left_out"] == cases
@@ -406,9 +406,9 @@ def test_without_a_sanitizer_its_steps_are_left_out(
     out = capsys.readouterr().out
     assert out.count("skipped: compute-sanitizer, of NVIDIA's CUDA toolkit, is not on") == 4
     assert out.endswith("what it says\n==> bandwidth: passed\nNo step failed.\n")
-    check, bandwidth = called
+    check, of_bandwidth = called
     assert "--seconds" not in check
-    assert bandwidth[-2:] == ["--dtypes", "float16"]
+    assert of_bandwidth[-2:] == ["--dtypes", "float16"]
 
 
 def test_steps_that_are_stopped_or_crash_have_failed(

@@ -15,19 +15,24 @@ from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
-import compare
-import contestants
-import harness
-import instructions
 import mlx.core as mx
 import numpy as np
 import pytest
-import report
-import results
-import settings
-import suite
-import torch_contestants
-from contestants import (
+from mlx_welford.selftest.chips import nominal_bandwidth
+
+from bench import (
+    compare,
+    contestants,
+    harness,
+    instructions,
+    plots,
+    report,
+    results,
+    settings,
+    suite,
+    torch_contestants,
+)
+from bench.contestants import (
     BACKWARD,
     BASELINE,
     BOTH,
@@ -40,14 +45,22 @@ from contestants import (
     OURS_COMPILED,
     TORCH,
 )
-from environment import cache_limit_bytes, environment
-from harness import Figures, Samples, Step, measure, milliseconds, mlx_step, net, peak_above_inputs
-from mlx_welford.selftest.chips import nominal_bandwidth
-from plots import Reports
-from results import Report, Row
-from settings import AS_FOUND, TUNED
-from workloads import CASES, SOME, SWEEP, TARGETS, Case
-from yardstick import LEAST_SHARE, PAGE, ThreadedCopy
+from bench.environment import cache_limit_bytes, environment
+from bench.harness import (
+    Figures,
+    Samples,
+    Step,
+    measure,
+    milliseconds,
+    mlx_step,
+    net,
+    peak_above_inputs,
+)
+from bench.plots import Reports
+from bench.results import Report, Row
+from bench.settings import AS_FOUND, TUNED
+from bench.workloads import CASES, SOME, SWEEP, TARGETS, Case
+from bench.yardstick import LEAST_SHARE, PAGE, ThreadedCopy
 
 TINY = Case("tiny", "Tiny", "BatchNorm", (2, 5, 3, 4), quick=True)
 TINY_3D = Case("tiny-3d", "Tiny 3-D", "BatchNorm", (2, 3, 4, 5, 6), quick=True)
@@ -560,8 +573,7 @@ def test_settings_are_environment_variables(monkeypatch: pytest.MonkeyPatch) -> 
 
 def test_a_child_gets_exactly_its_setting(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     names = [*settings.MALLOC, *settings.THREADS, "OTHER"]
-    path = tmp_path / "child.py"
-    path.write_text(
+    (tmp_path / "child.py").write_text(
         "import json, os, sys\n"
         f"json.dump({{n: os.environ.get(n) for n in {names}}}, open(sys.argv[1], 'w'))\n"
         "sys.exit(7)\n"
@@ -570,12 +582,13 @@ def test_a_child_gets_exactly_its_setting(tmp_path: Path, monkeypatch: pytest.Mo
     def child(setting: str, threads: int | None) -> dict[str, str | None]:
         seen = tmp_path / "seen.json"
         other = {"OTHER": "value"}
-        status = settings.run_in_child(path, [str(seen)], setting, threads, variables=other)
+        status = settings.run_in_child("child", [str(seen)], setting, threads, variables=other)
         assert status == 7
         found: dict[str, str | None] = json.loads(seen.read_text())
         assert found.pop("OTHER") == "value"
         return found
 
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     monkeypatch.setenv("MALLOC_MMAP_MAX_", "5")
     for name in settings.THREADS:
         monkeypatch.delenv(name, raising=False)
@@ -777,12 +790,10 @@ def test_threads_are_powers_of_two_below_the_cores(monkeypatch: pytest.MonkeyPat
 
 @pytest.mark.slow
 def test_scripts_run_as_programs(tmp_path: Path) -> None:
-    bench = Path(suite.__file__).parent
-
-    def run(*command: str) -> subprocess.CompletedProcess[str]:
-        script, *options = command
+    def run(module: str, *options: str) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
-            [sys.executable, bench / script, *options],
+            [sys.executable, "-m", module, *options],
+            cwd=Path(__file__).parents[2],
             capture_output=True,
             text=True,
             check=True,
@@ -791,15 +802,17 @@ def test_scripts_run_as_programs(tmp_path: Path) -> None:
 
     path = tmp_path / "tuned.json"
     options = "--cases cifar-resnet-64kb --dtypes float32 --modes forward --seconds 1e-3"
-    run("compare.py", *options.split(), "--setting", TUNED, "--threads", "1", "--json", str(path))
+    run(
+        "bench.compare", *options.split(), "--setting", TUNED, "--threads", "1", "--json", str(path)
+    )
     found = Report.read(path).environment
     assert found["MALLOC_MMAP_MAX_"] == "0"
     assert found["MLX_WELFORD_NUM_THREADS"] == "1"
     assert found["threads"] == 1
     assert int(str(found["cache_limit_bytes"])) > 100 * MEBIBYTE
 
-    assert "cases-tuned" in run("suite.py", "--list").stdout.split()
-    run("suite.py", "--only", "cold-mlx_welford", "--results", str(tmp_path))
+    assert "cases-tuned" in run("bench.suite", "--list").stdout.split()
+    run("bench.suite", "--only", "cold-mlx_welford", "--results", str(tmp_path))
     assert Report.read(tmp_path / "cold-mlx_welford.json").rows
 
 
@@ -905,7 +918,6 @@ def test_spans_and_numbers() -> None:
 @pytest.fixture(scope="module")
 def drawn(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
     """The figures of the reports made up, by name."""
-    plots = pytest.importorskip("plots", reason="plots need matplotlib")
     written = plots.draw(made_up_reports(), tmp_path_factory.mktemp("drawn"))
     return {path.stem: path.read_bytes() for path in written}
 
@@ -915,7 +927,6 @@ def test_plots_are_drawn_from_what_is_there(drawn: dict[str, bytes], tmp_path: P
     for data in drawn.values():
         assert ElementTree.fromstring(data).tag.endswith("svg")
 
-    plots = pytest.importorskip("plots", reason="plots need matplotlib")
     reports = made_up_reports()
     del reports["sizes-as-found"]
     some = {path.stem: path.read_bytes() for path in plots.draw(reports, tmp_path)}
@@ -927,7 +938,6 @@ def test_plots_are_drawn_from_what_is_there(drawn: dict[str, bytes], tmp_path: P
 def test_report_writes_tables_and_plots(
     drawn: dict[str, bytes], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    plots = pytest.importorskip("plots", reason="plots need matplotlib")
 
     def draw(reports: Reports, directory: Path) -> list[Path]:
         """As drawn before: drawing takes seconds."""
@@ -955,7 +965,7 @@ def test_report_writes_tables_and_plots(
 def test_report_without_figures(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         report.main(["--results", str(tmp_path)])
-    assert "run suite.py" in capsys.readouterr().err
+    assert "run bench.suite" in capsys.readouterr().err
 
 
 def test_the_documents_have_every_section() -> None:

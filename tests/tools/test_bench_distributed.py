@@ -4,10 +4,11 @@ import json
 from dataclasses import asdict
 from pathlib import Path
 
-import distributed
 import pytest
-from distributed import Collective, Layer, Measured, Network
 from numpy.testing import assert_allclose
+
+from bench import distributed
+from bench.distributed import Collective, Layer, Measured, Network
 
 NETWORK = Network(latency=1e-5, per_byte=1e-9)
 

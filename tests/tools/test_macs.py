@@ -4,10 +4,10 @@ import json
 from pathlib import Path
 from typing import Any
 
-import macs
 import pytest
-import report
 from mlx_welford.selftest.chips import CHIPS
+
+from bench import macs, report
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -1,7 +1,6 @@
 """The shaders' bandwidth on an NVIDIA GPU, a proxy for Apple's, beside a copy and torch.nn.
 
-    export PYTHONPATH=tests:tests/support
-    python bench/cuda_bandwidth.py --json results.json --plot results.png
+    PYTHONPATH=tests:tests/support python -m cuda_twin.bandwidth --json out.json --plot out.png
 
 Every figure is a median of times between CUDA events, taken one contestant after the other within a
 case; before each repetition memory of several times the L2 cache is overwritten. The bandwidth of a
@@ -27,12 +26,14 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-from cuda_twin.device import Device, DeviceError, Memory, Step, Twin, run
-from cuda_twin.progress import Budget, write_json
-from cuda_twin.shaders import shader_program
-from cuda_twin.tuning import tuning_of
-from environment import environment
 from plans import DTYPES, ITEM_BYTES, Plan, Problem, dtype_of, rounded
+
+from bench.environment import environment
+
+from .device import Device, DeviceError, Memory, Step, Twin, run
+from .progress import Budget, write_json
+from .shaders import shader_program
+from .tuning import tuning_of
 
 Kind = Literal["batch", "instance"]
 Mode = Literal["forward", "backward", "evaluation"]
@@ -47,18 +48,6 @@ LAYOUTS: tuple[Layout, ...] = ("channels last", "channels first")
 
 CHANNELS = 64
 SIDE = 64  # of an image
-
-# How often a kernel reads and writes arrays the size of x.
-PASSES = {
-    "moments": 1,
-    "partial_moments": 1,
-    "normalize_input": 2,
-    "fused_normalize": 2,
-    "partial_sums": 2,
-    "input_gradient": 3,
-    "given_input_gradient": 2,
-    "fused_gradient": 3,
-}
 
 # Shares of the copy's bandwidth to be reached from 256 MB on.
 TARGETS: Mapping[Mode, float] = {"forward": 0.85, "backward": 0.85, "evaluation": 0.92}
@@ -135,7 +124,8 @@ def cases(
 
 def passes(plan: Plan) -> int:
     """How often a plan reads and writes arrays the size of x."""
-    return sum(PASSES.get(kernel, 0) for kernel in plan.kernels)
+    bound = [binding.buffer for dispatch in plan.dispatches for binding in dispatch.buffers]
+    return sum(name in ("x", "g", "out") for name in bound)
 
 
 def memory_for(device: Device, problem: Problem) -> dict[str, Memory]:
