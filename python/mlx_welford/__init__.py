@@ -9,12 +9,12 @@ _versions.check()  # before the extension is loaded: it would crash beside anoth
 import_module("mlx.core")
 
 from mlx_welford import _ext  # noqa: E402
-from mlx_welford.checkpoints import from_gluon, from_torch  # noqa: E402
-from mlx_welford.distributed import SyncBatchNorm, convert_sync_batchnorm  # noqa: E402
+from mlx_welford._checkpoints import from_gluon, from_torch  # noqa: E402
+from mlx_welford._distributed import SyncBatchNorm, convert_sync_batchnorm  # noqa: E402
+from mlx_welford._layers import BatchNorm, InstanceNorm, set_dtype  # noqa: E402
+from mlx_welford._replacement import accelerate, restore  # noqa: E402
+from mlx_welford._status import status  # noqa: E402
 from mlx_welford.functional import batch_norm, composed, instance_norm, moments  # noqa: E402
-from mlx_welford.layers import BatchNorm, InstanceNorm, set_dtype  # noqa: E402
-from mlx_welford.replacement import accelerate, restore  # noqa: E402
-from mlx_welford.status import status  # noqa: E402
 
 _ext.num_threads()  # a mistake in MLX_WELFORD_NUM_THREADS or MLX_WELFORD_ISA is an error here,
 _ext.instruction_set()  # not in the middle of a computation

@@ -15,8 +15,9 @@ import mlx.core as mx
 import mlx_welford as mw
 import pytest
 from conftest import has_metal
-from mlx_welford import _ext, _machine
+from mlx_welford import _ext, _machine, _status
 from mlx_welford.__main__ import main
+from mlx_welford._status import describe_plans, strict_shaders
 from mlx_welford.dispatches import (
     DTYPES,
     Layer,
@@ -26,9 +27,7 @@ from mlx_welford.dispatches import (
     normalization_plans,
     traffic,
 )
-from mlx_welford.status import describe_plans, strict_shaders
 
-STATUS = sys.modules["mlx_welford.status"]  # mlx_welford.status itself is the function
 NAMES = {"cpu": "cpu", "sim": "simulator", "gpu": "metal"}
 
 ALL = (True, False, True, True)
@@ -206,7 +205,7 @@ def pretend_metal(monkeypatch: pytest.MonkeyPatch, batch_norm: Any) -> None:
     monkeypatch.setattr(mx, "is_available", lambda device: True)
     monkeypatch.setattr(mx, "stream", lambda device: contextlib.nullcontext())
     monkeypatch.setattr(_ext, "backend", lambda stream=None: "metal")
-    monkeypatch.setattr(STATUS, "batch_norm", batch_norm)
+    monkeypatch.setattr(_status, "batch_norm", batch_norm)
 
 
 def test_shaders_that_do_not_compile_are_reported(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import mlx.core as mx
 
-from mlx_welford import layers
+from mlx_welford import _layers
 
 __all__ = ["InstanceNorm"]
 
@@ -16,7 +16,7 @@ _INITIALIZERS: dict[str, Callable[[mx.array], mx.array]] = {
 }
 
 
-class InstanceNorm(layers.InstanceNorm):
+class InstanceNorm(_layers.InstanceNorm):
     r""":class:`mlx_welford.InstanceNorm` as ``mxnet.gluon.nn.InstanceNorm``.
 
     .. math::
@@ -72,7 +72,7 @@ class InstanceNorm(layers.InstanceNorm):
         # Needed until the parameters exist, and not kept: functions cannot be pickled.
         self.beta_initializer: Initializer | None = _known(beta_initializer, "beta_initializer")
         self.gamma_initializer: Initializer | None = _known(gamma_initializer, "gamma_initializer")
-        layers._Normalization.__init__(
+        _layers._Normalization.__init__(
             self,
             None if in_channels == 0 else in_channels,
             epsilon,

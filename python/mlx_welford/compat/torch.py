@@ -15,7 +15,7 @@ from typing import ClassVar
 import mlx.core as mx
 from mlx.nn import Module
 
-from mlx_welford import distributed, layers
+from mlx_welford import _distributed, _layers
 
 __all__ = [
     "BatchNorm1d",
@@ -34,7 +34,7 @@ __all__ = [
 ]
 
 
-class _TorchNormalization(layers._Normalization):
+class _TorchNormalization(_layers._Normalization):
     """Channels on axis 1, and what torch.nn checks."""
 
     _features_argument = "num_features"
@@ -49,7 +49,7 @@ class _TorchNormalization(layers._Normalization):
         track_running_stats: bool,
         bias: bool,
     ) -> None:
-        layers._Normalization.__init__(
+        _layers._Normalization.__init__(
             self,
             num_features,
             eps,
@@ -79,7 +79,7 @@ class _TorchNormalization(layers._Normalization):
         )
 
 
-class _BatchNorm(_TorchNormalization, layers.BatchNorm):
+class _BatchNorm(_TorchNormalization, _layers.BatchNorm):
     def __init__(
         self,
         num_features: int,
@@ -97,7 +97,7 @@ class _BatchNorm(_TorchNormalization, layers.BatchNorm):
         return super().__call__(x)
 
 
-class _InstanceNorm(_TorchNormalization, layers.InstanceNorm):
+class _InstanceNorm(_TorchNormalization, _layers.InstanceNorm):
     def __init__(
         self,
         num_features: int,
@@ -391,7 +391,7 @@ class LazyInstanceNorm3d(_Lazy, InstanceNorm3d):
     """
 
 
-class SyncBatchNorm(_BatchNorm, distributed.SyncBatchNorm):
+class SyncBatchNorm(_BatchNorm, _distributed.SyncBatchNorm):
     """:class:`mlx_welford.SyncBatchNorm` as ``torch.nn.SyncBatchNorm``, on ``(N, C, ...)``.
 
     Gradients of ``weight`` and ``bias`` are this rank's, as there; ``mlx.nn.average_gradients``
@@ -442,10 +442,10 @@ class SyncBatchNorm(_BatchNorm, distributed.SyncBatchNorm):
         cls, module: Module, process_group: mx.distributed.Group | None = None
     ) -> Module:
         """:func:`mlx_welford.convert_sync_batchnorm` under the name that it has there."""
-        return distributed.convert_sync_batchnorm(module, process_group)
+        return _distributed.convert_sync_batchnorm(module, process_group)
 
 
-distributed._register(
+_distributed._register(
     dict.fromkeys(
         (
             BatchNorm1d,

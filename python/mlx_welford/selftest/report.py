@@ -17,6 +17,7 @@ import mlx.core as mx
 
 import mlx_welford as mw
 from mlx_welford import _ext
+from mlx_welford._status import describe, of_machine, of_shaders
 from mlx_welford._text import table
 from mlx_welford.dispatches import Plans, kernels
 from mlx_welford.selftest.cases import CASES, Case, coverage
@@ -24,7 +25,6 @@ from mlx_welford.selftest.check import REPEATS, Outcome, Result, Used, check
 from mlx_welford.selftest.chips import nominal_bandwidth
 from mlx_welford.selftest.scenarios import SCENARIOS, ScenarioOutcome, check_scenario
 from mlx_welford.selftest.times import LAYERS, QUICK_LAYERS, measure
-from mlx_welford.status import describe, of_machine, of_shaders
 
 __all__ = ["LIMIT", "run", "to_text", "write_json"]
 

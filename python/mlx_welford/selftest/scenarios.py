@@ -18,10 +18,10 @@ import mlx.nn as nn
 import mlx.optimizers as optim
 
 import mlx_welford as mw
+from mlx_welford._status import strict_shaders
 from mlx_welford.selftest import truth
 from mlx_welford.selftest.check import Result
 from mlx_welford.selftest.truth import Arguments
-from mlx_welford.status import strict_shaders
 
 __all__ = ["SCENARIOS", "ScenarioOutcome", "check_scenario"]
 

@@ -15,8 +15,8 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
+from mlx_welford._layers import BatchNorm, InstanceNorm
 from mlx_welford.dispatches import DTYPES, Layer, normalization_plans, traffic
-from mlx_welford.layers import BatchNorm, InstanceNorm
 
 __all__ = ["LAYERS", "QUICK_LAYERS", "measure"]
 

@@ -10,8 +10,8 @@ import mlx.nn as nn
 from mlx.nn import Module
 
 from mlx_welford import _ext
-from mlx_welford.layers import BatchNorm, InstanceNorm, _Normalization
-from mlx_welford.replacement import become_ours, named_layers, refusal
+from mlx_welford._layers import BatchNorm, InstanceNorm, _Normalization
+from mlx_welford._replacement import become_ours, named_layers, refusal
 
 __all__ = ["SyncBatchNorm", "convert_sync_batchnorm"]
 

@@ -5,8 +5,8 @@ import mlx.nn as nn
 from mlx.nn import Module
 
 from mlx_welford._arguments import check_eps, check_momentum
+from mlx_welford._layers import _COUNTER, _VECTORS, BatchNorm, InstanceNorm, _Normalization
 from mlx_welford._text import table
-from mlx_welford.layers import _COUNTER, _VECTORS, BatchNorm, InstanceNorm, _Normalization
 
 __all__ = ["accelerate", "restore"]
 
