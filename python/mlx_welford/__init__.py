@@ -10,9 +10,9 @@ import_module("mlx.core")
 
 from mlx_welford import _ext  # noqa: E402
 from mlx_welford._checkpoints import from_gluon, from_torch  # noqa: E402
-from mlx_welford._distributed import SyncBatchNorm, convert_sync_batchnorm  # noqa: E402
+from mlx_welford._distributed import SyncBatchNorm  # noqa: E402
 from mlx_welford._layers import BatchNorm, InstanceNorm, set_dtype  # noqa: E402
-from mlx_welford._replacement import accelerate, restore  # noqa: E402
+from mlx_welford._replacement import accelerate, convert_sync_batchnorm, restore  # noqa: E402
 from mlx_welford._status import status  # noqa: E402
 from mlx_welford.functional import batch_norm, composed, instance_norm, moments  # noqa: E402
 

@@ -1,6 +1,35 @@
-"""Checks of the arguments that are plain Python numbers. Those of arrays are the extension's."""
+"""The options of layers, and checks of plain numbers. The extension checks arrays."""
 
-from typing import Any
+import re
+from dataclasses import dataclass, fields
+from typing import Any, TypeVar, dataclass_transform
+
+Layer = TypeVar("Layer", bound=type)
+
+
+@dataclass_transform(eq_default=False)
+def options(layer: Layer) -> Layer:
+    """Class decorator: the annotated names are the arguments of ``__init__`` and attributes.
+
+    A dataclass without class attributes for the defaults. They would hide an array assigned to an
+    option: a Module looks into its dictionary only for names that are found nowhere else.
+    """
+    dataclass(eq=False, repr=False, match_args=False)(layer)
+    init: Any = vars(layer)["__init__"]
+    for name in init.__annotations__.keys() & vars(layer).keys():
+        delattr(layer, name)
+    init.__annotations__ = {  # InitVar[bool] is bool to callers
+        name: re.sub(r"^InitVar\[(.*)\]$", r"\1", str(annotation))
+        for name, annotation in init.__annotations__.items()
+    }
+    return layer
+
+
+def set_missing_options(layer: Any) -> None:
+    """Sets those options of the layer's class that it does not have to their defaults."""
+    for option in fields(layer):
+        if option.name not in vars(layer) and option.name not in layer:
+            vars(layer)[option.name] = option.default
 
 
 def check_eps(eps: float, caller: str, name: str = "eps") -> None:

@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-import warnings
+from dataclasses import KW_ONLY
 from typing import cast
 
 import mlx.core as mx
-import mlx.nn as nn
-from mlx.nn import Module
 
 from mlx_welford import _ext
-from mlx_welford._layers import BatchNorm, InstanceNorm, _Normalization
-from mlx_welford._replacement import become_ours, named_layers, refusal
+from mlx_welford._arguments import options
+from mlx_welford._layers import BatchNorm
 
-__all__ = ["SyncBatchNorm", "convert_sync_batchnorm"]
+__all__ = ["SyncBatchNorm"]
 
 Group = mx.distributed.Group
 
 
+@options
 class SyncBatchNorm(BatchNorm):
     r"""Applies :class:`BatchNorm` over the shares that all processes of a group have of a batch.
 
@@ -38,14 +37,10 @@ class SyncBatchNorm(BatchNorm):
     In a group of one process, and in evaluation, this is :class:`BatchNorm`, and nothing is sent.
 
     Args:
-        num_features: The number of channels. Default: ``None``, taken from the first input.
-        eps: Added to the variance. Default: ``1e-5``.
-        momentum: As in :class:`BatchNorm`. Default: ``0.1``.
-        affine: Whether to learn ``weight`` and ``bias``. Default: ``True``.
+        num_features, eps, momentum, affine, axis: As in :class:`BatchNorm`.
         track_running_stats: Whether to keep running statistics. Default: ``True``. Without them
             evaluation uses the statistics of the rank's own input.
-        axis: The channel axis. Default: ``-1``.
-        group: The processes to share the batch with, as from ``mx.distributed.init().split(...)``.
+        group: The processes that share the batch, as from ``mx.distributed.init().split(...)``.
             Default: ``None``, all there are.
 
     Shape:
@@ -72,19 +67,8 @@ class SyncBatchNorm(BatchNorm):
         moments. Interface of ``torch.nn.SyncBatchNorm``.
     """
 
-    def __init__(
-        self,
-        num_features: int | None = None,
-        eps: float = 1e-5,
-        momentum: float | None = 0.1,
-        affine: bool = True,
-        track_running_stats: bool = True,
-        *,
-        axis: int = -1,
-        group: Group | None = None,
-    ) -> None:
-        super().__init__(num_features, eps, momentum, affine, track_running_stats, axis=axis)
-        self.group = group
+    _: KW_ONLY
+    group: Group | None = None
 
     def __call__(self, x: mx.array) -> mx.array:
         group = (self.group or mx.distributed.init()) if self.training else None
@@ -207,74 +191,3 @@ def _sum_over_ranks(x: mx.array, group: Group) -> mx.array:
     function = mx.custom_function(lambda x: mx.distributed.all_sum(x, group=group))
     function.vjp(backward)
     return cast(mx.array, function(x))
-
-
-_SUCCESSORS: dict[type[Module], type[SyncBatchNorm]] = {
-    nn.BatchNorm: SyncBatchNorm,
-    BatchNorm: SyncBatchNorm,
-}
-
-
-def _register(layers: dict[type[Module], type[SyncBatchNorm]]) -> None:
-    """What convert_sync_batchnorm makes of other layers."""
-    _SUCCESSORS.update(layers)
-
-
-def convert_sync_batchnorm(model: Module, group: Group | None = None) -> Module:
-    """Turns every layer of batch normalisation of a model into one over all processes.
-
-    ``mlx.nn.BatchNorm`` and :class:`BatchNorm` into :class:`SyncBatchNorm`, those of
-    ``mlx_welford.compat.torch`` into its ``SyncBatchNorm``. As :func:`accelerate` does: the same
-    objects with the same parameters, of another class; :func:`restore` undoes it for what was of
-    ``mlx.nn``. Layers that are synchronised already stay as they are. If there is an error no layer
-    has changed.
-
-    Args:
-        model: The model, or a single layer.
-        group: The processes that share a batch. Default: ``None``, all there are.
-
-    Returns:
-        ``model``.
-
-    Raises:
-        ValueError: If a layer of ``mlx.nn`` has arguments or arrays that these layers refuse.
-
-    Warns:
-        UserWarning: With the names of layers whose statistics remain those of each process:
-            subclasses of batch normalisation, which may compute something else, and instance
-            normalisation with running statistics.
-
-    Examples:
-        >>> import mlx.nn as nn
-        >>> import mlx_welford as mw
-        >>> mw.convert_sync_batchnorm(nn.Sequential(nn.Linear(3, 4), mw.BatchNorm(4)))
-        Sequential(
-          (layers.0): Linear(input_dims=3, output_dims=4, bias=True)
-          (layers.1): SyncBatchNorm(4, eps=1e-05, momentum=0.1, affine=True, \
-track_running_stats=True)
-        )
-    """
-    chosen: list[tuple[Module, type[SyncBatchNorm]]] = []
-    left: list[str] = []
-    for path, layer in named_layers(model):
-        kind = _SUCCESSORS.get(type(layer))
-        if kind is not None:
-            if not isinstance(layer, _Normalization) and (error := refusal(layer)) is not None:
-                raise ValueError(f"{error} (layer '{path}'; no layer has been converted)")
-            chosen.append((layer, kind))
-        elif isinstance(layer, nn.BatchNorm) and not isinstance(layer, SyncBatchNorm):
-            left.append(f"'{path}' ({type(layer).__name__}, a subclass)")
-        elif isinstance(layer, InstanceNorm) and layer.track_running_stats:
-            left.append(f"'{path}' ({type(layer).__name__} with running statistics)")
-    for layer, kind in chosen:
-        if not isinstance(layer, _Normalization):
-            become_ours(layer)
-        layer.__class__ = kind
-        layer.group = group
-    if left:
-        warnings.warn(
-            "convert_sync_batchnorm: these layers keep statistics of each process alone: "
-            + ", ".join(left),
-            stacklevel=2,
-        )
-    return model

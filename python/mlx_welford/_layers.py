@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from dataclasses import KW_ONLY, InitVar, fields
+from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 import mlx.core as mx
 import mlx.nn as nn
 from mlx.nn import Module
 
 from mlx_welford import _ext
-from mlx_welford._arguments import check_eps, check_features, check_momentum, one_momentum
+from mlx_welford._arguments import (
+    check_eps,
+    check_features,
+    check_momentum,
+    one_momentum,
+    options,
+    set_missing_options,
+)
 from mlx_welford._uninitialized import UninitializedParameter, is_uninitialized
 
 __all__ = ["BatchNorm", "InstanceNorm", "set_dtype"]
@@ -22,59 +30,52 @@ _COUNTER = "num_batches_tracked"
 _FROZEN = [*_RUNNING, _COUNTER, "momentum"]
 
 
+@options
 class _Normalization(Module):
-    """What the layers share: parameters, running statistics, and the call.
+    """What all layers share: keyword-only options, parameters, running statistics, and the call.
 
-    With momentum=None the running statistics are the average over all batches, whose number is a
-    parameter, too: a checkpoint without it would go on as if its averages were of no batch. It is
-    an array, so that mx.compile carries it along, and frozen like the statistics. With a momentum
-    there is no such parameter, and the weights are those of mlx.nn by name.
+    Subclasses add options. All of them need num_features, eps, momentum, track_running_stats.
 
-    Until the number of channels is known, which the first input or the first array put in the place
-    of a parameter tells, UninitializedParameters stand for those of shape (C,).
+    With momentum=None the running statistics are the average over all batches. The number of
+    batches is a parameter too, because an average cannot be continued without it. It is an array,
+    so that mx.compile carries it along, and frozen like the statistics. With a momentum there is
+    no such parameter, and the names of the weights are those of mlx.nn.
+
+    The number of channels may be left open: the first input, or the first array assigned to a
+    parameter, tells it. Until then parameters of shape (C,) are UninitializedParameters.
     """
 
-    num_features: Any  # int or None
-    eps: float
-    momentum: Any  # float, array of one element, or None
-    track_running_stats: bool
-    axis: int = -1  # the default is that of mlx.nn's layers, which accelerate() makes these of
+    _: KW_ONLY
+    axis: int = -1
+    if TYPE_CHECKING:  # options of every layer, each in the order of its namesake in mlx.nn
+        num_features = eps = momentum = track_running_stats = cast(Any, None)
 
     _statistics: ClassVar[_ext.Statistics]
     _features_argument: ClassVar[str]
     _eps_argument: ClassVar[str] = "eps"
-    # What accelerate() changed: the layer's class and momentum before.
-    _accelerated: tuple[type[Module], float | None] | None = None
+    # The layer of mlx.nn that accelerate() made this one of: its class, and its options then.
+    _accelerated: ClassVar[tuple[type[Module], dict[str, Any]] | None] = None
 
-    def __init__(
-        self,
-        num_features: int | None,
-        eps: float,
-        momentum: float | None,
-        track_running_stats: bool,
-        axis: int,
-        *,
-        weight: bool,
-        bias: bool,
-    ) -> None:
-        # Not that of the classes of mlx.nn in between, whose arguments are others.
-        Module.__init__(self)
+    def __post_init__(self, affine: bool = False) -> None:
+        self._start(weight=affine, bias=affine)
+
+    def _start(self, *, weight: bool, bias: bool, **given: Any) -> None:
+        """Sets the given options, checks all of them, and creates the parameters."""
+        Module.__init__(self)  # not super(): the next class is mlx.nn's, with other arguments
+        for option, value in given.items():
+            setattr(self, option, value)
+        set_missing_options(self)
         name = type(self).__name__
-        check_features(num_features, self._features_argument, name)
-        check_eps(eps, name, self._eps_argument)
-        check_momentum(momentum, name)
-        self.num_features = num_features
-        self.eps = eps
-        self.momentum = momentum
-        self.track_running_stats = track_running_stats
-        self.axis = axis
+        check_features(self.num_features, self._features_argument, name)
+        check_eps(self.eps, name, self._eps_argument)
+        check_momentum(self.momentum, name)
         present = {"weight": weight, "bias": bias}
         for vector in _VECTORS:
-            if present.get(vector, track_running_stats):
+            if present.get(vector, self.track_running_stats):
                 self[vector] = UninitializedParameter()
         self._start_counter()
-        if num_features is not None:
-            self.update(self._first_values(num_features))
+        if self.num_features is not None:
+            self.update(self._first_values(self.num_features))
 
     def _first_values(self, num_features: int) -> dict[str, mx.array]:
         """Those of the parameters that have none yet, in the dtype that each has been given."""
@@ -205,7 +206,7 @@ class _Normalization(Module):
 
     def _needs_several_values(self) -> bool:
         """Whether a statistic of a single value is an error: its unbiased variance is 0 / 0."""
-        return self.training and self.track_running_stats
+        return bool(self.training and self.track_running_stats)
 
     def _next_running_statistics(
         self, mean: mx.array, var: mx.array, count: float | mx.array
@@ -233,10 +234,15 @@ class _Normalization(Module):
         )
         return following
 
-    def _extra_repr_end(self) -> str:
-        """What mlx.nn does not have, if it is not at its default."""
-        text = f", axis={self.axis}" if self.axis != -1 else ""
-        return text + (", accelerated=True" if self._accelerated is not None else "")
+    def _extra_repr(self) -> str:
+        """As in mlx.nn, and then the options that mlx.nn does not have, if not at their default."""
+        shown = {name: getattr(self, name) for name in self._shown}
+        for option in fields(_Normalization):
+            if (value := getattr(self, option.name)) != option.default:
+                shown[option.name] = value
+        if self._accelerated is not None:
+            shown["accelerated"] = True
+        return ", ".join([f"{self.num_features}", *(f"{k}={v}" for k, v in shown.items())])
 
 
 def _counter(value: mx.array, before: mx.array | None) -> mx.array:
@@ -264,6 +270,7 @@ def _finite(variance: mx.array) -> mx.array:
     return variance
 
 
+@options
 class InstanceNorm(_Normalization, nn.InstanceNorm):
     r"""Applies instance normalization [1] on the inputs.
 
@@ -312,26 +319,15 @@ class InstanceNorm(_Normalization, nn.InstanceNorm):
         [1]: https://arxiv.org/abs/1607.08022; interface of ``mlx.nn.InstanceNorm``
     """
 
-    dims: Any  # int, or None until the first call if it was not given
-    momentum = 0.1
-    track_running_stats = False
+    dims: int | None = None  # type: ignore[assignment]  # never None in mlx.nn
+    eps: float = 1e-5
+    affine: InitVar[bool] = False
+    _: KW_ONLY
+    momentum: float | mx.array | None = 0.1
+    track_running_stats: bool = False
 
     _statistics = _ext.Statistics.of_instance
     _features_argument = "dims"
-
-    def __init__(
-        self,
-        dims: int | None = None,
-        eps: float = 1e-5,
-        affine: bool = False,
-        *,
-        momentum: float | None = 0.1,
-        track_running_stats: bool = False,
-        axis: int = -1,
-    ) -> None:
-        _Normalization.__init__(
-            self, dims, eps, momentum, track_running_stats, axis, weight=affine, bias=affine
-        )
 
     @property
     def num_features(self) -> Any:
@@ -342,13 +338,13 @@ class InstanceNorm(_Normalization, nn.InstanceNorm):
     def num_features(self, value: Any) -> None:
         self.dims = value
 
-    def _extra_repr(self) -> str:
-        text = f"{self.dims}, eps={self.eps}, affine={self.affine}"
-        if self.track_running_stats:
-            text += f", momentum={self.momentum}, track_running_stats=True"
-        return text + self._extra_repr_end()
+    @property
+    def _shown(self) -> list[str]:
+        statistics = ["momentum", "track_running_stats"] if self.track_running_stats else []
+        return ["eps", "affine", *statistics]
 
 
+@options
 class BatchNorm(_Normalization, nn.BatchNorm):
     r"""Applies batch normalization [1] over an input of two or more dimensions.
 
@@ -404,32 +400,18 @@ class BatchNorm(_Normalization, nn.BatchNorm):
         [1]: https://arxiv.org/abs/1502.03167; interface of ``mlx.nn.BatchNorm``
     """
 
+    num_features: int | None = None  # type: ignore[assignment]  # never None in mlx.nn
+    eps: float = 1e-5
+    momentum: float | mx.array | None = 0.1  # type: ignore[assignment]  # a number in mlx.nn
+    affine: InitVar[bool] = True
+    track_running_stats: bool = True
+
     _statistics = _ext.Statistics.of_batch
     _features_argument = "num_features"
-
-    def __init__(
-        self,
-        num_features: int | None = None,
-        eps: float = 1e-5,
-        momentum: float | None = 0.1,
-        affine: bool = True,
-        track_running_stats: bool = True,
-        *,
-        axis: int = -1,
-    ) -> None:
-        _Normalization.__init__(
-            self, num_features, eps, momentum, track_running_stats, axis, weight=affine, bias=affine
-        )
+    _shown = ("eps", "momentum", "affine", "track_running_stats")
 
     def _needs_several_values(self) -> bool:
         return bool(self.training)
-
-    def _extra_repr(self) -> str:
-        text = (
-            f"{self.num_features}, eps={self.eps}, momentum={self.momentum}, "
-            f"affine={self.affine}, track_running_stats={self.track_running_stats}"
-        )
-        return text + self._extra_repr_end()
 
 
 def set_dtype(

@@ -1,19 +1,32 @@
-"""The layers of a model that mlx.nn made, turned into these, and back."""
+"""All that swaps layers of a model: accelerate, restore and convert_sync_batchnorm.
+
+A layer stays the same object and changes its class, so that whatever holds it goes on with it.
+"""
+
+import warnings
+from dataclasses import fields
 
 import mlx.core as mx
 import mlx.nn as nn
 from mlx.nn import Module
 
-from mlx_welford._arguments import check_eps, check_momentum
+from mlx_welford._arguments import check_eps, check_momentum, set_missing_options
+from mlx_welford._distributed import Group, SyncBatchNorm
 from mlx_welford._layers import _COUNTER, _VECTORS, BatchNorm, InstanceNorm, _Normalization
 from mlx_welford._text import table
 
-__all__ = ["accelerate", "restore"]
+__all__ = ["SYNCHRONIZED", "accelerate", "convert_sync_batchnorm", "restore"]
 
-_OURS: dict[type[Module], type[_Normalization]] = {
+_FAST: dict[type[Module], type[_Normalization]] = {
     nn.BatchNorm: BatchNorm,
     nn.InstanceNorm: InstanceNorm,
 }
+
+SYNCHRONIZED: dict[type[Module], type[SyncBatchNorm]] = {
+    nn.BatchNorm: SyncBatchNorm,
+    BatchNorm: SyncBatchNorm,
+}
+"""What convert_sync_batchnorm makes of layers of exactly these classes."""
 
 
 def accelerate(model: Module, *, verbose: bool = False) -> Module:
@@ -49,22 +62,23 @@ accelerated=True)
         )
     """
     rows: list[tuple[str, str, str]] = []
-    for path, layer in named_layers(model):
-        if not isinstance(layer, tuple(_OURS)) or isinstance(layer, _Normalization):
+    for path, layer in _named_layers(model):
+        if not isinstance(layer, tuple(_FAST)) or isinstance(layer, _Normalization):
             continue
         kind = type(layer)
-        if kind not in _OURS:
-            was = f"{kind.__name__}, a subclass of mlx.nn.{_namesake(layer).__name__}"
-            rows.append((path, was, "as it was: a subclass may compute something else"))
-            continue
-        channels = layer.num_features if kind is nn.BatchNorm else layer.dims
-        was = f"mlx.nn.{kind.__name__}({channels})"
-        try:
-            become_ours(layer)
-        except ValueError as error:
-            rows.append((path, was, f"as it was: {error}"))
+        if kind not in _FAST:
+            namesake = next(k.__name__ for k in _FAST if isinstance(layer, k))
+            was = f"{kind.__name__}, a subclass of mlx.nn.{namesake}"
+            now = "as it was: a subclass may compute something else"
         else:
-            rows.append((path, was, f"mlx_welford.{kind.__name__}"))
+            channels = layer.num_features if kind is nn.BatchNorm else layer.dims
+            was = f"mlx.nn.{kind.__name__}({channels})"
+            if (error := _refusal(layer)) is not None:
+                now = f"as it was: {error}"
+            else:
+                _change_class(layer, _FAST[kind])
+                now = f"mlx_welford.{kind.__name__}"
+        rows.append((path, was, now))
     if verbose:
         print(table([("layer", "was", "now"), *rows]) if rows else "No layer to replace.")
     return model
@@ -90,28 +104,90 @@ def restore(model: Module) -> Module:
           (layers.0): BatchNorm(4, eps=1e-05, momentum=0.1, affine=True, track_running_stats=True)
         )
     """
-    for _, layer in named_layers(model):
+    for _, layer in _named_layers(model):
         if isinstance(layer, _Normalization) and layer._accelerated is not None:
             frozen = layer._no_grad  # with the running statistics, which mlx.nn only adds once
-            original, momentum = layer._accelerated
+            original, settings = layer._accelerated
             if layer.momentum is None:  # and its counter, neither of which mlx.nn has
-                layer.momentum = momentum
+                layer.momentum = settings.get("momentum")
                 layer.pop(_COUNTER, None)
                 frozen.discard(_COUNTER)
-            for name in ("_accelerated", "group"):
+            added = {option.name for option in fields(layer)} - settings.keys()
+            for name in ("_accelerated", *added):
                 vars(layer).pop(name, None)
+                layer.pop(name, None)
             layer.__class__ = original  # type: ignore[assignment]
     return model
 
 
-def named_layers(model: Module) -> list[tuple[str, Module]]:
+def convert_sync_batchnorm(model: Module, group: Group | None = None) -> Module:
+    """Turns every layer of batch normalisation of a model into one over all processes.
+
+    ``mlx.nn.BatchNorm`` and :class:`BatchNorm` into :class:`SyncBatchNorm`, those of
+    ``mlx_welford.compat.torch`` into its ``SyncBatchNorm``. As :func:`accelerate` does: the same
+    objects with the same parameters, of another class; :func:`restore` undoes it for what was of
+    ``mlx.nn``. Layers that are synchronised already stay as they are. If there is an error no layer
+    has changed.
+
+    Args:
+        model: The model, or a single layer.
+        group: The processes that share a batch. Default: ``None``, all there are.
+
+    Returns:
+        ``model``.
+
+    Raises:
+        ValueError: If a layer of ``mlx.nn`` has arguments or arrays that these layers refuse.
+
+    Warns:
+        UserWarning: With the names of layers whose statistics remain those of each process:
+            subclasses of batch normalisation, which may compute something else, and instance
+            normalisation with running statistics.
+
+    Examples:
+        >>> import mlx.nn as nn
+        >>> import mlx_welford as mw
+        >>> mw.convert_sync_batchnorm(nn.Sequential(nn.Linear(3, 4), mw.BatchNorm(4)))
+        Sequential(
+          (layers.0): Linear(input_dims=3, output_dims=4, bias=True)
+          (layers.1): SyncBatchNorm(4, eps=1e-05, momentum=0.1, affine=True, \
+track_running_stats=True)
+        )
+    """
+    chosen: list[tuple[Module, type[SyncBatchNorm]]] = []
+    left: list[str] = []
+    for path, layer in _named_layers(model):
+        kind = SYNCHRONIZED.get(type(layer))
+        if kind is not None:
+            if (error := _refusal(layer)) is not None:
+                raise ValueError(f"{error} (layer '{path}'; no layer has been converted)")
+            chosen.append((layer, kind))
+        elif isinstance(layer, nn.BatchNorm) and not isinstance(layer, SyncBatchNorm):
+            left.append(f"'{path}' ({type(layer).__name__}, a subclass)")
+        elif isinstance(layer, InstanceNorm) and layer.track_running_stats:
+            left.append(f"'{path}' ({type(layer).__name__} with running statistics)")
+    for layer, kind in chosen:
+        _change_class(layer, kind)
+        layer.group = group
+    if left:
+        warnings.warn(
+            "convert_sync_batchnorm: these layers keep statistics of each process alone: "
+            + ", ".join(left),
+            stacklevel=2,
+        )
+    return model
+
+
+def _named_layers(model: Module) -> list[tuple[str, Module]]:
     """All modules of a model with one of their paths, each once, in the order of the tree."""
     once = {id(module): (path, module) for path, module in model.named_modules()}
     return list(reversed(once.values()))
 
 
-def refusal(layer: Module) -> ValueError | None:
-    """Why a layer of mlx.nn cannot become one of these, which take less; None if it can."""
+def _refusal(layer: Module) -> ValueError | None:
+    """Why a layer cannot become one of this package's, which take less; None if it can."""
+    if isinstance(layer, _Normalization):
+        return None
     name = type(layer).__name__
     try:
         check_eps(layer.eps, name)
@@ -129,19 +205,13 @@ def refusal(layer: Module) -> ValueError | None:
     return None
 
 
-def become_ours(layer: Module) -> None:
-    """Makes a layer of mlx.nn one of these, the same object.
-
-    Raises:
-        ValueError: If these layers refuse its settings or arrays; nothing has changed then.
-    """
-    if (error := refusal(layer)) is not None:
-        raise error
-    momentum = vars(layer).get("momentum")
-    # Not by assignment through Module, which would take a tuple for parameters.
-    vars(layer)["_accelerated"] = (type(layer), momentum)
-    layer.__class__ = _OURS[type(layer)]
-
-
-def _namesake(layer: Module) -> type[Module]:
-    return next(kind for kind in _OURS if isinstance(layer, kind))
+def _change_class(layer: Module, kind: type[_Normalization]) -> None:
+    """Makes a layer one of another class, the same object, with what restore() needs."""
+    original = type(layer)
+    layer.__class__ = kind
+    if not issubclass(original, _Normalization):
+        names = [option.name for option in fields(kind)]
+        settings = {n: getattr(layer, n) for n in names if n in vars(layer) or n in layer}
+        # Not by assignment through Module, which would take a tuple for parameters.
+        vars(layer)["_accelerated"] = (original, settings)
+    set_missing_options(layer)

@@ -153,7 +153,7 @@ def test_reset_leaves_the_parameters_of_a_new_layer(
 @pytest.mark.parametrize("shape", [(), (1,), (1, 1)], ids=str)
 def test_a_momentum_may_be_an_array_of_one_number(shape: tuple[int, ...]) -> None:
     told = mw.BatchNorm(4, momentum=0.25)
-    given = mw.BatchNorm(4, momentum=mx.full(shape, 0.25))  # type: ignore[arg-type]
+    given = mw.BatchNorm(4, momentum=mx.full(shape, 0.25))
     later = mw.BatchNorm(4)
     later.momentum = mx.full(shape, 0.25)
     x = mx.random.normal((5, 4))
@@ -168,7 +168,7 @@ def test_a_momentum_may_be_an_array_of_one_number(shape: tuple[int, ...]) -> Non
 def test_a_momentum_of_another_shape_is_refused() -> None:
     text = r"\[BatchNorm\] 'momentum' must be a number in \[0, 1\] or None but got an array of "
     with pytest.raises(ValueError, match=text + r"shape \(4,\)\."):
-        mw.BatchNorm(4, momentum=mx.full((4,), 0.1))  # type: ignore[arg-type]
+        mw.BatchNorm(4, momentum=mx.full((4,), 0.1))
     layer = mw.BatchNorm(4)
     layer.momentum = mx.full((4,), 0.1)
     before = layer.running_mean

@@ -1,5 +1,6 @@
 """The layers by themselves: what they have beyond mlx.nn, and that they are their functions."""
 
+import inspect
 from collections.abc import Callable
 
 import mlx.core as mx
@@ -87,7 +88,29 @@ def test_keywords_beyond_those_of_mlx_nn_are_not_positional() -> None:
     with pytest.raises(TypeError):
         mw.BatchNorm(4, 1e-5, 0.1, True, True, 1)  # type: ignore[call-arg]
     with pytest.raises(TypeError):
-        mw.InstanceNorm(4, 1e-5, True, 0.1)  # type: ignore[call-arg]
+        mw.InstanceNorm(4, 1e-5, True, 0.1)  # type: ignore[call-arg, arg-type]
+
+
+def test_signatures() -> None:
+    """The options are declared as fields of the classes; help() shows what it always did."""
+    batch = "num_features: 'int | None' = None, eps: 'float' = 1e-05, "
+    batch += "momentum: 'float | mx.array | None' = 0.1, affine: 'bool' = True, "
+    batch += "track_running_stats: 'bool' = True, *, axis: 'int' = -1"
+    assert str(inspect.signature(mw.BatchNorm)) == f"({batch}) -> 'None'"
+    group = "group: 'Group | None' = None"
+    assert str(inspect.signature(mw.SyncBatchNorm)) == f"({batch}, {group}) -> 'None'"
+    assert inspect.signature(mw.InstanceNorm).parameters.keys() == {
+        *("dims", "eps", "affine", "momentum", "track_running_stats", "axis")
+    }
+
+
+def test_an_array_takes_the_place_of_an_option() -> None:
+    layer = mw.InstanceNorm(4, track_running_stats=True)
+    layer.momentum = mx.array(1.0)
+    x = mx.random.normal((3, 5, 4))
+    layer(x)
+    assert layer.momentum.item() == 1
+    np.testing.assert_allclose(wide(layer.running_mean), wide(x.mean((0, 1))), atol=1e-6)
 
 
 # the number of channels left open

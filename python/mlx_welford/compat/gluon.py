@@ -72,15 +72,12 @@ class InstanceNorm(_layers.InstanceNorm):
         # Needed until the parameters exist, and not kept: functions cannot be pickled.
         self.beta_initializer: Initializer | None = _known(beta_initializer, "beta_initializer")
         self.gamma_initializer: Initializer | None = _known(gamma_initializer, "gamma_initializer")
-        _layers._Normalization.__init__(
-            self,
-            None if in_channels == 0 else in_channels,
-            epsilon,
-            momentum=0.1,
-            track_running_stats=False,
-            axis=axis,
+        self._start(
             weight=scale,
             bias=center,
+            num_features=None if in_channels == 0 else in_channels,
+            eps=epsilon,
+            axis=axis,
         )
 
     def _first_values(self, num_features: int) -> dict[str, mx.array]:

@@ -15,7 +15,7 @@ from typing import ClassVar
 import mlx.core as mx
 from mlx.nn import Module
 
-from mlx_welford import _distributed, _layers
+from mlx_welford import _distributed, _layers, _replacement
 
 __all__ = [
     "BatchNorm1d",
@@ -49,15 +49,14 @@ class _TorchNormalization(_layers._Normalization):
         track_running_stats: bool,
         bias: bool,
     ) -> None:
-        _layers._Normalization.__init__(
-            self,
-            num_features,
-            eps,
-            momentum,
-            track_running_stats,
-            axis=1,
+        self._start(
             weight=affine,
             bias=affine and bias,
+            num_features=num_features,
+            eps=eps,
+            momentum=momentum,
+            track_running_stats=track_running_stats,
+            axis=1,
         )
 
     def _check_dimensions(self, x: mx.array) -> None:
@@ -442,10 +441,10 @@ class SyncBatchNorm(_BatchNorm, _distributed.SyncBatchNorm):
         cls, module: Module, process_group: mx.distributed.Group | None = None
     ) -> Module:
         """:func:`mlx_welford.convert_sync_batchnorm` under the name that it has there."""
-        return _distributed.convert_sync_batchnorm(module, process_group)
+        return _replacement.convert_sync_batchnorm(module, process_group)
 
 
-_distributed._register(
+_replacement.SYNCHRONIZED.update(
     dict.fromkeys(
         (
             BatchNorm1d,
