@@ -119,8 +119,8 @@ NB_MODULE(_ext, m) {
   m.def(
       "backend", [](mx::StreamOrDevice s) { return mw::backend_name(mx::to_stream(s)); },
       "stream"_a = nb::none(), "What kernels run on, on this stream.");
-  m.def("compose_everything", &mw::compose_everything, "always"_a,
-        "Compose everything of MLX's own operations from now on, or no longer.");
+  m.def("use_fallback", &mw::use_fallback, "always"_a,
+        "From now on, or no longer, compose every operation of MLX's own.");
   m.def("simulate_with", &mw::gpu::simulate_with, "library"_a.none(),
         "Run the shaders compiled into this library in place of the CPU's kernels; None: no more.");
   mw::bind_launch(m);

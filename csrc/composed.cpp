@@ -2,6 +2,7 @@
 
 #include <limits>
 
+#include "fallback.h"
 #include "mlx/ops.h"
 
 namespace mlx_welford::composed {
@@ -90,10 +91,6 @@ array affine(const array& normalized, const std::optional<array>& weight,
 }
 
 }  // namespace
-
-bool traced_for_any_shape(const array& a, Stream s) {
-  return a.is_tracer() && mx::number_of_elements(a, {}, false, mx::int32, s).has_primitive();
-}
 
 std::pair<array, array> moments(const array& x, const std::vector<int>& axes, Stream s) {
   array wide = widen(x, s);

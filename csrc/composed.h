@@ -38,11 +38,6 @@ struct GivenGradients {
   array bias;    // (C)
 };
 
-/// True while MLX traces a function of which `a` is a part for arrays of any shape: mx.compile or
-/// mx.export_function with shapeless=True. Numbers of the shapes at hand are of this call alone then,
-/// and have no place in the graph.
-bool traced_for_any_shape(const array& a, Stream s);
-
 /// mean = sum(x) / m,  var = sum((x - mean)^2) / m,  m = number of values reduced.
 std::pair<array, array> moments(const array& x, const std::vector<int>& axes, Stream s);
 

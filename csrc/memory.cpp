@@ -15,9 +15,8 @@ namespace mx = mlx::core;
 
 namespace {
 
-/// Asks for huge pages under memory that is about to be written for the first time: the faults on
-/// small ones cost several times what filling them costs. Memory that is in use already is left as
-/// it is.
+/// Asks for huge pages under memory that is about to be written for the first time: page faults on
+/// small ones take several times as long as filling them. Has no effect on pages in use.
 void advise_huge_pages(mx::array& a) {
 #ifdef __linux__
   constexpr size_t kHugePage = size_t{1} << 21;
@@ -39,7 +38,7 @@ void allocate(mx::array& out) {
   advise_huge_pages(out);
 }
 
-void allocate_or_donate(mx::array& out, std::initializer_list<const mx::array*> inputs) {
+void allocate_or_donate(mx::array& out, std::span<const mx::array* const> inputs) {
   for (const mx::array* in : inputs) {
     if (in->flags().row_contiguous && mx::is_donatable(*in, out)) {
       out.copy_shared_buffer(*in);

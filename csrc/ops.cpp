@@ -1,13 +1,12 @@
 #include "ops.h"
 
 #include <algorithm>
-#include <memory>
 #include <numeric>
 #include <sstream>
 
-#include "composed.h"
 #include "mlx/ops.h"
 #include "primitives.h"
+#include "ranks.h"
 
 namespace mlx_welford {
 
@@ -103,11 +102,6 @@ std::optional<array> cast(const std::optional<array>& a, mx::Dtype dtype, mx::St
   return a ? std::optional(cast(*a, dtype, s)) : std::nullopt;
 }
 
-/// Float32 statistics, but float64 for float64 input.
-mx::Dtype statistics_dtype(mx::Dtype dtype) {
-  return dtype == mx::float64 ? mx::float64 : mx::float32;
-}
-
 /// 1 - momentum, momentum, and count / (count - 1), which makes a variance unbiased; all in double
 /// where they are known, since a momentum near 1 has no more digits to lose.
 array update_coefficients(const Number& momentum, const Number& count, mx::Dtype dtype,
@@ -136,9 +130,8 @@ array update_coefficients(const Number& momentum, const Number& count, mx::Dtype
 /// True if kernels can walk over x where it lies, and over whatever may take its place when MLX runs a
 /// graph that it has traced for any shape.
 bool is_walkable(const array& x, const std::vector<int>& axes, mx::Stream s) {
-  return composed::traced_for_any_shape(x, s)
-             ? has_geometry_in_any_shape(static_cast<int>(x.ndim()), axes)
-             : find_geometry(x.shape(), axes).has_value();
+  return traced_for_any_shape(x, s) ? has_geometry_in_any_shape(static_cast<int>(x.ndim()), axes)
+                                    : find_geometry(x.shape(), axes).has_value();
 }
 
 void append(std::vector<array>& arrays, const std::optional<array>& a) {
@@ -184,22 +177,28 @@ Normalized normalize(const array& x_, const std::optional<array>& weight_,
   const int ndim = static_cast<int>(x.ndim());
   // Channels first and last are read where they lie; from anywhere else they move to the end and
   // back.
-  const bool moved = !is_walkable(x, reduced_axes(ndim, channel_axis, statistics), s);
+  auto axes = reduced_axes(ndim, channel_axis, statistics);
+  const bool moved = !is_walkable(x, axes, s);
   const int home = channel_axis;
   if (moved) {
     x = mx::moveaxis(x, channel_axis, -1, s);
     channel_axis = ndim - 1;
+    axes = reduced_axes(ndim, channel_axis, statistics);
   }
-  const Normalization n{statistics, eps, channel_axis, weight.has_value(), bias.has_value()};
-  auto primitive = std::make_shared<Normalize>(s, n);
   std::vector<array> inputs{x};
   append(inputs, mean);
   append(inputs, var);
   append(inputs, weight);
   append(inputs, bias);
-  const mx::Dtype wide = statistics_dtype(dtype);
-  auto outputs =
-      outputs_of(primitive, inputs, mean ? std::vector{dtype} : std::vector{dtype, wide, wide});
+  auto outputs = outputs_of(s,
+                            {.operation = Operation::normalize,
+                             .axes = std::move(axes),
+                             .channel_axis = channel_axis,
+                             .eps = eps,
+                             .given = mean.has_value(),
+                             .has_weight = weight.has_value(),
+                             .has_bias = bias.has_value()},
+                            inputs);
   if (mean) {
     outputs.insert(outputs.end(), {*mean, *var});
   }
@@ -212,10 +211,17 @@ array input_gradient(const array& x, const array& g, const array& mean, const ar
                      const array& grad_var, int axis, const Caller& caller, mx::StreamOrDevice s_) {
   const auto s = mx::to_stream(s_);
   const int channel_axis = check_input(x, axis, Statistics::given, caller);
-  const Normalization n{Statistics::given, eps, channel_axis, weight.has_value(), false};
   std::vector<array> inputs{x, mean, var, g, grad_mean, grad_var};
   append(inputs, weight);
-  return outputs_of(std::make_shared<InputGradient>(s, n), inputs, {x.dtype()})[0];
+  const int ndim = static_cast<int>(x.ndim());
+  return outputs_of(s,
+                    {.operation = Operation::input_gradient,
+                     .axes = reduced_axes(ndim, channel_axis, Statistics::given),
+                     .channel_axis = channel_axis,
+                     .eps = eps,
+                     .given = true,
+                     .has_weight = weight.has_value()},
+                    inputs)[0];
 }
 
 array rank_moments(const array& x, int axis, const Caller& caller, mx::StreamOrDevice s) {
@@ -228,15 +234,13 @@ Merged merge_ranks(const array& messages, int ranks, int rank, const Caller& cal
   if (s.device != mx::Device::cpu) {
     s = mx::default_stream(mx::Device::cpu);
   }
-  const mx::Dtype dtype = messages.dtype();
-  auto outputs = outputs_of(std::make_shared<MergeRanks>(s, ranks, rank, caller.name), {messages},
-                            {dtype, dtype, dtype});
+  auto outputs = outputs_of(std::make_shared<MergeRanks>(s, ranks, rank, caller.name), {messages});
   return {outputs[0], outputs[1], outputs[2]};
 }
 
 Number size_of(const array& x, mx::StreamOrDevice s_) {
   const auto s = mx::to_stream(s_);
-  if (!composed::traced_for_any_shape(x, s)) {
+  if (!traced_for_any_shape(x, s)) {
     return static_cast<double>(x.size());
   }
   std::vector<int> axes(x.ndim());
@@ -253,9 +257,8 @@ std::pair<array, array> next_running_statistics(const array& running_mean, const
   check_vector(running_var, "running_var", channels, caller);
   const auto s = mx::to_stream(s_);
   array update = update_coefficients(momentum, count, mean.dtype(), s);
-  auto outputs = outputs_of(std::make_shared<RunningStatistics>(s),
-                            {running_mean, running_var, mean, var, update},
-                            {running_mean.dtype(), running_var.dtype()});
+  auto outputs = outputs_of(s, {.operation = Operation::running_statistics},
+                            {running_mean, running_var, mean, var, update});
   return {outputs[0], outputs[1]};
 }
 
@@ -292,8 +295,7 @@ std::pair<array, array> moments(const array& x_, std::vector<int> axes, bool kee
       kernel_axes[i] = kept + i;
     }
   }
-  const mx::Dtype wide = statistics_dtype(x.dtype());
-  auto outputs = outputs_of(std::make_shared<Moments>(s, kernel_axes), {x}, {wide, wide});
+  auto outputs = outputs_of(s, {.operation = Operation::moments, .axes = kernel_axes}, {x});
   array mean = outputs[0];
   array var = outputs[1];
   if (keepdims) {

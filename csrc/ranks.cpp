@@ -1,5 +1,3 @@
-// What ranks send each other about their shares of a batch, and its merge.
-//
 // A message is an array (1 + C, 4) of the statistics' type:
 //
 //   0        mark and type of x | C | values per statistic / 2^24 | values per statistic mod 2^24
@@ -7,6 +5,8 @@
 //
 // The first row is what a collective compares nothing of: where ranks disagree about sizes, it
 // delivers other memory in their place.
+
+#include "ranks.h"
 
 #include <algorithm>
 #include <iterator>
@@ -26,7 +26,7 @@ namespace mx = mlx::core;
 
 namespace {
 
-constexpr int kRow = 4;
+constexpr int kRow = kMomentsRow;
 constexpr int kMark = 0x57454C;      // less than 2^24, and no size that anyone has
 constexpr int64_t kExact = 1 << 24;  // whole numbers up to here are exact in float32
 
@@ -137,10 +137,10 @@ void merge(const array& messages, array& mean, array& var, array& count, int ran
 
 array message_of(const array& x, int channel_axis, mx::Stream s) {
   const auto axes = reduced_axes(static_cast<int>(x.ndim()), channel_axis, Statistics::of_batch);
-  const mx::Dtype wide = x.dtype() == mx::float64 ? mx::float64 : mx::float32;
-  array moments = outputs_of(std::make_shared<PartialMoments>(s, axes), {x}, {wide})[0];
+  const mx::Dtype wide = statistics_dtype(x.dtype());
+  array moments = outputs_of(s, {.operation = Operation::partial_moments, .axes = axes}, {x})[0];
   const auto kind = static_cast<double>(kMark + code_of(x.dtype()));
-  if (composed::traced_for_any_shape(x, s)) {
+  if (traced_for_any_shape(x, s)) {
     auto length = [&](const std::vector<int>& of) {
       return mx::number_of_elements(x, of, /* inverted = */ false, mx::int64, s);
     };
@@ -162,7 +162,7 @@ array message_of(const array& x, int channel_axis, mx::Stream s) {
   return mx::concatenate({array(about.begin(), mx::Shape{1, kRow}, wide), moments}, 0, s);
 }
 
-Arrays MergeRanks::compose(const Arrays& inputs) {
+Arrays MergeRanks::fallback(const Arrays& inputs) {
   const auto s = stream();
   const int c = channels(inputs[0]);
   array messages = mx::reshape(inputs[0], {ranks_, 1 + c, kRow}, s);
@@ -174,8 +174,6 @@ Arrays MergeRanks::compose(const Arrays& inputs) {
   auto [mean, var] = composed::merge(counts, moments, s);
   return {mean, var, mx::sum(counts, s)};
 }
-
-bool MergeRanks::has_kernels(const Arrays&) { return !composes_everything(); }
 
 void MergeRanks::eval_cpu(const Arrays& inputs, Arrays& outputs) {
   for (array& output : outputs) {

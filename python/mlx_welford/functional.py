@@ -220,4 +220,4 @@ def _change_composing(by: int) -> None:
     global _composing_blocks
     with _composing:
         _composing_blocks += by
-        _ext.compose_everything(_composing_blocks > 0)
+        _ext.use_fallback(_composing_blocks > 0)

@@ -123,11 +123,11 @@ EVERY_WALK = [
 @contextmanager
 def by(operations: str) -> Iterator[None]:
     """Our kernels, or MLX's operations in their place."""
-    _ext.compose_everything(operations == "composed")
+    _ext.use_fallback(operations == "composed")
     try:
         yield
     finally:
-        _ext.compose_everything(False)
+        _ext.use_fallback(False)
 
 
 every_definition = pytest.mark.parametrize("operations", ["kernels", "composed"])

@@ -1,0 +1,54 @@
+// Primitives that have a fallback: the same outputs from the same inputs, as a graph of MLX's own
+// operations. It serves forward-mode derivatives, vmap, the derivatives of a gradient, float64, and
+// wherever no kernel can run.
+#pragma once
+
+#include <memory>
+#include <utility>
+#include <vector>
+
+#include "mlx/array.h"
+#include "mlx/primitives.h"
+
+namespace mlx_welford {
+
+using mlx::core::array;
+using Arrays = std::vector<array>;
+
+class FallbackPrimitive : public mlx::core::Primitive {
+ public:
+  using Primitive::Primitive;
+
+  virtual Arrays fallback(const Arrays& inputs) = 0;
+
+  /// False if the fallback must take the place of this primitive for these inputs.
+  virtual bool can_evaluate(const Arrays& inputs) = 0;
+
+  virtual std::vector<mlx::core::Dtype> output_dtypes(const Arrays& inputs) = 0;
+
+  Arrays jvp(const Arrays& primals, const Arrays& tangents,
+             const std::vector<int>& argnums) override;
+  Arrays vjp(const Arrays& primals, const Arrays& cotangents, const std::vector<int>& argnums,
+             const Arrays& outputs) override;
+  std::pair<Arrays, std::vector<int>> vmap(const Arrays& inputs,
+                                           const std::vector<int>& axes) override;
+
+ protected:
+  /// Computes the outputs by the fallback, within the evaluation of this primitive.
+  void evaluate_fallback(const Arrays& inputs, Arrays& outputs);
+};
+
+/// The outputs of a primitive for these inputs, which need not be contiguous.
+Arrays outputs_of(const std::shared_ptr<FallbackPrimitive>& primitive, const Arrays& inputs);
+
+/// From now on, or no longer, use fallbacks alone: for mx.export_function, since MLX can only write
+/// its own primitives.
+void use_fallback(bool always);
+bool uses_fallback();
+
+/// True while MLX traces a function of which `a` is a part for arrays of any shape: mx.compile or
+/// mx.export_function with shapeless=True. Numbers taken from the shapes at hand do not belong in
+/// such a graph.
+bool traced_for_any_shape(const array& a, mlx::core::Stream s);
+
+}  // namespace mlx_welford

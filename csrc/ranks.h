@@ -1,0 +1,45 @@
+// What ranks send each other about their shards of a batch, and its merge.
+#pragma once
+
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "fallback.h"
+
+namespace mlx_welford {
+
+/// (messages) -> (mean, var, count), of shape (C), (C) and (): Chan's merge over ranks.
+///
+/// The messages (see message_of) of all ranks stand one after another. On a CPU stream, since that is
+/// where they arrive; evaluation fails with a text that says so if the ranks disagree about what they
+/// merge, or have a single value per channel together.
+class MergeRanks : public FallbackPrimitive {
+ public:
+  MergeRanks(mlx::core::Stream cpu, int ranks, int rank, std::string caller)
+      : FallbackPrimitive(cpu), ranks_(ranks), rank_(rank), caller_(std::move(caller)) {}
+
+  Arrays fallback(const Arrays& inputs) override;
+  bool can_evaluate(const Arrays&) override { return !uses_fallback(); }
+  std::vector<mlx::core::Dtype> output_dtypes(const Arrays& inputs) override {
+    return {3, inputs[0].dtype()};
+  }
+  void eval_cpu(const Arrays& inputs, Arrays& outputs) override;
+  void eval_gpu(const Arrays& inputs, Arrays& outputs) override;
+  std::vector<mlx::core::Shape> output_shapes(const Arrays& inputs) override;
+  bool is_equivalent(const Primitive& other) const override;
+  const char* name() const override { return "WelfordMergeRanks"; }
+
+ private:
+  int channels(const array& messages) const { return messages.shape(0) / ranks_ - 1; }
+
+  int ranks_;
+  int rank_;  // this one
+  std::string caller_;
+};
+
+/// The message of a rank (1 + C, 4): the partial moments of x, whose channels are at `channel_axis`,
+/// after a row of what all ranks must agree about, and of how many values a statistic of x has.
+array message_of(const array& x, int channel_axis, mlx::core::Stream s);
+
+}  // namespace mlx_welford

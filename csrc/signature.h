@@ -1,0 +1,76 @@
+// What a primitive reads and writes: the one place that says it for each operation.
+#pragma once
+
+#include <array>
+#include <vector>
+
+#include "geometry.h"
+#include "mlx/array.h"
+#include "problem.h"
+
+namespace mlx_welford {
+
+using mlx::core::array;
+using Arrays = std::vector<array>;
+
+/// What a primitive computes, apart from its arrays.
+struct Attributes {
+  Operation operation;
+  std::vector<int> axes;  // that share a statistic; none for running statistics
+  int channel_axis = -1;  // of a normalisation, non-negative
+  double eps = 0;
+  bool given = false;  // the statistics are given, one per channel
+  bool has_weight = false;
+  bool has_bias = false;
+  Wanted wanted{};  // of a gradient
+
+  bool operator==(const Attributes&) const = default;
+};
+
+constexpr int kMomentsRow = 4;  // numbers of partial moments: count, mean, tail, m2
+
+/// What an operand has one value for. Its dtype follows: that of the first input for elements and
+/// channels, that of statistics for all others.
+enum class Per {
+  element,    // of the first input
+  channel,    // (C)
+  statistic,  // the axes that are kept
+  moments,    // of each statistic: (..., kMomentsRow)
+  update,     // (3)
+};
+
+constexpr BufferIndex kNone = kParameters;  // which are no array
+
+/// An input or an output.
+struct Operand {
+  BufferIndex buffer;
+  Per per;
+  bool present = true;
+  // Of an output: inputs whose memory it may take, the first that can be spared.
+  std::array<BufferIndex, 2> donors{kNone, kNone};
+};
+
+struct Signature {
+  const char* name;  // of the primitive
+  std::vector<Operand> inputs;
+  std::vector<Operand> outputs;
+};
+
+/// The operands that are present, in the order in which MLX hands them over.
+Signature signature_of(const Attributes& attributes);
+
+/// Float32, but float64 for float64.
+mlx::core::Dtype statistics_dtype(mlx::core::Dtype dtype);
+
+/// The dtype and the shape that an operand must have beside these inputs.
+mlx::core::Dtype dtype_of(const Operand& operand, const Arrays& inputs);
+mlx::core::Shape shape_of(const Operand& operand, const Attributes& attributes,
+                          const Arrays& inputs);
+
+/// Where the gradient of an input is, or the cotangent of an output.
+BufferIndex gradient_of(BufferIndex i);
+
+/// Sets each array at the buffer of its operand.
+void bind_operands(const std::vector<Operand>& operands, const Arrays& arrays, BoundArrays& bound);
+
+}  // namespace mlx_welford
