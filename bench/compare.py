@@ -14,8 +14,10 @@ from mlx_welford._machine import memory_bytes
 from rich.console import Console
 from rich.progress import Progress
 
-from . import settings, torch_contestants
-from .contestants import (
+from . import settings, torch_implementations
+from .environment import Environment, cores, environment
+from .harness import measure
+from .implementations import (
     BACKWARD,
     BASELINE,
     BOTH,
@@ -30,8 +32,6 @@ from .contestants import (
     absent,
     steps,
 )
-from .environment import Environment, cores, environment
-from .harness import measure
 from .results import Report, Row, rows
 from .tables import table
 from .workloads import CASES, DTYPES, MODELS, Case
@@ -70,7 +70,7 @@ class Comparison:
         options = self._options
         present = self._present()
         if TORCH in present:
-            torch_contestants.set_threads(self._threads)
+            torch_implementations.set_threads(self._threads)
         result: list[Row] = []
         # On one terminal the tables have to go through the console that draws the bar.
         bar = self._console if self._console.is_terminal else Console(stderr=True)
@@ -88,7 +88,7 @@ class Comparison:
         return Report(self.environment, result, tuple(self.left_out))
 
     def _present(self) -> list[str]:
-        wanted: Sequence[str] = self._options.contestants or PEERS
+        wanted: Sequence[str] = self._options.implementations or PEERS
         reasons = absent(wanted)
         for name, reason in reasons.items():
             # Where MLX runs on the CPU, nobody expects torch on a Mac's GPU.
@@ -101,7 +101,7 @@ class Comparison:
         for name in present:
             if BYTES_PER_ELEMENT[name] * case.elements > USABLE_MEMORY * memory_bytes():
                 self._leave_out(f"{name} in {case.name}: too large for this memory")
-            elif name == COMPILED and case.large and not self._options.contestants:
+            elif name == COMPILED and case.large and not self._options.implementations:
                 self._leave_out(f"{name} in {case.name}: takes too long")
             else:
                 playing.append(name)
@@ -110,7 +110,7 @@ class Comparison:
         modes = self._options.modes
         measured = [*modes, FORWARD, BOTH] if BACKWARD in modes else modes
         samples = measure(
-            steps(case, dtype, contestants=playing, modes=measured, threads=self._threads),
+            steps(case, dtype, implementations=playing, modes=measured, threads=self._threads),
             seconds=self._options.seconds,
         )
         return rows(case, dtype, samples, modes)
@@ -138,9 +138,9 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--dtypes", nargs="+", choices=DTYPES)
     parser.add_argument("--modes", nargs="+", choices=MODES, default=list(MODES))
-    parser.add_argument("--contestants", nargs="+", choices=PEERS)
+    parser.add_argument("--implementations", nargs="+", choices=PEERS)
     parser.add_argument(
-        "--seconds", type=float, help="for each contestant in each mode (0.3; quick: 0.2)"
+        "--seconds", type=float, help="for each implementation in each mode (0.3; quick: 0.2)"
     )
     parser.add_argument("--setting", choices=settings.SETTINGS, default=settings.AS_FOUND)
     parser.add_argument("--threads", type=int, metavar="N", help="default: one for each core")

@@ -18,7 +18,7 @@ Run = Callable[[], object]
 Name = TypeVar("Name")
 
 PAUSE = 0.002
-"""Seconds between contestants: threads of the last one may still spin, waiting for more work."""
+"""Seconds between implementations: threads of the last one may still spin and wait for work."""
 
 SLOW = 0.2
 """Seconds of a run before which no untimed one is needed: it would change little."""

@@ -13,7 +13,7 @@ import subprocess
 import sys
 from collections.abc import Sequence
 
-from .contestants import BOTH, FORWARD, OURS, PEERS, modes_of, steps
+from .implementations import BOTH, FORWARD, OURS, PEERS, modes_of, steps
 from .workloads import CASES, DTYPES
 
 CALLS = (1, 3)
@@ -22,11 +22,11 @@ CALLS = (1, 3)
 CASE = "ibn-stage1"
 
 
-def work(case_name: str, dtype: str, mode: str, contestant: str, calls: int) -> None:
+def work(case_name: str, dtype: str, mode: str, implementation: str, calls: int) -> None:
     """What runs under valgrind."""
     case = next(case for case in CASES if case.name == case_name)
-    (key, step), _ = steps(case, dtype, contestants=[contestant], modes=[mode]).items()
-    assert key == (contestant, mode)
+    (key, step), _ = steps(case, dtype, implementations=[implementation], modes=[mode]).items()
+    assert key == (implementation, mode)
     for _ in range(calls):
         step.run()
 
@@ -42,10 +42,10 @@ def count(text: str) -> int:
     return int(found[1].replace(",", ""))
 
 
-def instructions(case: str, dtype: str, mode: str, contestant: str, calls: int) -> int:
+def instructions(case: str, dtype: str, mode: str, implementation: str, calls: int) -> int:
     command = ["valgrind", "--tool=cachegrind", "--cache-sim=no", "--cachegrind-out-file=/dev/null"]
     child = [sys.executable, "-m", "bench.instructions"]
-    child += ["--work", case, dtype, mode, contestant, str(calls)]
+    child += ["--work", case, dtype, mode, implementation, str(calls)]
     threads = {"MLX_WELFORD_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
         command + child, capture_output=True, text=True, check=True, env=os.environ | threads
@@ -61,7 +61,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--case", choices=names, default=CASE, metavar="CASE")
     parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=["float32"])
     parser.add_argument("--modes", nargs="+", choices=(FORWARD, BOTH), default=[FORWARD, BOTH])
-    parser.add_argument("--contestants", nargs="+", choices=PEERS, default=[OURS])
+    parser.add_argument("--implementations", nargs="+", choices=PEERS, default=[OURS])
     parser.add_argument("--work", nargs=5, help=argparse.SUPPRESS)
     options = parser.parse_args(argv)
     if options.work:
@@ -73,7 +73,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     case = next(case for case in CASES if case.name == options.case)
     for dtype in options.dtypes:
         for mode in (mode for mode in options.modes if mode in modes_of(case)):
-            for name in options.contestants:
+            for name in options.implementations:
                 few, more = (instructions(case.name, dtype, mode, name, n) for n in CALLS)
                 each = (more - few) / (CALLS[1] - CALLS[0]) / case.elements
                 print(f"{case.name} {dtype} {mode} {name}: {each:.2f} per element", flush=True)

@@ -8,7 +8,7 @@ import matplotlib as mpl
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from .contestants import BASELINE, BOTH, COPY, FORWARD, OURS, TORCH
+from .implementations import BASELINE, BOTH, COPY, FORWARD, OURS, TORCH
 from .results import Report, Row
 from .settings import AS_FOUND, TUNED
 
@@ -49,10 +49,10 @@ def cases(reports: Reports) -> Figure:
     panels = figure.subplots(1, 2, sharey=True)
     for panel, mode in zip(panels, (FORWARD, BOTH), strict=True):
         for setting, job in ((AS_FOUND, "cases-as-found"), (TUNED, "cases-tuned")):
-            for contestant in (BASELINE, TORCH, OURS):
-                rows = reports[job].only(mode=mode, contestant=contestant).rows
+            for implementation in (BASELINE, TORCH, OURS):
+                rows = reports[job].only(mode=mode, implementation=implementation).rows
                 rows = [row for row in rows if row.case in names]
-                colour = COLOURS[contestant]
+                colour = COLOURS[implementation]
                 panel.scatter(
                     [row.copies for row in rows],
                     [names.index(row.case) for row in rows],
@@ -60,9 +60,9 @@ def cases(reports: Reports) -> Figure:
                     facecolors=colour if setting == TUNED else "none",
                     edgecolors=colour,
                     linewidths=1,
-                    label=contestant if setting == TUNED else None,
+                    label=implementation if setting == TUNED else None,
                 )
-        ours = reports["cases-tuned"].only(mode=mode, contestant=OURS).rows
+        ours = reports["cases-tuned"].only(mode=mode, implementation=OURS).rows
         limits = [row for row in ours if row.case in names]
         panel.scatter(
             [row.limit for row in limits],
@@ -88,16 +88,16 @@ def memory(reports: Reports) -> Figure:
     names = _cases(reports["cases-tuned"])
     figure = Figure(figsize=(6, 1.0 + 0.24 * len(names)), layout="constrained")
     panel = figure.subplots()
-    for contestant in (BASELINE, TORCH, OURS):
-        rows = reports["cases-tuned"].only(mode=BOTH, contestant=contestant).rows
+    for implementation in (BASELINE, TORCH, OURS):
+        rows = reports["cases-tuned"].only(mode=BOTH, implementation=implementation).rows
         known = [(row.memory, row.case) for row in rows if row.memory is not None]
         shown = [(peak, names.index(case)) for peak, case in known if case in names]
         panel.scatter(
             [peak for peak, _ in shown],
             [place for _, place in shown],
             s=22,
-            color=COLOURS[contestant],
-            label=contestant,
+            color=COLOURS[implementation],
+            label=implementation,
         )
     panel.set(xlim=(0, None), xlabel=f"peak memory of {BOTH} above the inputs, in sizes of x")
     panel.set_yticks(range(len(names)), names)
@@ -113,19 +113,19 @@ def bandwidth(reports: Reports) -> Figure:
     panels = figure.subplots(1, 2, sharey=True)
     for panel, mode in zip(panels, (FORWARD, BOTH), strict=True):
         for setting, job in ((TUNED, "sizes-tuned"), (AS_FOUND, "sizes-as-found")):
-            for contestant in (COPY, BASELINE, TORCH, OURS):
-                if contestant == COPY and setting == AS_FOUND:
+            for implementation in (COPY, BASELINE, TORCH, OURS):
+                if implementation == COPY and setting == AS_FOUND:
                     continue  # its buffers are warm in both
                 rows = reports[job].only(
-                    contestant=contestant, mode=COPY if contestant == COPY else mode
+                    implementation=implementation, mode=COPY if implementation == COPY else mode
                 )
                 _curve(
                     panel,
                     rows.rows,
                     lambda row: row.gigabytes_per_second,
-                    color=COLOURS[contestant],
+                    color=COLOURS[implementation],
                     linestyle=LINES[setting],
-                    label=contestant if setting == TUNED else None,
+                    label=implementation if setting == TUNED else None,
                 )
         nominal = reports["sizes-tuned"].environment.get("nominal_gigabytes_per_second")
         if nominal:
@@ -144,15 +144,16 @@ def scaling(reports: Reports) -> Figure:
     counts = by_threads(reports)
     for panel, mode in zip(panels, (FORWARD, BOTH), strict=True):
         for style, (threads, report) in zip(styles, counts, strict=False):
-            for contestant in (COPY, BASELINE, TORCH, OURS):
-                rows = report.only(contestant=contestant, mode=COPY if contestant == COPY else mode)
+            for implementation in (COPY, BASELINE, TORCH, OURS):
+                own_mode = COPY if implementation == COPY else mode
+                rows = report.only(implementation=implementation, mode=own_mode)
                 _curve(
                     panel,
                     rows.rows,
                     lambda row: row.figures.milliseconds,
-                    color=COLOURS[contestant],
+                    color=COLOURS[implementation],
                     linestyle=style,
-                    label=f"{contestant}, {threads} thread{'s' if threads > 1 else ''}",
+                    label=f"{implementation}, {threads} thread{'s' if threads > 1 else ''}",
                 )
         panel.set(yscale="log", title=f"{mode}, tuned", xlabel="x, MiB")
         panel.grid(which="major", linewidth=0.3)

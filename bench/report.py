@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 from . import macs, plots
-from .contestants import BASELINE, BOTH, COPY, EVALUATION, FORWARD, OF_MLX, OURS, TORCH
+from .implementations import BASELINE, BOTH, COPY, EVALUATION, FORWARD, OF_MLX, OURS, TORCH
 from .plots import MEBIBYTE, Reports
 from .results import Report, Row
 from .settings import AS_FOUND, TUNED
@@ -82,9 +82,9 @@ def ratios(reports: Reports) -> str:
             )
             for setting, suffix in SETTINGS.items()
         }
-        limits = [row.limit for row in _large(chosen[TUNED].only(contestant=OURS))]
+        limits = [row.limit for row in _large(chosen[TUNED].only(implementation=OURS))]
         if limits:
-            found = [_large(chosen[setting].only(contestant=name)) for name, setting in columns]
+            found = [_large(chosen[setting].only(implementation=name)) for name, setting in columns]
             spans = [_span(row.copies for row in rows) for rows in found]
             body.append([label, _span(limits), *spans])
     return _markdown(header, body)
@@ -95,7 +95,7 @@ def of_mode(mode: str) -> Callable[[Reports], str]:
         """Every case of 1 MiB and more in copies."""
         columns = [(name, setting) for setting in SETTINGS for name in NAMES]
         header = ["case", "x", "limit", *(f"{name}, {setting}" for name, setting in columns)]
-        large = _large(reports["cases-tuned"].only(mode=mode, contestant=OURS))
+        large = _large(reports["cases-tuned"].only(mode=mode, implementation=OURS))
         body = [
             [
                 row.case,
@@ -121,7 +121,7 @@ def halves(reports: Reports) -> str:
     header = ["case", "mode", "dtype", *(f"{name}, {setting}" for name, setting in columns)]
     header.append("ms by ms in float32")
     body = []
-    for row in reports["halves-tuned"].only(contestant=OURS).rows:
+    for row in reports["halves-tuned"].only(implementation=OURS).rows:
         time = row.figures.milliseconds
         whole = _find(reports["cases-tuned"], row.case, row.mode, OURS)
         body.append(
@@ -143,7 +143,7 @@ def small(reports: Reports) -> str:
     """64 KB in microseconds."""
     columns = [(name, setting) for setting in SETTINGS for name in NAMES]
     header = ["case", "mode", *(f"{name}, {setting}" for name, setting in columns)]
-    rows = reports["cases-tuned"].only(contestant=OURS).rows
+    rows = reports["cases-tuned"].only(implementation=OURS).rows
     body = []
     for row in (row for row in rows if row.x_bytes < MEBIBYTE):
         found = [
@@ -159,7 +159,7 @@ def compiled(reports: Reports) -> str:
     report = reports["compiled"]
     header = ["case", "mode", *(f"{n}, ms" for n in OF_MLX), *(f"{n}, memory" for n in OF_MLX)]
     body = []
-    for row in report.only(contestant=OURS).rows:
+    for row in report.only(implementation=OURS).rows:
         found = [_find(report, row.case, row.mode, name) for name in OF_MLX]
         times = [_milliseconds(f) for f in found]
         body.append([row.case, row.mode, *times, *(_memory(f) for f in found)])
@@ -169,7 +169,7 @@ def compiled(reports: Reports) -> str:
 def memory(reports: Reports) -> str:
     """Peak above the inputs in forward+backward, in sizes of x."""
     body = []
-    for row in reports["cases-tuned"].only(contestant=OURS, mode=BOTH).rows:
+    for row in reports["cases-tuned"].only(implementation=OURS, mode=BOTH).rows:
         found = [_find(reports["cases-tuned"], row.case, BOTH, name) for name in NAMES]
         body.append([row.case, _shape(row), *(_memory(f) for f in found)])
     return _markdown(["case", "x", *NAMES], body)
@@ -184,7 +184,7 @@ def sizes(reports: Reports) -> str:
         header += [f"{mode}, ms", "GB/s", "as found, ms"]
         header += [f"{n} of {most} threads, ms" for n, _ in by_threads[1:]]
     body = []
-    for copy in _by_size(reports["sizes-tuned"].only(contestant=COPY).rows):
+    for copy in _by_size(reports["sizes-tuned"].only(implementation=COPY).rows):
         line = [_size(copy.x_bytes), _milliseconds(copy)]
         for mode in (FORWARD, BOTH):
             ours = _find(reports["sizes-tuned"], copy.case, mode, OURS)
@@ -202,10 +202,10 @@ def cold(reports: Reports) -> str:
     for name in COLD:
         report = reports.get(f"cold-{name.replace(' ', '-')}")
         if report is not None:
-            row = report.only(contestant=name).rows[0]
+            row = report.only(implementation=name).rows[0]
             first, later = row.figures.first, row.figures.milliseconds
             body.append([name, f"{first:.1f}", f"{later:.1f}"])
-    return _markdown(["contestant", "first call, ms", "later calls, ms"], body)
+    return _markdown(["implementation", "first call, ms", "later calls, ms"], body)
 
 
 # Section, and the jobs that it needs.
@@ -239,9 +239,9 @@ def _large(report: Report) -> list[Row]:
 
 
 def _find(
-    report: Report, case: str, mode: str, contestant: str, dtype: str = "float32"
+    report: Report, case: str, mode: str, implementation: str, dtype: str = "float32"
 ) -> Row | None:
-    rows = report.only(case=case, mode=mode, contestant=contestant, dtype=dtype).rows
+    rows = report.only(case=case, mode=mode, implementation=implementation, dtype=dtype).rows
     return rows[0] if rows else None
 
 

@@ -7,18 +7,18 @@ from pathlib import Path
 
 from mlx_welford.dispatches import normalization_plans, traffic
 
-from .contestants import BACKWARD, BASELINE, BOTH, COPY, EVALUATION, FORWARD, Key, note
 from .environment import Environment
 from .harness import Figures, Samples, net
+from .implementations import BACKWARD, BASELINE, BOTH, COPY, EVALUATION, FORWARD, Key, note
 from .workloads import DTYPES, Case
 
-SCHEMA = 2
+SCHEMA = 3
 """Of the file; another number means that fields have other names or meanings."""
 
 
 @dataclass(frozen=True)
 class Row:
-    """One contestant in one case, dtype and mode."""
+    """One implementation in one case, dtype and mode."""
 
     case: str
     model: str
@@ -27,7 +27,7 @@ class Row:
     channels_last: bool
     dtype: str
     mode: str
-    contestant: str
+    implementation: str
     figures: Figures
     x_bytes: int
     copies: float  # time in copies of x
@@ -44,7 +44,7 @@ class Row:
 
 
 def rows(case: Case, dtype: str, samples: Mapping[Key, Samples], modes: Sequence[str]) -> list[Row]:
-    """All contestants by turns of the modes, the copy last, with their ratios."""
+    """All implementations by turns of the modes, the copy last, with their ratios."""
     figures = {key: of_key.figures() for key, of_key in samples.items()}
     for name in dict.fromkeys(name for name, _ in samples):
         if (name, FORWARD) in samples and (name, BOTH) in samples:
@@ -64,7 +64,7 @@ def rows(case: Case, dtype: str, samples: Mapping[Key, Samples], modes: Sequence
             channels_last=case.channels_last,
             dtype=dtype,
             mode=mode,
-            contestant=name,
+            implementation=name,
             figures=own,
             x_bytes=x_bytes,
             copies=own.milliseconds / copy,

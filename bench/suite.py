@@ -14,8 +14,8 @@ from pathlib import Path
 import mlx.core as mx
 
 from . import settings
-from .contestants import BASELINE, BOTH, COMPILED, EVALUATION, FORWARD, OF_MLX, OURS, TORCH
 from .environment import cores
+from .implementations import BASELINE, BOTH, COMPILED, EVALUATION, FORWARD, OF_MLX, OURS, TORCH
 from .settings import AS_FOUND, TUNED
 from .workloads import SMALL, SOME, SWEEP, TARGETS, Case
 
@@ -36,11 +36,13 @@ class Job:
     setting: str
     dtypes: Sequence[str] = ("float32",)
     modes: Sequence[str] = (FORWARD, BOTH, EVALUATION)
-    contestants: Sequence[str] = ()  # all but what takes too long
+    implementations: Sequence[str] = ()  # all but what takes too long
     threads: int | None = None
 
     def arguments(self, results: Path) -> list[str]:
-        contestants = ["--contestants", *self.contestants] if self.contestants else []
+        implementations = (
+            ["--implementations", *self.implementations] if self.implementations else []
+        )
         threads = [] if self.threads is None else ["--threads", str(self.threads)]
         return [
             *("--cases", *self.cases),
@@ -48,7 +50,7 @@ class Job:
             *("--modes", *self.modes),
             *("--seconds", str(self.seconds)),
             *("--setting", self.setting),
-            *contestants,
+            *implementations,
             *threads,
             *("--json", str(results / f"{self.name}.json")),
         ]
@@ -65,7 +67,7 @@ def jobs() -> list[Job]:
                 _names(TARGETS + SMALL),
                 0.15,
                 setting,
-                contestants=(BASELINE, TORCH, OURS),
+                implementations=(BASELINE, TORCH, OURS),
             ),
             Job(
                 f"halves-{suffix}",
@@ -73,7 +75,7 @@ def jobs() -> list[Job]:
                 0.1,
                 setting,
                 dtypes=("float16", "bfloat16"),
-                contestants=(BASELINE, TORCH, OURS),
+                implementations=(BASELINE, TORCH, OURS),
             ),
             Job(
                 f"sizes-{suffix}",
@@ -81,7 +83,7 @@ def jobs() -> list[Job]:
                 0.1,
                 setting,
                 modes=(FORWARD, BOTH),
-                contestants=(BASELINE, TORCH, OURS),
+                implementations=(BASELINE, TORCH, OURS),
             ),
         ]
     return [*result, _compiled(), *_fewer_threads(), *_cold()]
@@ -89,7 +91,7 @@ def jobs() -> list[Job]:
 
 def _compiled() -> Job:
     """A few cases: compiled, mlx.nn is about as slow, and the compiler takes its time."""
-    return Job("compiled", [*SOME, *_names(SMALL)], 0.1, TUNED, contestants=OF_MLX)
+    return Job("compiled", [*SOME, *_names(SMALL)], 0.1, TUNED, implementations=OF_MLX)
 
 
 def _fewer_threads() -> list[Job]:
@@ -105,7 +107,7 @@ def _fewer_threads() -> list[Job]:
             0.15,
             TUNED,
             modes=(FORWARD, BOTH),
-            contestants=(TORCH, OURS),
+            implementations=(TORCH, OURS),
             threads=n,
         )
         for n in counts
@@ -113,7 +115,7 @@ def _fewer_threads() -> list[Job]:
 
 
 def _cold() -> list[Job]:
-    """Each contestant alone in a new process."""
+    """Each implementation alone in a new process."""
     return [
         Job(
             f"cold-{name.replace(' ', '-')}",
@@ -121,7 +123,7 @@ def _cold() -> list[Job]:
             0.1,
             AS_FOUND,
             modes=(BOTH,),
-            contestants=(name,),
+            implementations=(name,),
         )
         for name in COLD
     ]

@@ -6,8 +6,8 @@ from itertools import groupby
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
-from .contestants import COPY, OURS
 from .environment import Environment
+from .implementations import COPY, OURS
 from .results import Row
 
 HEADINGS = ("ms", "20-80 %", "copies", "x mlx.nn", "memory/x", "GB/s")
@@ -25,7 +25,7 @@ def table(of_one_case: Sequence[Row], environment: Environment) -> Table:
         caption_justify="left",
         box=SIMPLE_HEAD,
     )
-    for heading in ("mode", "dtype", "contestant"):
+    for heading in ("mode", "dtype", "implementation"):
         result.add_column(heading, no_wrap=True)
     for heading in (*HEADINGS, *(["of nominal"] if nominal else [])):
         result.add_column(heading, justify="right", no_wrap=True)
@@ -38,7 +38,7 @@ def table(of_one_case: Sequence[Row], environment: Environment) -> Table:
                 f"{figures.low:.2f}-{figures.high:.2f}",
                 f"{row.copies:.1f}",
                 "" if row.speed is None else f"{row.speed:.1f}",
-                "" if row.memory is None or row.contestant == COPY else f"{row.memory:.2f}",
+                "" if row.memory is None or row.implementation == COPY else f"{row.memory:.2f}",
                 f"{row.gigabytes_per_second:.1f}",
             ]
             if nominal:
@@ -46,9 +46,9 @@ def table(of_one_case: Sequence[Row], environment: Environment) -> Table:
             result.add_row(
                 mode if index == 0 and mode != COPY else "",
                 dtype if index == 0 else "",
-                row.contestant + (" *" if row.note else ""),
+                row.implementation + (" *" if row.note else ""),
                 *shown,
-                style="bold" if row.contestant == OURS else None,
+                style="bold" if row.implementation == OURS else None,
             )
         result.add_section()
     return result

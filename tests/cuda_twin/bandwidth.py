@@ -2,11 +2,11 @@
 
     PYTHONPATH=tests:tests/support python -m cuda_twin.bandwidth --json out.json --plot out.png
 
-Every figure is a median of times between CUDA events, taken one contestant after the other within a
-case; before each repetition memory of several times the L2 cache is overwritten. The bandwidth of a
-plan is what its kernels must move of arrays the size of x (docs/kernels.md), by the time of all its
-dispatches, as a share of the bandwidth of a copy from device to device of an array of that size,
-which reads and writes. torch's share is that of the same bytes: above it, torch is faster.
+Every figure is a median of times between CUDA events. The implementations of a case take turns, and
+before each repetition memory of several times the L2 cache is overwritten. The bandwidth of a plan
+is the bytes that its kernels must move of arrays the size of x (docs/kernels.md), divided by the
+time of all its dispatches. It is given as a share of the bandwidth of a device-to-device copy of an
+array of that size. torch's share counts the same bytes: where it is higher, torch is faster.
 
 The results are written after each case. With --seconds, what does not fit is left out: torch first,
 so that the shaders come to be timed in every case, then cases. The report says what was.
@@ -98,10 +98,10 @@ class Case:
 
 @dataclass(frozen=True)
 class Row:
-    """A contestant in a case."""
+    """An implementation in a case."""
 
     case: Case
-    contestant: str
+    implementation: str
     nbytes: int  # of x
     milliseconds: float
     share: float  # of the copy's bandwidth, by the traffic of our plan
@@ -216,7 +216,7 @@ def measure(
     budget: Budget,
     cases_to_come: int = 0,
 ) -> tuple[list[Row], list[str]]:
-    """The contestants of a case, and what was left out with the reason."""
+    """The implementations of a case, and what was left out with the reason."""
     device = twin.device
     if not budget.fits("shaders"):
         return [], [f"{case}: no time left"]
@@ -266,16 +266,16 @@ def torch_with_cuda() -> Any:
 def by_case(rows: Sequence[Row]) -> dict[Case, dict[str, Row]]:
     found: dict[Case, dict[str, Row]] = {}
     for row in rows:
-        found.setdefault(row.case, {})[row.contestant] = row
+        found.setdefault(row.case, {})[row.implementation] = row
     return found
 
 
 def missed(rows: Sequence[Row]) -> list[str]:
     """The targets that the shaders did not reach."""
     found = []
-    for case, contestants in by_case(rows).items():
-        shaders = contestants["shaders"]
-        others = [r for name, r in contestants.items() if name.startswith("torch")]
+    for case, implementations in by_case(rows).items():
+        shaders = implementations["shaders"]
+        others = [r for name, r in implementations.items() if name.startswith("torch")]
         fastest = min((r.milliseconds for r in others), default=float("inf"))
         if case.nbytes >= TARGET_BYTES:
             target = TARGETS[case.mode]
@@ -293,15 +293,15 @@ def missed(rows: Sequence[Row]) -> list[str]:
 
 def markdown(rows: Sequence[Row]) -> str:
     """A table: milliseconds, and shares of the copy's bandwidth in brackets."""
-    names = list(dict.fromkeys(row.contestant for row in rows))
+    names = list(dict.fromkeys(row.implementation for row in rows))
     lines = [
         f"| | MB | {' | '.join(names)} |",
         f"|---|---|{'---|' * len(names)}",
     ]
-    for case, contestants in by_case(rows).items():
+    for case, implementations in by_case(rows).items():
         cells = [
             f"{row.milliseconds:.3f} ({row.share:.0%})" if row else "-"
-            for row in map(contestants.get, names)
+            for row in map(implementations.get, names)
         ]
         label = f"{case.kind} {case.mode}, {case.layout}, {case.dtype}"
         lines.append(f"| {label} | {case.nbytes / MEBIBYTE:g} | {' | '.join(cells)} |")
@@ -314,7 +314,7 @@ def plot(rows: Sequence[Row], title: str, path: Path) -> None:
 
     panels: dict[tuple[Kind, Mode, Layout], list[Row]] = {}
     for row in rows:
-        if row.contestant != "copy":
+        if row.implementation != "copy":
             key = (row.case.kind, row.case.mode, row.case.layout)
             panels.setdefault(key, []).append(row)
     columns = len(LAYOUTS)
@@ -326,14 +326,14 @@ def plot(rows: Sequence[Row], title: str, path: Path) -> None:
     for axis, (key, members) in zip(axes, panels.items(), strict=False):
         lines: dict[tuple[str, str], list[Row]] = {}
         for row in members:
-            lines.setdefault((row.contestant, row.case.dtype), []).append(row)
-        for (contestant, dtype), line in lines.items():
+            lines.setdefault((row.implementation, row.case.dtype), []).append(row)
+        for (implementation, dtype), line in lines.items():
             axis.semilogx(
                 [row.nbytes / MEBIBYTE for row in line],
                 [row.share for row in line],
                 styles[dtype],
-                color=colours[contestant],
-                label=f"{contestant}, {dtype}",
+                color=colours[implementation],
+                label=f"{implementation}, {dtype}",
             )
         axis.axhline(1, color="grey", linewidth=0.5)
         axis.set(title=" ".join(key), xlabel="MB of x", ylabel="share of the copy", ylim=(0, None))
@@ -407,7 +407,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         left_out += missing
         print(
             case,
-            *(f"{r.contestant} {r.milliseconds:.4f} ms {r.share:.0%}" for r in found[1:]),
+            *(f"{r.implementation} {r.milliseconds:.4f} ms {r.share:.0%}" for r in found[1:]),
             *missing,
             sep=" | ",
             flush=True,

@@ -631,7 +631,7 @@ def test_measurement(on_host: Twin, host: HostDriver) -> None:
             on_host, case, torch=None, repetitions=3, flush=flush, tuning={}, budget=Budget()
         )
         assert not left_out
-        assert [row.contestant for row in rows] == ["copy", "shaders"]
+        assert [row.implementation for row in rows] == ["copy", "shaders"]
         copy, ours = rows
         moved = bandwidth.passes(case.problem.plan()) / 2
         assert ours.share == pytest.approx(moved * copy.milliseconds / ours.milliseconds)
@@ -639,9 +639,9 @@ def test_measurement(on_host: Twin, host: HostDriver) -> None:
     assert len(host.memory) == 1, "memory that was not freed"
 
 
-def a_row(contestant: str, milliseconds: float, share: float, **of_case: Any) -> Row:
+def a_row(implementation: str, milliseconds: float, share: float, **of_case: Any) -> Row:
     case = Case("instance", "forward", "channels last", "float32", 256, **of_case)
-    return Row(case, contestant, case.nbytes, milliseconds, share)
+    return Row(case, implementation, case.nbytes, milliseconds, share)
 
 
 def test_targets_that_are_missed() -> None:

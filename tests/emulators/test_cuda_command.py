@@ -174,8 +174,8 @@ def test_torch_is_left_out_for_the_shaders_of_later_cases(
         raise RuntimeError("no compiler")
 
     monkeypatch.setattr(bandwidth, "copies", slow(2))
-    contestants = {"torch": lambda: slow(10), "torch.compile": broken}
-    monkeypatch.setattr(bandwidth, "torch_steps", lambda *_: contestants)
+    implementations = {"torch": lambda: slow(10), "torch.compile": broken}
+    monkeypatch.setattr(bandwidth, "torch_steps", lambda *_: implementations)
     monkeypatch.setattr(Device, "median_time", lambda self, step, *_: step() or 1.0)
     budget = Budget(40, clock)
 
@@ -190,7 +190,7 @@ def test_torch_is_left_out_for_the_shaders_of_later_cases(
             budget=budget,
             cases_to_come=cases_to_come,
         )
-        return [row.contestant for row in rows], left_out
+        return [row.implementation for row in rows], left_out
 
     no_compiler = f"{SMALL}: torch.compile, RuntimeError: no compiler"
     names, left_out = measure(9)  # 38 s are left, 18 of which the others need
@@ -229,7 +229,7 @@ def test_bandwidth_that_is_stopped_leaves_what_it_found(
     with pytest.raises(KeyboardInterrupt):
         bandwidth.main([*SHORT, "--json", str(path)])
     found = read_json(path)
-    assert [row["contestant"] for row in found["rows"]] == ["copy", "shaders"]
+    assert [row["implementation"] for row in found["rows"]] == ["copy", "shaders"]
     assert (found["cases"], found["cases_tried"]) == (2, 1)
     assert found["environment"]["gpu"] == "the host"
 
@@ -343,7 +343,7 @@ def test_after_a_step_that_fails_the_others_run(
     checked = read_json(output / "check.json")
     assert checked["right"] > 0
     assert not checked["wrong"]
-    assert [row["contestant"] for row in read_json(output / "bandwidth.json")["rows"]] == [
+    assert [row["implementation"] for row in read_json(output / "bandwidth.json")["rows"]] == [
         "copy",
         "shaders",
     ] * 2

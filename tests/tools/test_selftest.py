@@ -683,7 +683,12 @@ def test_what_is_not_published(tmp_path: Path, lacks: dict[str, Any]) -> None:
         ("Apple M3 Max", 40, 400),
         ("Apple M4 Max", None, 546),
         ("Apple M5 Max", 32, 460),
+        ("M2 Pro", None, 200),
         ("Apple M9", 8, None),
+        ("Apple M4 Pro Max", None, None),
+        ("Apple M", None, None),
+        ("Apple Paravirtual device", None, None),
+        ("AMD EPYC", None, None),
     ],
 )
 def test_nominal_bandwidth(chip: str, cores: int | None, nominal: float | None) -> None:
@@ -693,6 +698,16 @@ def test_nominal_bandwidth(chip: str, cores: int | None, nominal: float | None) 
 def test_every_chip_has_a_bandwidth() -> None:
     assert len(CHIPS) == len(set(CHIPS)) >= 20
     assert all(50 < (nominal_bandwidth(f"Apple {chip}") or 0) < 2000 for chip in CHIPS)
+
+
+def test_a_wider_chip_of_a_generation_has_more_bandwidth() -> None:
+    """Pro less than Max; an Ultra is two Max."""
+    for generation in ("M1", "M2", "M3", "M4", "M5"):
+        variants = [f"{generation}{variant}" for variant in ("", " Pro", " Max")]
+        speeds = [nominal_bandwidth(chip) or 0 for chip in variants]
+        assert speeds == sorted(set(speeds)), generation
+        if ultra := nominal_bandwidth(f"{generation} Ultra"):
+            assert ultra == pytest.approx(2 * speeds[-1], rel=0.03)
 
 
 # ---- The command line ----

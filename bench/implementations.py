@@ -8,11 +8,11 @@ import mlx.nn as nn
 import mlx_welford as mw
 import numpy as np
 
-from . import torch_contestants
+from . import torch_implementations
 from .harness import Step, mlx_step, peak_above_inputs
-from .torch_contestants import TorchContestant
+from .memcpy_baseline import ThreadedCopy
+from .torch_implementations import TorchImplementation
 from .workloads import DTYPES, Case, Values
-from .yardstick import ThreadedCopy
 
 FORWARD, BACKWARD, BOTH, EVALUATION = "forward", "backward", "forward+backward", "evaluation"
 MODES = (FORWARD, BACKWARD, BOTH, EVALUATION)
@@ -35,12 +35,12 @@ BLOCK = 2**22
 
 View = Callable[[mx.array], mx.array]
 Key = tuple[str, str]
-"""Contestant and mode; the copy has no mode but its own name."""
+"""Implementation and mode; the copy has no mode but its own name."""
 
 
-def note(case: Case, contestant: str) -> str:
-    """What is special about this contestant in this case; empty for most."""
-    if contestant not in OF_MLX_NN:
+def note(case: Case, implementation: str) -> str:
+    """What is special about this implementation in this case; empty for most."""
+    if implementation not in OF_MLX_NN:
         return ""
     if not case.channels_last:
         return MOVED
@@ -53,12 +53,12 @@ def modes_of(case: Case) -> tuple[str, ...]:
 
 
 def absent(wanted: Sequence[str]) -> dict[str, str]:
-    """Those of the contestants that cannot take part here, and why."""
+    """Those of the implementations that cannot take part here, and why."""
     checks: dict[str, Callable[[], str | None]] = {
         COMPILED: compiler_error,
         OURS_COMPILED: compiler_error,
-        TORCH: torch_contestants.missing,
-        TORCH_MPS: partial(torch_contestants.missing, "mps"),
+        TORCH: torch_implementations.missing,
+        TORCH_MPS: partial(torch_implementations.missing, "mps"),
     }
     reasons = {name: check() for name, check in checks.items() if name in wanted}
     return {name: reason for name, reason in reasons.items() if reason is not None}
@@ -77,25 +77,25 @@ def steps(
     case: Case,
     dtype: str,
     *,
-    contestants: Sequence[str] = (BASELINE, COMPILED, OURS),
+    implementations: Sequence[str] = (BASELINE, COMPILED, OURS),
     modes: Sequence[str] | None = None,
     threads: int = 1,
 ) -> dict[Key, Step]:
-    """The steps of every contestant in every mode, all on the same input, and the copy.
+    """The steps of every implementation in every mode, all on the same input, and the copy.
 
     A step gives every result that a training loop would go on with: y, the gradients of x, weight
     and bias in forward+backward (against a given cotangent, so that no loss is timed), and in
     training the new running statistics.
     """
     x, cotangent = (_values(case, seed) for seed in (0, 1))
-    mlx = MlxContestants(case, dtype, x, cotangent)
+    mlx = MlxImplementations(case, dtype, x, cotangent)
     makers: dict[str, Callable[[str], Step]] = {}
-    for name in contestants:
+    for name in implementations:
         if name in OF_MLX:
             makers[name] = partial(mlx.step, name)
         else:
             device = "mps" if name == TORCH_MPS else "cpu"
-            torch = TorchContestant(case, dtype, x, cotangent, device=device)
+            torch = TorchImplementation(case, dtype, x, cotangent, device=device)
             makers[name] = torch.step
     del x, cotangent
 
@@ -109,7 +109,7 @@ def steps(
     return result
 
 
-class MlxContestants:
+class MlxImplementations:
     """Layers of mlx.nn and ours, all on the same arrays."""
 
     def __init__(self, case: Case, dtype: str, x: Values, cotangent: Values) -> None:
@@ -150,7 +150,7 @@ class MlxContestants:
         return mlx_step(lambda: run(self._x, self._cotangent))
 
     def copy(self, threads: int) -> Step:
-        """The yardstick on the CPU; on a GPU, MLX's own copy."""
+        """The memcpy baseline on the CPU; on a GPU, MLX's own copy."""
         if mx.default_device() == mx.gpu:
             # Asked for an array of an array, mx.array makes a copy, into a buffer of its own since
             # x lives on. (mx.contiguous, astype and copy.copy give x itself; x + 0 computes.)

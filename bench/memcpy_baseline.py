@@ -1,4 +1,4 @@
-"""The yardstick: a plain copy, by as many threads as the contestants have, between warm buffers."""
+"""The memcpy baseline: a plain copy between warm buffers, with the threads of the others."""
 
 from concurrent.futures import ThreadPoolExecutor, wait
 

@@ -1,4 +1,4 @@
-"""torch's layers as contestants, where torch is installed: `pip install '.[torch]'`."""
+"""torch's layers as implementations, where torch is installed: `pip install '.[torch]'`."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def set_threads(count: int) -> None:
     torch.set_num_threads(count)
 
 
-class TorchContestant:
+class TorchImplementation:
     """A layer of torch.nn on a device, given x and the cotangent as they lie in memory.
 
     Torch's arrays are channels first; where the case is channels last they are views whose strides
