@@ -23,18 +23,16 @@ set(CMAKE_CXX_COMPILER_TARGET aarch64-macos.14.0)
 set(CMAKE_AR ${zig})
 set(CMAKE_USER_MAKE_RULES_OVERRIDE ${CMAKE_CURRENT_LIST_DIR}/rules.cmake)
 
-# zig's headers take its own libc++ for granted, unless told to heed what the target's has.
-string(JOIN " " CMAKE_CXX_FLAGS_INIT
-  "-g0 -Werror=unguarded-availability"
-  "-U_LIBCPP_HAS_VENDOR_AVAILABILITY_ANNOTATIONS -D_LIBCPP_HAS_VENDOR_AVAILABILITY_ANNOTATIONS=1"
-  "-isystem ${CMAKE_CURRENT_LIST_DIR}/include")
+# Options are read from files, since the tests compile with the same. zig's headers assume zig's own
+# libc++; the annotations make them respect what the libc++ of the oldest macOS has.
+file(STRINGS ${CMAKE_CURRENT_LIST_DIR}/compile_options.txt options)
+string(JOIN " " CMAKE_CXX_FLAGS_INIT ${options} "-isystem ${CMAKE_CURRENT_LIST_DIR}/include")
 
 # zig would link a libc++ of its own, whose exceptions are not of the types that libmlx throws and
 # catches. So the extension refers to the system's by name (libcxx.tbd), and Python's symbols stay
 # undefined until it is loaded.
-string(JOIN " " CMAKE_MODULE_LINKER_FLAGS_INIT
-  "-undefined dynamic_lookup -nostdlib++"
-  "-L${CMAKE_CURRENT_LIST_DIR} -lcxx")
+file(STRINGS ${CMAKE_CURRENT_LIST_DIR}/link_options.txt options)
+string(JOIN " " CMAKE_MODULE_LINKER_FLAGS_INIT ${options} "-L${CMAKE_CURRENT_LIST_DIR} -lcxx")
 
 # A program would be linked with zig's libc++, which takes a minute to compile.
 set(CMAKE_TRY_COMPILE_TARGET_TYPE STATIC_LIBRARY)

@@ -6,12 +6,12 @@ Our wheel is looked into by test_wheel.py.
 from pathlib import Path
 
 import pytest
-from macos import ANNOTATED, BuildError, libmlx, library, mlx_core, read, unaccounted
+from macos import COMPILE, BuildError, libmlx, library, mlx_core, read, unaccounted
 
 pytestmark = pytest.mark.slow
 
 
-def linked(folder: Path, text: str, options: tuple[str, ...] = ANNOTATED) -> Path:
+def linked(folder: Path, text: str, options: tuple[str, ...] = COMPILE) -> Path:
     source = folder / "planted.cpp"
     source.write_text(text)
     return library(source, folder / "planted.so", options)

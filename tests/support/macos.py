@@ -27,19 +27,16 @@ ROOT = Path(__file__).resolve().parents[2]
 CACHE = ROOT / "build" / "macos"
 
 OLDEST = (14, 0, 0)  # macOS of MLX's wheels
-PLATFORM = "macosx_14_0_arm64"
+PLATFORM = f"macosx_{OLDEST[0]}_{OLDEST[1]}_arm64"
 # MLX builds anew for these, and pip prefers the newest that the system has.
 NEWER_PLATFORMS = ("macosx_15_0_arm64", "macosx_26_0_arm64")
-TARGET = "aarch64-macos.14.0"
+TARGET = f"aarch64-macos.{OLDEST[0]}.{OLDEST[1]}"
 
-# As in cmake/macos/toolchain.cmake.
-ANNOTATED = (
-    "-U_LIBCPP_HAS_VENDOR_AVAILABILITY_ANNOTATIONS",
-    "-D_LIBCPP_HAS_VENDOR_AVAILABILITY_ANNOTATIONS=1",
-)
-COMPILE = ("-std=c++20", "-O2", "-g0", "-fvisibility=hidden", "-Werror=unguarded-availability")
+# What `make wheel-macos` compiles and links with.
+OPTIONS = ROOT / "cmake" / "macos"
+COMPILE = tuple((OPTIONS / "compile_options.txt").read_text().split())
 # Optimised, so that zig links the runtime library that it has compiled for the wheel.
-LINK = ("-shared", "-O2", "-undefined", "dynamic_lookup", "-nostdlib++")
+LINK = ("-shared", "-O2", *(OPTIONS / "link_options.txt").read_text().split())
 RPATH = "@loader_path/../mlx/lib"
 RUNNING = f"{sys.version_info.major}.{sys.version_info.minor}"
 
@@ -124,11 +121,11 @@ def shaders() -> Path:
     return output
 
 
-def library(source: Path, result: Path, options: Iterable[str] = ANNOTATED) -> Path:
+def library(source: Path, result: Path, options: Iterable[str] = COMPILE) -> Path:
     """The library made of a source. Raises BuildError with the compiler's messages."""
     zig = [sys.executable, "-m", "ziglang", "c++", "-target", TARGET]
     compiled = result.with_suffix(".o")
-    run([*zig, *COMPILE, *options, "-c", source, "-o", compiled])
+    run([*zig, "-std=c++20", "-O2", "-fvisibility=hidden", *options, "-c", source, "-o", compiled])
     run([*zig, *LINK, compiled, libmlx(), "-o", result])
     return result
 
