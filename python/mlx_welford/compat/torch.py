@@ -10,7 +10,9 @@ The layers are those of :mod:`mlx_welford` on axis 1. What differs from ``torch.
 - No ``device`` and ``dtype``: MLX's arrays are everywhere, and ``set_dtype`` casts a layer.
 """
 
-from typing import ClassVar
+import inspect
+from collections.abc import Callable
+from typing import ClassVar, TypeVar
 
 import mlx.core as mx
 from mlx.nn import Module
@@ -34,6 +36,63 @@ __all__ = [
 ]
 
 
+Layer = TypeVar("Layer", bound=type)
+
+_REST = """
+
+Args:
+    num_features: The number of channels C.
+    eps: Added to the variance. Default: ``1e-5``.
+    momentum: Weight of a new batch in the running statistics; ``None`` averages over all
+        batches. Default: ``0.1``.
+    affine: Whether to learn ``weight`` and ``bias``. Default: ``{affine}``.
+    track_running_stats: Whether to keep running statistics, and to normalise with them in
+        evaluation. Default: ``{track_running_stats}``.
+    bias: Whether an affine layer has a ``bias``. Default: ``True``.
+
+Raises:
+    ValueError: If an argument or the input's shape does not fit, or a statistic would be of
+        one value.
+
+Examples:
+    >>> import mlx.core as mx
+    >>> from mlx_welford.compat.torch import {name}
+    >>> m = {name}(100, affine={other})
+    >>> output = m(mx.random.normal({shape}))
+"""
+
+_LAZY = """:class:`{eager}` that takes the number of channels from the first input.
+
+As in ``torch.nn`` it has parameters and running statistics by default.
+
+Examples:
+    >>> import mlx.core as mx
+    >>> from mlx_welford.compat.torch import {name}
+    >>> m = {name}()
+    >>> output = m(mx.random.normal({shape}))
+    >>> m.num_features
+    100
+"""
+
+
+def _documented(*shape: int) -> Callable[[Layer], Layer]:
+    """Class decorator: completes a docstring, with an example on an input of this shape."""
+
+    def complete(layer: Layer) -> Layer:
+        name = layer.__name__
+        if name.startswith("Lazy"):
+            layer.__doc__ = _LAZY.format(name=name, eager=name.removeprefix("Lazy"), shape=shape)
+        else:
+            defaults = {n: p.default for n, p in inspect.signature(layer).parameters.items()}
+            rest = _REST.format(
+                **defaults | {"name": name, "other": not defaults["affine"], "shape": shape}
+            )
+            layer.__doc__ = inspect.cleandoc(layer.__doc__ or "") + rest
+        return layer
+
+    return complete
+
+
 class _TorchNormalization(_layers._Normalization):
     """Channels on axis 1, and what torch.nn checks."""
 
@@ -42,12 +101,13 @@ class _TorchNormalization(_layers._Normalization):
 
     def __init__(
         self,
-        num_features: int | None,
-        eps: float,
-        momentum: float | None,
-        affine: bool,
-        track_running_stats: bool,
-        bias: bool,
+        num_features: int,
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        affine: bool = True,
+        track_running_stats: bool = True,
+        *,
+        bias: bool = True,
     ) -> None:
         self._start(
             weight=affine,
@@ -58,6 +118,10 @@ class _TorchNormalization(_layers._Normalization):
             track_running_stats=track_running_stats,
             axis=1,
         )
+
+    def __call__(self, x: mx.array) -> mx.array:
+        self._check_dimensions(x)
+        return super().__call__(x)
 
     def _check_dimensions(self, x: mx.array) -> None:
         if x.ndim not in self._dimensions:
@@ -79,21 +143,7 @@ class _TorchNormalization(_layers._Normalization):
 
 
 class _BatchNorm(_TorchNormalization, _layers.BatchNorm):
-    def __init__(
-        self,
-        num_features: int,
-        eps: float = 1e-5,
-        momentum: float | None = 0.1,
-        affine: bool = True,
-        track_running_stats: bool = True,
-        *,
-        bias: bool = True,
-    ) -> None:
-        super().__init__(num_features, eps, momentum, affine, track_running_stats, bias)
-
-    def __call__(self, x: mx.array) -> mx.array:
-        self._check_dimensions(x)
-        return super().__call__(x)
+    pass
 
 
 class _InstanceNorm(_TorchNormalization, _layers.InstanceNorm):
@@ -107,10 +157,9 @@ class _InstanceNorm(_TorchNormalization, _layers.InstanceNorm):
         *,
         bias: bool = True,
     ) -> None:
-        super().__init__(num_features, eps, momentum, affine, track_running_stats, bias)
+        super().__init__(num_features, eps, momentum, affine, track_running_stats, bias=bias)
 
     def __call__(self, x: mx.array) -> mx.array:
-        self._check_dimensions(x)
         if x.ndim == min(self._dimensions):  # (C, ...): one instance
             return super().__call__(x[None])[0]
         return super().__call__(x)
@@ -132,262 +181,101 @@ class _Lazy(_TorchNormalization):
         *,
         bias: bool = True,
     ) -> None:
-        _TorchNormalization.__init__(self, None, eps, momentum, affine, track_running_stats, bias)
+        _TorchNormalization.__init__(
+            self,
+            None,  # type: ignore[arg-type]  # the other layers need to be told
+            eps,
+            momentum,
+            affine,
+            track_running_stats,
+            bias=bias,
+        )
 
 
+@_documented(20, 100, 40)
 class BatchNorm1d(_BatchNorm):
-    """:class:`mlx_welford.BatchNorm` as ``torch.nn.BatchNorm1d``, on ``(N, C)`` or ``(N, C, L)``.
-
-    Args:
-        num_features: The number of channels C.
-        eps: Added to the variance. Default: ``1e-5``.
-        momentum: Weight of a new batch in the running statistics; ``None`` averages over all
-            batches. Default: ``0.1``.
-        affine: Whether to learn ``weight`` and ``bias``. Default: ``True``.
-        track_running_stats: Whether to keep running statistics, and to normalise with them in
-            evaluation. Default: ``True``.
-        bias: Whether an affine layer has a ``bias``. Default: ``True``.
-
-    Raises:
-        ValueError: If an argument or the input's shape does not fit, or a statistic would be of
-            one value.
-
-    Examples:
-        >>> import mlx.core as mx
-        >>> from mlx_welford.compat.torch import BatchNorm1d
-        >>> m = BatchNorm1d(100, affine=False)
-        >>> output = m(mx.random.normal((20, 100, 40)))
+    """:class:`mlx_welford.BatchNorm` as ``torch.nn.BatchNorm1d``,
+    on ``(N, C)`` or ``(N, C, L)``.
     """
 
     _dimensions = (2, 3)
 
 
+@_documented(20, 100, 35, 45)
 class BatchNorm2d(_BatchNorm):
-    """:class:`mlx_welford.BatchNorm` as ``torch.nn.BatchNorm2d``, on ``(N, C, H, W)``.
-
-    Args:
-        num_features: The number of channels C.
-        eps: Added to the variance. Default: ``1e-5``.
-        momentum: Weight of a new batch in the running statistics; ``None`` averages over all
-            batches. Default: ``0.1``.
-        affine: Whether to learn ``weight`` and ``bias``. Default: ``True``.
-        track_running_stats: Whether to keep running statistics, and to normalise with them in
-            evaluation. Default: ``True``.
-        bias: Whether an affine layer has a ``bias``. Default: ``True``.
-
-    Raises:
-        ValueError: If an argument or the input's shape does not fit, or a statistic would be of
-            one value.
-
-    Examples:
-        >>> import mlx.core as mx
-        >>> from mlx_welford.compat.torch import BatchNorm2d
-        >>> m = BatchNorm2d(100, affine=False)
-        >>> output = m(mx.random.normal((20, 100, 35, 45)))
-    """
+    """:class:`mlx_welford.BatchNorm` as ``torch.nn.BatchNorm2d``, on ``(N, C, H, W)``."""
 
     _dimensions = (4,)
 
 
+@_documented(2, 100, 3, 4, 5)
 class BatchNorm3d(_BatchNorm):
-    """:class:`mlx_welford.BatchNorm` as ``torch.nn.BatchNorm3d``, on ``(N, C, D, H, W)``.
-
-    Args:
-        num_features: The number of channels C.
-        eps: Added to the variance. Default: ``1e-5``.
-        momentum: Weight of a new batch in the running statistics; ``None`` averages over all
-            batches. Default: ``0.1``.
-        affine: Whether to learn ``weight`` and ``bias``. Default: ``True``.
-        track_running_stats: Whether to keep running statistics, and to normalise with them in
-            evaluation. Default: ``True``.
-        bias: Whether an affine layer has a ``bias``. Default: ``True``.
-
-    Raises:
-        ValueError: If an argument or the input's shape does not fit, or a statistic would be of
-            one value.
-
-    Examples:
-        >>> import mlx.core as mx
-        >>> from mlx_welford.compat.torch import BatchNorm3d
-        >>> m = BatchNorm3d(100, affine=False)
-        >>> output = m(mx.random.normal((2, 100, 3, 4, 5)))
-    """
+    """:class:`mlx_welford.BatchNorm` as ``torch.nn.BatchNorm3d``, on ``(N, C, D, H, W)``."""
 
     _dimensions = (5,)
 
 
+@_documented(20, 100, 40)
 class InstanceNorm1d(_InstanceNorm):
     """:class:`mlx_welford.InstanceNorm` as ``torch.nn.InstanceNorm1d``,
     on ``(N, C, L)`` or ``(C, L)``.
 
     A layer with neither parameters nor running statistics takes any number of channels.
-
-    Args:
-        num_features: The number of channels C.
-        eps: Added to the variance. Default: ``1e-5``.
-        momentum: Weight of a new batch in the running statistics; ``None`` averages over all
-            batches. Default: ``0.1``.
-        affine: Whether to learn ``weight`` and ``bias``. Default: ``False``.
-        track_running_stats: Whether to keep running statistics, and to normalise with them in
-            evaluation. Default: ``False``.
-        bias: Whether an affine layer has a ``bias``. Default: ``True``.
-
-    Raises:
-        ValueError: If an argument or the input's shape does not fit, or a statistic would be of
-            one value.
-
-    Examples:
-        >>> import mlx.core as mx
-        >>> from mlx_welford.compat.torch import InstanceNorm1d
-        >>> m = InstanceNorm1d(100, affine=True)
-        >>> output = m(mx.random.normal((20, 100, 40)))
     """
 
     _dimensions = (2, 3)
 
 
+@_documented(20, 100, 35, 45)
 class InstanceNorm2d(_InstanceNorm):
     """:class:`mlx_welford.InstanceNorm` as ``torch.nn.InstanceNorm2d``,
     on ``(N, C, H, W)`` or ``(C, H, W)``.
 
     A layer with neither parameters nor running statistics takes any number of channels.
-
-    Args:
-        num_features: The number of channels C.
-        eps: Added to the variance. Default: ``1e-5``.
-        momentum: Weight of a new batch in the running statistics; ``None`` averages over all
-            batches. Default: ``0.1``.
-        affine: Whether to learn ``weight`` and ``bias``. Default: ``False``.
-        track_running_stats: Whether to keep running statistics, and to normalise with them in
-            evaluation. Default: ``False``.
-        bias: Whether an affine layer has a ``bias``. Default: ``True``.
-
-    Raises:
-        ValueError: If an argument or the input's shape does not fit, or a statistic would be of
-            one value.
-
-    Examples:
-        >>> import mlx.core as mx
-        >>> from mlx_welford.compat.torch import InstanceNorm2d
-        >>> m = InstanceNorm2d(100, affine=True)
-        >>> output = m(mx.random.normal((20, 100, 35, 45)))
     """
 
     _dimensions = (3, 4)
 
 
+@_documented(2, 100, 3, 4, 5)
 class InstanceNorm3d(_InstanceNorm):
     """:class:`mlx_welford.InstanceNorm` as ``torch.nn.InstanceNorm3d``,
     on ``(N, C, D, H, W)`` or ``(C, D, H, W)``.
 
     A layer with neither parameters nor running statistics takes any number of channels.
-
-    Args:
-        num_features: The number of channels C.
-        eps: Added to the variance. Default: ``1e-5``.
-        momentum: Weight of a new batch in the running statistics; ``None`` averages over all
-            batches. Default: ``0.1``.
-        affine: Whether to learn ``weight`` and ``bias``. Default: ``False``.
-        track_running_stats: Whether to keep running statistics, and to normalise with them in
-            evaluation. Default: ``False``.
-        bias: Whether an affine layer has a ``bias``. Default: ``True``.
-
-    Raises:
-        ValueError: If an argument or the input's shape does not fit, or a statistic would be of
-            one value.
-
-    Examples:
-        >>> import mlx.core as mx
-        >>> from mlx_welford.compat.torch import InstanceNorm3d
-        >>> m = InstanceNorm3d(100, affine=True)
-        >>> output = m(mx.random.normal((2, 100, 3, 4, 5)))
     """
 
     _dimensions = (4, 5)
 
 
+@_documented(20, 100, 40)
 class LazyBatchNorm1d(_Lazy, BatchNorm1d):
-    """:class:`BatchNorm1d` with the number of channels from the first input, and, as in
-    ``torch.nn``, with parameters and running statistics unless told otherwise.
-
-    Examples:
-        >>> import mlx.core as mx
-        >>> from mlx_welford.compat.torch import LazyBatchNorm1d
-        >>> m = LazyBatchNorm1d()
-        >>> output = m(mx.random.normal((20, 100, 40)))
-        >>> m.num_features
-        100
-    """
+    pass
 
 
+@_documented(20, 100, 35, 45)
 class LazyBatchNorm2d(_Lazy, BatchNorm2d):
-    """:class:`BatchNorm2d` with the number of channels from the first input, and, as in
-    ``torch.nn``, with parameters and running statistics unless told otherwise.
-
-    Examples:
-        >>> import mlx.core as mx
-        >>> from mlx_welford.compat.torch import LazyBatchNorm2d
-        >>> m = LazyBatchNorm2d()
-        >>> output = m(mx.random.normal((20, 100, 35, 45)))
-        >>> m.num_features
-        100
-    """
+    pass
 
 
+@_documented(2, 100, 3, 4, 5)
 class LazyBatchNorm3d(_Lazy, BatchNorm3d):
-    """:class:`BatchNorm3d` with the number of channels from the first input, and, as in
-    ``torch.nn``, with parameters and running statistics unless told otherwise.
-
-    Examples:
-        >>> import mlx.core as mx
-        >>> from mlx_welford.compat.torch import LazyBatchNorm3d
-        >>> m = LazyBatchNorm3d()
-        >>> output = m(mx.random.normal((2, 100, 3, 4, 5)))
-        >>> m.num_features
-        100
-    """
+    pass
 
 
+@_documented(20, 100, 40)
 class LazyInstanceNorm1d(_Lazy, InstanceNorm1d):
-    """:class:`InstanceNorm1d` with the number of channels from the first input, and, as in
-    ``torch.nn``, with parameters and running statistics unless told otherwise.
-
-    Examples:
-        >>> import mlx.core as mx
-        >>> from mlx_welford.compat.torch import LazyInstanceNorm1d
-        >>> m = LazyInstanceNorm1d()
-        >>> output = m(mx.random.normal((20, 100, 40)))
-        >>> m.num_features
-        100
-    """
+    pass
 
 
+@_documented(20, 100, 35, 45)
 class LazyInstanceNorm2d(_Lazy, InstanceNorm2d):
-    """:class:`InstanceNorm2d` with the number of channels from the first input, and, as in
-    ``torch.nn``, with parameters and running statistics unless told otherwise.
-
-    Examples:
-        >>> import mlx.core as mx
-        >>> from mlx_welford.compat.torch import LazyInstanceNorm2d
-        >>> m = LazyInstanceNorm2d()
-        >>> output = m(mx.random.normal((20, 100, 35, 45)))
-        >>> m.num_features
-        100
-    """
+    pass
 
 
+@_documented(2, 100, 3, 4, 5)
 class LazyInstanceNorm3d(_Lazy, InstanceNorm3d):
-    """:class:`InstanceNorm3d` with the number of channels from the first input, and, as in
-    ``torch.nn``, with parameters and running statistics unless told otherwise.
-
-    Examples:
-        >>> import mlx.core as mx
-        >>> from mlx_welford.compat.torch import LazyInstanceNorm3d
-        >>> m = LazyInstanceNorm3d()
-        >>> output = m(mx.random.normal((2, 100, 3, 4, 5)))
-        >>> m.num_features
-        100
-    """
+    pass
 
 
 class SyncBatchNorm(_BatchNorm, _distributed.SyncBatchNorm):
@@ -397,15 +285,9 @@ class SyncBatchNorm(_BatchNorm, _distributed.SyncBatchNorm):
     takes the place of ``DistributedDataParallel``.
 
     Args:
-        num_features: The number of channels C.
-        eps: Added to the variance. Default: ``1e-5``.
-        momentum: Weight of a new batch in the running statistics; ``None`` averages over all
-            batches. Default: ``0.1``.
-        affine: Whether to learn ``weight`` and ``bias``. Default: ``True``.
-        track_running_stats: Whether to keep running statistics, and to normalise with them in
-            evaluation. Default: ``True``.
+        num_features, eps, momentum, affine, track_running_stats, bias: As in
+            :class:`BatchNorm1d`.
         process_group: The processes that share a batch. Default: ``None``, all there are.
-        bias: Whether an affine layer has a ``bias``. Default: ``True``.
 
     Raises:
         ValueError: If an argument or the input's shape does not fit, or a statistic would be of
