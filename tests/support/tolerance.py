@@ -10,15 +10,12 @@ from dataclasses import dataclass
 
 import mlx.core as mx
 import numpy as np
+from mlx_welford.selftest.truth import ulp as ulp_of_type
 from reference import Array
 
 # Where longdouble is float64 (macOS on arm64), truth for float64 arrays is rounded as often as they
-# are: results are held to fewer bits than they have.
-_TRUE_BITS = 53 if np.finfo(np.longdouble).nmant > 52 else 51
-
-# bits of the significand, the implicit one included, and the exponent of the smallest normal number
-_PRECISION = {mx.float64: _TRUE_BITS, mx.float32: 24, mx.float16: 11, mx.bfloat16: 8}
-_MIN_EXPONENT = {mx.float64: -1022, mx.float32: -126, mx.float16: -14, mx.bfloat16: -126}
+# are: results are held to two bits less than they have.
+_FLOAT64_UNITS = 1 if np.finfo(np.longdouble).nmant > 52 else 4
 
 
 def wide(a: mx.array) -> Array:
@@ -34,9 +31,8 @@ def bits(a: mx.array) -> Array:
 
 
 def ulp(magnitude: float, dtype: mx.Dtype) -> float:
-    """The distance between neighbours of the type around a magnitude."""
-    exponent = math.floor(math.log2(magnitude)) if magnitude > 0 else _MIN_EXPONENT[dtype]
-    return 2.0 ** (max(exponent, _MIN_EXPONENT[dtype]) - _PRECISION[dtype] + 1)
+    """The distance between neighbours of the type around a magnitude, as far as truth knows it."""
+    return ulp_of_type(magnitude, dtype) * (_FLOAT64_UNITS if dtype == mx.float64 else 1)
 
 
 def largest(a: Array) -> float:

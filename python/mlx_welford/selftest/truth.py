@@ -29,12 +29,11 @@ __all__ = [
     "normalization",
     "running",
     "share",
+    "ulp",
     "wide",
 ]
 
 U = 2.0**-24
-_PRECISION = {mx.float32: 24, mx.float16: 11, mx.bfloat16: 8}  # bits, the implicit one included
-_MIN_EXPONENT = {mx.float32: -126, mx.float16: -14, mx.bfloat16: -126}
 
 Arguments = dict[str, mx.array]  # x, weight, bias, mean, var by name; and the cotangents
 Function = Callable[..., list[mx.array]]
@@ -49,7 +48,7 @@ class Truth:
 
     def allowed(self, name: str, dtype: mx.Dtype) -> float:
         """The allowed error of a result of this type."""
-        return _ulp(largest(self.values[name]), dtype) + self.accumulation[name]
+        return ulp(largest(self.values[name]), dtype) + self.accumulation[name]
 
 
 def wide(a: mx.array) -> mx.array:
@@ -270,7 +269,8 @@ def _count(x: mx.array, axes: list[int]) -> int:
     return math.prod(x.shape[a] for a in axes)
 
 
-def _ulp(magnitude: float, dtype: mx.Dtype) -> float:
+def ulp(magnitude: float, dtype: mx.Dtype) -> float:
     """The distance between neighbours of the type around a magnitude."""
-    exponent = math.floor(math.log2(magnitude)) if magnitude > 0 else _MIN_EXPONENT[dtype]
-    return 2.0 ** (max(exponent, _MIN_EXPONENT[dtype]) - _PRECISION[dtype] + 1)
+    about = mx.finfo(dtype)
+    exponent = math.floor(math.log2(max(magnitude, about.smallest_normal)))
+    return about.eps * 2.0**exponent
