@@ -1,12 +1,13 @@
 """Trains a small network that paints one photograph in the colours and textures of another.
 
-The photographs are the two that scikit-learn carries, a temple and a flower. The network is that of
-Ulyanov et al. (2016) and Johnson et al. (2016) on a small scale: convolutions with an instance
-normalisation after each, which removes the contrast of the image so that the style can set its own.
+The photographs are the two that come with scikit-learn, a temple and a flower. The network is a
+small version of those of Ulyanov et al. (2016) and Johnson et al. (2016): each convolution is
+followed by an instance normalisation, which removes the contrast of the image, so that the style
+can set its own.
 
-No pretrained network is needed: textures are compared by the correlations of fixed random filters
-at several scales (after Ustyuzhaninov et al., 2016), and what is in the picture by its contours,
-the luminance without its local mean.
+No pretrained network is needed. Style is compared by the correlations of fixed random filters at
+several scales (after Ustyuzhaninov et al., 2016), content by contours: the luminance minus its
+local mean.
 
     python examples/style_transfer.py --output style_transfer.png
 
@@ -83,7 +84,7 @@ def network(width: int, norm: Callable[[int], nn.Module]) -> nn.Sequential:
 
 
 class Textures:
-    """Correlations of random filters' answers, the style of an image without its arrangement."""
+    """Correlations of the outputs of random filters: style, independent of position."""
 
     def __init__(self, filters: int, scales: int, seed: int) -> None:
         values = np.random.default_rng(seed).normal(size=(filters, 5, 5, 3)).astype(np.float32)
@@ -134,7 +135,7 @@ def train(
     weight: float = 8.0,
     seed: int = 0,
 ) -> Training:
-    """Random squares of `content`, `batch` of `size` pixels a step; `weight` is the contours'."""
+    """Trains on `batch` random squares of `content` per step; `weight` is that of the contours."""
     mx.random.seed(seed)
     rng = np.random.default_rng(seed)
     model = network(width, norm)

@@ -1,13 +1,13 @@
 """Train one small ResNet twice on handwritten digits: with mlx.nn's BatchNorm, then with ours.
 
-The data are scikit-learn's 1797 digits of 8x8 pixels, which come inside that package. Both
-trainings start from the same weights and see the same batches in the same order, so that they
-differ in nothing but the class that is handed to the network:
+The data are the 1797 digits of 8x8 pixels that come with scikit-learn. Both trainings start from
+the same weights and see the same batches in the same order. They differ only in the class that
+the network gets:
 
     ResNet(nn.BatchNorm)            ResNet(mw.BatchNorm)
 
-Prints test accuracy, losses, median step time and peak memory of both, and exits with status 1
-when an accuracy is below 97 % or the two differ by more than one point.
+Prints test accuracy, losses, median step time and peak memory of both. Exits with status 1 if an
+accuracy is below 97 % or the two differ by more than one point.
 """
 
 import argparse
@@ -102,7 +102,7 @@ class Digits:
     def batches(
         self, size: int, shuffle: np.random.Generator
     ) -> Iterator[tuple[mx.array, mx.array]]:
-        """Whole batches in random order; what is left over at the end is dropped."""
+        """Batches in random order; an incomplete last batch is dropped."""
         order = shuffle.permutation(len(self.labels))
         for start in range(0, len(order) - size + 1, size):
             chosen = order[start : start + size]
@@ -110,7 +110,7 @@ class Digits:
 
 
 def load() -> tuple[Digits, Digits]:
-    """1347 digits to train on and 450 to test on, every class in equal parts, always the same."""
+    """1347 digits for training and 450 for testing, always the same, with all classes in both."""
     data = load_digits()
     images = (data.images / 16).astype(np.float32)[..., None]
     labels = data.target.astype(np.int32)
@@ -125,7 +125,7 @@ def load() -> tuple[Digits, Digits]:
 
 @dataclass(frozen=True)
 class Training:
-    """What one training gave: time in milliseconds, memory in bytes, one loss for every step."""
+    """Results of one training. ``losses`` has one value per step."""
 
     accuracy: float
     losses: list[float]
@@ -153,7 +153,7 @@ def train(
     seed: int,
     label: str,
 ) -> Training:
-    """Train a ResNet on the first of `data` and test it on the second."""
+    """Trains a ResNet on the first of `data` and tests it on the second."""
     train_set, test_set = data
     mx.random.seed(seed)
     shuffle = np.random.default_rng(seed)
@@ -163,7 +163,7 @@ def train(
     optimizer = optim.SGD(optim.cosine_decay(0.1, steps), momentum=0.9, weight_decay=5e-4)
     mx.eval(model.state)
 
-    # Not under mx.compile: on the CPU its C++ compiler runs for longer than this whole training.
+    # Without mx.compile: on the CPU its C++ compiler takes longer than this whole training.
     loss_and_grad = nn.value_and_grad(model, loss)
     losses, seconds, peaks = [], [], []
     model.train()
@@ -197,14 +197,14 @@ def loss_difference(trainings: dict[str, Training]) -> float:
 
 
 def problems(trainings: dict[str, Training]) -> list[str]:
-    """What is wrong with the accuracies, in words; nothing when they are as they should be."""
+    """Messages about accuracies that are too low or too different; empty if all is well."""
     found = [
         f"{name} reached {training.accuracy:.2%} test accuracy, less than {LEAST_ACCURACY:.0%}."
         for name, training in trainings.items()
         if not training.accuracy >= LEAST_ACCURACY
     ]
     accuracies = [training.accuracy for training in trainings.values()]
-    # The margin keeps the rounding of a subtraction out of the comparison.
+    # 1e-9 allows for the rounding of the subtraction.
     if max(accuracies) - min(accuracies) > LARGEST_DIFFERENCE + 1e-9:
         found.append(
             f"The accuracies differ by {100 * (max(accuracies) - min(accuracies)):.2f} points, "

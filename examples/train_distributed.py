@@ -1,14 +1,14 @@
-"""Train the digits network of train_digits.py on several processes, each with its part of a batch.
+"""Train the network of train_digits.py on several processes, each with a shard of the batch.
 
     mlx.launch -n 2 --backend ring -- python examples/train_distributed.py
 
-All processes start from the same weights and draw the same batches, of which each takes its own
-entries. SyncBatchNorm normalises over the whole batch, average_gradients does the rest, and so the
-losses are those of one process, up to rounding, however many there are; without mlx.launch it is
-one. `--local` is for comparison: BatchNorm, over each process's entries alone.
+All processes start from the same weights and draw the same batches, and each takes its shard.
+SyncBatchNorm normalises over the whole batch, and average_gradients combines the gradients. So the
+losses are those of a single process, up to rounding, for any number of processes. Without
+mlx.launch there is one process. `--local` uses BatchNorm on each shard instead, for comparison.
 
 Prints test accuracy and whether all processes have the same parameters, to the bit. Exits with
-status 1 if they have not, or with SyncBatchNorm when the accuracy is below 97 %.
+status 1 if they do not, or if the accuracy with SyncBatchNorm is below 97 %.
 """
 
 import argparse
@@ -27,7 +27,7 @@ from train_digits import LEAST_ACCURACY, Digits, ResNet, accuracy, load, loss
 def train(
     model: nn.Module, digits: Digits, group: mx.distributed.Group, options: argparse.Namespace
 ) -> list[float]:
-    """The losses of all steps, each the mean over the whole batch."""
+    """Trains the model. Returns the loss of each step, averaged over the whole batch."""
     shuffle = np.random.default_rng(options.seed)
     steps = options.epochs * (len(digits.labels) // options.batch_size)
     optimizer = optim.SGD(optim.cosine_decay(0.1, steps), momentum=0.9, weight_decay=5e-4)
@@ -46,7 +46,7 @@ def train(
 
 
 def same_everywhere(model: nn.Module, group: mx.distributed.Group) -> bool:
-    """Whether the parameters, running statistics among them, are the same bits on all processes."""
+    """True if parameters and running statistics are the same bits on all processes."""
     arrays = dict(tree_flatten(model.parameters())).values()
     flat = mx.concatenate([a.reshape(-1) for a in arrays])
     of_all = mx.distributed.all_gather(flat.view(mx.uint32)[None], group=group)
@@ -64,7 +64,7 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--local", action="store_true", help="statistics of each process's own")
     options = parser.parse_args(argv)
     size = mx.distributed.init().size()
-    if options.batch_size % size != 0:  # or the mean over processes would not be that of the batch
+    if options.batch_size % size != 0:  # the mean over processes must be that of the batch
         parser.error(f"--batch-size must be a multiple of {size}, the number of processes.")
     return options
 

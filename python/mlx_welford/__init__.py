@@ -1,11 +1,11 @@
-"""Instance and batch normalisation for MLX: single-pass statistics behind mlx.nn's interface."""
+"""Instance and batch normalisation for MLX, with mlx.nn's interface and single-pass statistics."""
 
 from importlib import import_module
 
 from mlx_welford import _versions
 
-_versions.check()  # before the extension is loaded: it would crash beside another libmlx
-# This loads libmlx from where mlx is; the extension alone would look for it beside its own folder.
+_versions.check()  # first, because with another release of libmlx the extension would crash
+# Loads libmlx from the folder of mlx; the extension alone would look for it beside itself.
 import_module("mlx.core")
 
 from mlx_welford import _ext  # noqa: E402
@@ -16,8 +16,9 @@ from mlx_welford._replacement import accelerate, convert_sync_batchnorm, restore
 from mlx_welford._status import status  # noqa: E402
 from mlx_welford.functional import batch_norm, composed, instance_norm, moments  # noqa: E402
 
-_ext.num_threads()  # a mistake in MLX_WELFORD_NUM_THREADS or MLX_WELFORD_ISA is an error here,
-_ext.instruction_set()  # not in the middle of a computation
+# Invalid values of MLX_WELFORD_NUM_THREADS and MLX_WELFORD_ISA are errors at import, not later.
+_ext.num_threads()
+_ext.instruction_set()
 
 __all__ = [
     "BatchNorm",

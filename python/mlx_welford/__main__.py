@@ -16,7 +16,7 @@ from mlx_welford.dispatches import DTYPES, normalization_plans
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs a command; its exit status."""
+    """Runs a command and returns its exit status."""
     parser = _parser()
     options = parser.parse_args(arguments)
     if options.command == "selftest":
@@ -132,7 +132,7 @@ def _print_at_once(text: str) -> None:
 
 
 def _writer(path: Path | None) -> Callable[[dict[str, Any]], None]:
-    """Writes reports to the file; where that fails, says so once and goes on without."""
+    """A function that writes reports to the file; if writing fails, it prints that once."""
     if path is None:
         return lambda report: None
     told = False

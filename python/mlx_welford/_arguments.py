@@ -33,22 +33,22 @@ def set_missing_options(layer: Any) -> None:
 
 
 def check_eps(eps: float, caller: str, name: str = "eps") -> None:
-    """Raises ValueError unless eps > 0 (nan is not)."""
+    """Raises ValueError unless eps > 0, so also for nan."""
     if not eps > 0:
         raise ValueError(f"[{caller}] '{name}' must be positive but got {eps}.")
 
 
 def check_momentum(momentum: Any, caller: str) -> None:
-    """Raises ValueError unless 0 <= momentum <= 1, or None for the average over all batches."""
+    """Raises ValueError unless momentum is in [0, 1], or None: the average over all batches."""
     if momentum is not None and not 0 <= one_momentum(momentum, caller) <= 1:
         raise ValueError(f"[{caller}] 'momentum' must be in [0, 1] but got {momentum}.")
 
 
 def one_momentum(momentum: Any, caller: str) -> Any:
-    """A momentum that may be an array of one element, of shape ``()``.
+    """The momentum; if it is an array of one element, with shape ``()``.
 
     Raises:
-        ValueError: If it has several: all channels share one.
+        ValueError: If it has several elements. All channels share one momentum.
     """
     if getattr(momentum, "size", 1) != 1:
         raise ValueError(
@@ -59,6 +59,6 @@ def one_momentum(momentum: Any, caller: str) -> Any:
 
 
 def check_features(features: int | None, name: str, caller: str) -> None:
-    """Raises ValueError unless the number of channels is positive or left open."""
+    """Raises ValueError unless the number of channels is positive or None."""
     if features is not None and features <= 0:
         raise ValueError(f"[{caller}] '{name}' must be positive but got {features}.")

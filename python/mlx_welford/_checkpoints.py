@@ -1,4 +1,4 @@
-"""Weights that other systems saved, for ``Module.load_weights``."""
+"""Weights of PyTorch and MXNet, converted for ``Module.load_weights``."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -13,7 +13,7 @@ Weights = list[tuple[str, mx.array]]
 
 _COUNTER = "num_batches_tracked"
 
-# MLX's dtypes by the names that they have in NumPy and PyTorch.
+# MLX's dtypes by their names in NumPy and PyTorch.
 _DTYPES = {
     "bool": mx.bool_,
     **{
@@ -30,7 +30,7 @@ _DTYPES = {
 _GLUON = {
     "gamma": "weight",
     "beta": "bias",
-    "moving_mean": "running_mean",  # the name of MXNet's symbols for the same
+    "moving_mean": "running_mean",  # moving_*: the names of MXNet's symbols
     "moving_var": "running_var",
 }
 _GLUON_ENDS = [*_GLUON, "running_mean", "running_var", "weight", "bias"]
@@ -39,25 +39,25 @@ _GLUON_ENDS = [*_GLUON, "running_mean", "running_var", "weight", "bias"]
 def from_torch(state_dict: Mapping[str, Any], model: Module | None = None) -> Weights:
     """The weights of a ``torch`` state_dict, for ``Module.load_weights``.
 
-    Normalisation layers have the same parameters under the same names in ``torch.nn``, ``mlx.nn``
-    and here, except ``num_batches_tracked``, which is left out unless ``model`` has it (a layer
-    with ``momentum=None``). Dtypes are kept.
+    The parameters of normalisation layers have the same names in ``torch.nn``, in ``mlx.nn`` and
+    here. The exception is ``num_batches_tracked``: it is left out unless ``model`` has it, in a
+    layer with ``momentum=None``. Dtypes are kept.
 
     Args:
-        state_dict: Arrays by name, of PyTorch, NumPy or MLX; so also what ``mx.load`` reads from a
-            safetensors file. If there are no arrays in it but exactly one such mapping, beside
-            numbers, texts or the state of an optimizer, that mapping is used.
-        model: Where the weights shall go. With it the numbers within a ``mlx.nn.Sequential`` get
-            the ``layers.`` before them that ``torch.nn.Sequential`` does not have, and the weights
-            of convolutions get their channels last. Default: ``None``, only the names are known.
+        state_dict: Arrays of PyTorch, NumPy or MLX by name, for instance what ``mx.load`` reads
+            from a safetensors file. A checkpoint is accepted too: a mapping without arrays, in
+            which exactly one value is such a state_dict.
+        model: The model that the weights are for. Names within a ``mlx.nn.Sequential`` then get
+            the ``layers.`` that ``torch.nn.Sequential`` does not have, and the weights of
+            convolutions get their channels last. Default: ``None``, neither is done.
 
     Returns:
         Pairs of a name and an array.
 
     Raises:
-        TypeError: If a value is no array, or a name no string.
-        ValueError: If there are several mappings of names to arrays, or an array has a dtype that
-            MLX does not have.
+        TypeError: If a value is not an array, or a name not a string.
+        ValueError: If a checkpoint has several state_dicts, or an array has a dtype that MLX does
+            not have.
 
     Examples:
         >>> import mlx.core as mx
@@ -91,14 +91,13 @@ def from_gluon(params: Mapping[str, Any], model: Module | None = None) -> Weight
     ``running_mean`` and ``running_var``. Dtypes are kept.
 
     Args:
-        params: Arrays by name, of MXNet, NumPy or MLX, or gluon's parameters: what
-            ``mxnet.nd.load`` or ``collect_params()`` gives, or a checkpoint as in
-            :func:`from_torch`. Both of gluon's forms of a name are known, ``features.1.gamma`` and
-            ``batchnorm0_gamma`` (which becomes ``batchnorm0.weight``), and the ``arg:`` and
-            ``aux:`` of an exported model.
-        model: Where the weights shall go. With it ``layers.`` and the convolutions are as in
-            :func:`from_torch`, and the constant ``gamma`` and ``beta`` that gluon keeps with
-            ``scale=False`` and ``center=False`` are left out. Default: ``None``.
+        params: Arrays of MXNet, NumPy or MLX by name, or gluon's parameters: the result of
+            ``mxnet.nd.load`` or ``collect_params()``, or a checkpoint as in :func:`from_torch`.
+            Names may be of the form ``features.1.gamma`` or ``batchnorm0_gamma`` (which becomes
+            ``batchnorm0.weight``), and begin with the ``arg:`` or ``aux:`` of an exported model.
+        model: The model that the weights are for, as in :func:`from_torch`. The constant
+            ``gamma`` and ``beta`` that gluon stores with ``scale=False`` and ``center=False`` are
+            then left out as well. Default: ``None``.
 
     Returns:
         Pairs of a name and an array.
@@ -139,13 +138,13 @@ def _gluon_name(name: str) -> str:
 
 
 def _is_neutral(name: str, array: mx.array) -> bool:
-    """Whether multiplying with, or adding, these values changes nothing."""
+    """True if these values, as a weight or a bias, change nothing."""
     neutral = {"weight": 1, "bias": 0}
     return name in neutral and bool((array == neutral[name]).all().item())
 
 
 def _place(name: str, model: Module | None) -> tuple[str, Module | None]:
-    """The name within a model, and the module that has the parameter; None if there is none."""
+    """The parameter's name in the model, and the module that has it, or None."""
     if model is None:
         return name, None
     node: Any = model
@@ -165,7 +164,10 @@ def _place(name: str, model: Module | None) -> tuple[str, Module | None]:
 
 
 def _channels_last(name: str, array: mx.array, owner: Module | None) -> mx.array:
-    """A convolution's weight: (out, ..., in) from (out, in, ...), transposed (in, out, ...)."""
+    """The array; a convolution's weight as (out, ..., in).
+
+    From (out, in, ...), or (in, out, ...) of a transposed convolution.
+    """
     if name != "weight":
         return array
     if isinstance(owner, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
@@ -176,7 +178,7 @@ def _channels_last(name: str, array: mx.array, owner: Module | None) -> mx.array
 
 
 def _arrays_by_name(given: Any, caller: str, argument: str) -> dict[str, Any]:
-    """The arrays of a state_dict or a checkpoint, as they are.
+    """The arrays of a state_dict or a checkpoint by name, not converted.
 
     Raises:
         TypeError, ValueError: As :func:`from_torch`.
@@ -197,7 +199,7 @@ def _arrays_by_name(given: Any, caller: str, argument: str) -> dict[str, Any]:
 
 
 def _state_dict(given: Any, caller: str, argument: str) -> dict[Any, Any]:
-    """A mapping of arrays alone: the argument, or the only one in it if it has no arrays itself."""
+    """The argument if its values are arrays, else the only mapping of arrays among its values."""
     wanted = f"[{caller}] '{argument}' must map names to arrays but"
     if not _is_mapping(given):
         raise TypeError(f"{wanted} is of type {type(given).__name__}.{_hint(given)}")
@@ -218,7 +220,7 @@ def _state_dict(given: Any, caller: str, argument: str) -> dict[Any, Any]:
 
 
 def _is_mapping(value: Any) -> bool:
-    """Not isinstance(value, Mapping), since gluon's ParameterDict is none."""
+    """True if it has items(). gluon's ParameterDict has, but is not a Mapping."""
     return callable(getattr(value, "items", None))
 
 
@@ -230,14 +232,14 @@ def _maps_names_to_arrays(value: Any) -> bool:
 
 
 def _is_array(value: Any) -> bool:
-    """Of MLX, NumPy, PyTorch or MXNet, or a parameter of gluon."""
+    """True for arrays of MLX, NumPy, PyTorch or MXNet, and parameters of gluon."""
     is_parameter = callable(getattr(value, "data", None))
-    # Models and command-line options may have a dtype, too.
+    # A dtype alone is not enough: models and command-line options may have one.
     return is_parameter or all(hasattr(value, name) for name in ("dtype", "shape"))
 
 
 def _hint(value: Any) -> str:
-    """How to get the arrays of a whole model; empty for anything else."""
+    """For an error: how to get the arrays of a model; empty if the value is not a model."""
     if callable(getattr(value, "collect_params", None)):  # gluon
         return " Use its collect_params()."
     if all(callable(getattr(value, name, None)) for name in ("named_parameters", "state_dict")):
@@ -246,7 +248,7 @@ def _hint(value: Any) -> str:
 
 
 def _data(value: Any) -> Any:
-    """The array of gluon's parameters, any other as it is."""
+    """The array of a parameter of gluon; an array itself."""
     return value.data() if callable(getattr(value, "data", None)) else value
 
 
@@ -256,7 +258,7 @@ def _dtype_name(array: Any) -> str:
 
 
 def _to_mlx(value: Any) -> mx.array:
-    """An MLX array of the same dtype and values; no other library is imported for it."""
+    """An MLX array of the same dtype and values. Imports no other library."""
     if isinstance(value, mx.array):
         return value
     dtype = _dtype_name(value)
@@ -265,6 +267,6 @@ def _to_mlx(value: Any) -> mx.array:
     elif hasattr(value, "detach"):  # PyTorch
         value = value.detach().cpu()
         value = (value.float() if dtype == "bfloat16" else value).numpy()
-    elif dtype == "bfloat16":  # NumPy knows it from ml_dtypes alone, and MLX does not take those
+    elif dtype == "bfloat16":  # NumPy has it only from ml_dtypes, whose arrays MLX refuses
         value = value.astype("float32")
     return mx.array(value, _DTYPES[dtype])

@@ -1,4 +1,4 @@
-"""Batch normalisation over a batch that several processes share."""
+"""Batch normalisation over a batch whose shards are on several processes."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ Group = mx.distributed.Group
 
 @options
 class SyncBatchNorm(BatchNorm):
-    r"""Applies :class:`BatchNorm` over the shares that all processes of a group have of a batch.
+    r"""Applies :class:`BatchNorm` over a batch whose shards are on the processes of a group.
 
-    In training every rank finds the moments of its share in one pass, the ranks exchange them in
+    In training every rank computes the moments of its shard in one pass, the ranks exchange them in
     one collective operation, and all merge them (Chan et al.) to the same
 
     .. math::
@@ -28,11 +28,11 @@ class SyncBatchNorm(BatchNorm):
         n = \sum_r n_r, \qquad \mu = \frac{1}{n} \sum_r n_r \mu_r, \qquad
         \sigma^2 = \frac{1}{n} \sum_r \left( m_{2,r} + n_r (\mu_r - \mu)^2 \right),
 
-    with which each normalises its share. Shares may differ in size, and be empty. The gradient
-    takes one more collective operation. It is that of the sum of the losses of all ranks: with
-    respect to the input, complete; with respect to ``weight`` and ``bias``, this rank's part of it,
-    like the gradient of every other parameter, so that ``mlx.nn.average_gradients`` does the rest
-    for all of them (docs/distributed.md). Running statistics come out the same on every rank.
+    with which each normalises its shard. Shards may differ in size and may be empty. The gradient
+    takes one more collective operation. It is the gradient of the sum of the losses of all ranks.
+    With respect to the input it is complete. With respect to ``weight`` and ``bias`` it is this
+    rank's part, as for every other parameter, and ``mlx.nn.average_gradients`` combines the parts
+    (docs/distributed.md). Running statistics are the same on every rank.
 
     In a group of one process, and in evaluation, this is :class:`BatchNorm`, and nothing is sent.
 
@@ -45,16 +45,16 @@ class SyncBatchNorm(BatchNorm):
 
     Shape:
         - Input: ``(N, C)``, ``(N, L, C)``, ``(N, H, W, C)`` and so on, or with the channels on
-          ``axis``; the same C and dtype on every rank, and N of any size, 0 too.
+          ``axis``. C and the dtype must be the same on every rank. N may be anything, also 0.
         - Output: same shape as the input, dtype ``mx.result_type(x, weight, bias)``.
 
     Raises:
         ValueError: If an argument is out of range, or an input has too few dimensions or another
             number of channels.
         TypeError: If an input is not of a floating-point dtype.
-        RuntimeError: When the output is evaluated, if the ranks disagree about the number of
-            channels or the dtype, as far as the messages that arrive show it; if all of them
-            together have one value per channel; or from MLX, if a rank is lost.
+        RuntimeError: When the output is evaluated: if the messages of other ranks show another
+            number of channels or another dtype; if all ranks together have one value per channel;
+            or from MLX, if a rank is lost.
 
     Examples:
         >>> import mlx.core as mx
@@ -74,13 +74,13 @@ class SyncBatchNorm(BatchNorm):
         group = (self.group or mx.distributed.init()) if self.training else None
         if group is None or group.size() == 1:
             return super().__call__(x)
-        # Whether there are several values is known once the messages are there.
+        # Only the messages of all ranks tell whether there are several values per channel.
         self._take_features_from(x, several_values=False)
         normalize = _Synchronized(type(self).__name__, self.eps, self.axis, self._channels(), group)
         y, mean, var, count = normalize(x, self.get("weight"), self.get("bias"))
         if self.track_running_stats:
             following = self._next_running_statistics(mean, var, count)
-            # A batch that is empty everywhere changes nothing.
+            # A batch that is empty on all ranks changes nothing.
             self.update({k: mx.where(count > 0, v, self[k]) for k, v in following.items()})
         return y
 
@@ -92,8 +92,8 @@ class _Synchronized:
 
         gx = r w g + (grad_mean + 2 grad_var (x - mean)) / m
 
-    where grad_mean and grad_var are the sums over the ranks of what reaches each rank's mean and
-    var. MLX would find the same from the parts, but read and write x five times more often.
+    where grad_mean and grad_var are the cotangents of mean and var, summed over the ranks. MLX
+    could differentiate the parts instead, but would read and write x five times more often.
     """
 
     def __init__(
@@ -110,7 +110,7 @@ class _Synchronized:
     ) -> tuple[mx.array, mx.array, mx.array, mx.array]:
         given = [a for a in (weight, bias) if a is not None]
         self.has_weight, self.has_bias = weight is not None, bias is not None
-        # The dtype of the result, so that all gradients have that of what they belong to.
+        # Cast to the dtype of the result first, so that casts back give gradients their dtypes.
         dtype = mx.result_type(x, *given)
         function = mx.custom_function(self._forward)
         function.vjp(self._backward)
@@ -154,13 +154,13 @@ class _Synchronized:
         g, *of_statistics, _ = cotangents
         _, mean, var, count = outputs
 
-        # One pass for all sums over x and g
+        # One pass over x and g gives all sums.
         _, sums = mx.vjp(
             lambda *arguments: self._normalize(x, *arguments), [mean, var, *parameters], [g]
         )
         through_statistics, of_parameters = sums[:2], sums[2:]
 
-        # One collective operation for the statistics of all ranks
+        # One collective operation sums the cotangents of mean and var.
         own = [a + b for a, b in zip(through_statistics, of_statistics, strict=True)]
         everyone = _sum_over_ranks(mx.concatenate(own), self.group) / count
         grad_mean, grad_var = mx.split(everyone, 2)
@@ -180,9 +180,9 @@ class _Synchronized:
 
 
 def _sum_over_ranks(x: mx.array, group: Group) -> mx.array:
-    """all_sum with the gradient of the sum of all ranks' losses, for second derivatives.
+    """all_sum whose gradient is that of the sum of all ranks' losses, for second derivatives.
 
-    What MLX's own hands back is the cotangent of one rank, as if the others had none.
+    The gradient of MLX's all_sum is the cotangent of one rank, as if the others had none.
     """
 
     def backward(primal: mx.array, cotangent: mx.array, output: mx.array) -> mx.array:

@@ -1,4 +1,4 @@
-"""Normalisation layers with the interface, the parameters and the semantics of ``mlx.nn``."""
+"""Normalisation layers with the interface, parameters and semantics of ``mlx.nn``."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _AFFINE = ["weight", "bias"]
 _RUNNING = ["running_mean", "running_var"]
 _VECTORS = [*_AFFINE, *_RUNNING]  # parameters of shape (C,)
 _COUNTER = "num_batches_tracked"
-# A momentum is among the arrays of a layer if it is an array itself, as from a schedule.
+# A momentum may be an array, as from a schedule. Then Module counts it among the parameters.
 _FROZEN = [*_RUNNING, _COUNTER, "momentum"]
 
 
@@ -78,7 +78,7 @@ class _Normalization(Module):
             self.update(self._first_values(self.num_features))
 
     def _first_values(self, num_features: int) -> dict[str, mx.array]:
-        """Those of the parameters that have none yet, in the dtype that each has been given."""
+        """First values of the uninitialized parameters, in the dtype that each has been cast to."""
         return {
             name: self._initial(name, num_features).astype(self[name].dtype)
             for name in _VECTORS
@@ -86,7 +86,7 @@ class _Normalization(Module):
         }
 
     def _initial(self, name: str, num_features: int) -> mx.array:
-        """The first values of a parameter of shape (C,)."""
+        """First values of a parameter, of shape (C,)."""
         ones = name in ("weight", "running_var")
         return mx.ones((num_features,)) if ones else mx.zeros((num_features,))
 
@@ -97,10 +97,10 @@ class _Normalization(Module):
             self.pop(_COUNTER, None)
 
     def reset_running_stats(self) -> None:
-        """Running statistics as at the beginning: mean 0, variance 1, no batch seen.
+        """Resets the running statistics: mean 0, variance 1, no batch seen.
 
-        After ``layer.momentum = None`` this starts an average over all batches from now on, as for
-        the last weights of a training run (stochastic weight averaging).
+        After ``layer.momentum = None`` this starts an average over all batches from now on, as
+        stochastic weight averaging needs for the weights at the end of a training run.
         """
         self._start_counter()
         if self.num_features is None or not self.track_running_stats:
@@ -115,8 +115,9 @@ class _Normalization(Module):
 
     @property
     def _no_grad(self) -> set[str]:
-        """Names of the frozen parameters: what ``freeze`` and ``unfreeze`` edit, and always the
-        running statistics. ``Module.unfreeze`` of a parent edits it without asking the layer.
+        """Names of the frozen parameters, always with the running statistics.
+
+        A property, because ``Module.unfreeze`` of a parent edits the set without calling the layer.
         """
         names: set[str] = vars(self).setdefault("_no_grad", set())
         names.update(name for name in _FROZEN if name in self)
@@ -127,14 +128,14 @@ class _Normalization(Module):
         vars(self)["_no_grad"] = names
 
     def unfreeze(self, *args: Any, **kwargs: Any) -> Module:
-        """As ``Module.unfreeze``, but running statistics stay frozen."""
+        """As ``Module.unfreeze``, except that running statistics stay frozen."""
         return Module.unfreeze(self, *args, **kwargs)
 
     def __setitem__(self, name: str, value: Any) -> None:
-        """Sets a parameter; every way of MLX to do so ends here.
+        """Sets a parameter. Assignment, update, load_weights and casts all end here.
 
-        The counter stays an integer where all parameters are cast. The first array of shape (C,)
-        tells the number of channels, if that was left open.
+        The counter stays an integer if all parameters are cast. If the number of channels is open,
+        the first array of shape (C,) sets it.
         """
         if isinstance(value, mx.array):
             if name == _COUNTER:
@@ -146,10 +147,10 @@ class _Normalization(Module):
         super().__setitem__(name, value)
 
     def _initialize(self, num_features: int) -> None:
-        """Fixes the number of channels, if that was left open, and creates what depends on it."""
+        """Sets the number of channels, if it is open, and creates the parameters."""
         if self.num_features is None:
             values = self._first_values(num_features)
-            mx.eval(values)  # constants, also where MLX traces the call
+            mx.eval(values)  # so that they are constants even if MLX traces the call
             for name, value in values.items():
                 before = self[name]
                 if isinstance(before, UninitializedParameter):
@@ -181,16 +182,16 @@ class _Normalization(Module):
         return y
 
     def _update_running_statistics(self, x: mx.array, mean: mx.array, var: mx.array) -> None:
-        """An empty batch leaves them as they are."""
+        """Updates them, unless the batch is empty."""
         size = _ext.size_of(x)
-        if isinstance(size, mx.array):  # a function is traced for any shape
+        if isinstance(size, mx.array):  # the function is being traced for any shape
             following = self._next_running_statistics(mean, var, size / _ext.size_of(mean))
             dict.update(self, {k: mx.where(size > 0, v, self[k]) for k, v in following.items()})
         elif size > 0:
             dict.update(self, self._next_running_statistics(mean, var, size // mean.size))
 
     def _take_features_from(self, x: mx.array, several_values: bool) -> None:
-        """The number of channels and what depends on it, if the first input is to tell."""
+        """Initializes the layer from its first input, if the number of channels is open."""
         if self.num_features is not None:
             return
         name = type(self).__name__
@@ -199,13 +200,14 @@ class _Normalization(Module):
         self._initialize(features)
 
     def _channels(self) -> int | None:
-        """How many an input must have; None: any number that fits the parameters, as in mlx.nn,
-        whose layers work when their arrays have been pruned.
+        """Number of channels that an input must have. None: any that fits the parameters.
+
+        Accelerated layers take any, because mlx.nn's layers work when their arrays are pruned.
         """
         return self.num_features if self._accelerated is None else None
 
     def _needs_several_values(self) -> bool:
-        """Whether a statistic of a single value is an error: its unbiased variance is 0 / 0."""
+        """Whether one value per statistic is an error, since its unbiased variance is 0 / 0."""
         return bool(self.training and self.track_running_stats)
 
     def _next_running_statistics(
@@ -213,7 +215,7 @@ class _Normalization(Module):
     ) -> dict[str, mx.array]:
         """new = (1 - momentum) * old + momentum * batch, with the unbiased variance.
 
-        The average over all batches is that with 1 / (batches seen, this one included).
+        For the average over all batches, momentum is 1 / (number of batches, with this one).
         """
         name = type(self).__name__
         following: dict[str, mx.array] = {}
@@ -235,7 +237,7 @@ class _Normalization(Module):
         return following
 
     def _extra_repr(self) -> str:
-        """As in mlx.nn, and then the options that mlx.nn does not have, if not at their default."""
+        """The options of mlx.nn, then the others if they are not at their default."""
         shown = {name: getattr(self, name) for name in self._shown}
         for option in fields(_Normalization):
             if (value := getattr(self, option.name)) != option.default:
@@ -246,7 +248,7 @@ class _Normalization(Module):
 
 
 def _counter(value: mx.array, before: mx.array | None) -> mx.array:
-    """A number of batches as an integer: the one before if `value` is a rounding of that."""
+    """A number of batches as an integer: `before` if `value` is `before`, rounded by a cast."""
     if mx.issubdtype(value.dtype, mx.integer):
         return value
     count = mx.round(value.astype(mx.float32)).astype(mx.int64)
@@ -256,7 +258,7 @@ def _counter(value: mx.array, before: mx.array | None) -> mx.array:
 
 
 def _store(values: mx.array, dtype: mx.Dtype) -> mx.array:
-    """Casts; what float16 cannot hold becomes its largest number, since inf would never go away."""
+    """Casts. Beyond float16 values become its largest number: a running inf would stay for ever."""
     if dtype == mx.float16:
         largest = mx.finfo(mx.float16).max
         values = mx.clip(values, -largest, largest)
@@ -264,7 +266,7 @@ def _store(values: mx.array, dtype: mx.Dtype) -> mx.array:
 
 
 def _finite(variance: mx.array) -> mx.array:
-    """A running variance that a plain cast to float16 has made inf: its largest number instead."""
+    """The variance; float16's largest number where a plain cast to float16 made it inf."""
     if variance.dtype == mx.float16:
         return mx.minimum(variance, mx.finfo(mx.float16).max)
     return variance
@@ -280,23 +282,20 @@ class InstanceNorm(_Normalization, nn.InstanceNorm):
 
         y = \frac{x - \mathrm{E}[x]}{\sqrt{\mathrm{Var}[x] + \epsilon}} \gamma + \beta,
 
-    with the mean and the biased variance of every channel of every instance, found in a single pass
-    in float32. :math:`\gamma` and :math:`\beta` are the parameters ``weight`` and ``bias`` of shape
-    ``(dims,)``, initialized at 1 and 0, if ``affine`` is ``True``.
+    with the mean and the biased variance of every channel of every instance, computed in a single
+    pass in float32. :math:`\gamma` and :math:`\beta` are the parameters ``weight`` and ``bias`` of
+    shape ``(dims,)``, initialized to 1 and 0, if ``affine`` is ``True``.
 
     Args:
-        dims: The number of channels. Default: ``None``, taken from the first input, or from the
-            first array that is assigned or loaded. Until then empty arrays stand for the
-            parameters.
+        dims: The number of channels. Default: ``None``, set by the first input or array, as in
+            :class:`BatchNorm`.
         eps: Added to the variance. Default: ``1e-5``.
         affine: Whether to learn ``weight`` and ``bias``. Default: ``False``.
-        momentum: Weight of a new batch in the running statistics, in [0, 1], or ``None`` for their
-            average over all batches, which are counted in ``num_batches_tracked``. Default:
-            ``0.1``.
-        track_running_stats: Whether to keep ``running_mean`` and ``running_var``, the averages over
-            the batch of the instances' means and unbiased variances, and to normalise with them in
-            evaluation (as in ``torch.nn``). Default: ``False``, the statistics of the input in
-            training and evaluation.
+        momentum: As in :class:`BatchNorm`. Default: ``0.1``.
+        track_running_stats: Whether to keep ``running_mean`` and ``running_var`` and to normalise
+            with them in evaluation, as in ``torch.nn``. A batch adds the averages, over its
+            instances, of their means and unbiased variances. Default: ``False``, the statistics of
+            the input are used in training and evaluation.
         axis: The channel axis; not 0. Default: ``-1``.
 
     Shape:
@@ -331,7 +330,7 @@ class InstanceNorm(_Normalization, nn.InstanceNorm):
 
     @property
     def num_features(self) -> Any:
-        """``dims``, under the name that it has in the other layers."""
+        """``dims``, under the name of the other layers."""
         return self.dims
 
     @num_features.setter
@@ -354,25 +353,24 @@ class BatchNorm(_Normalization, nn.BatchNorm):
 
         y = \frac{x - \mathrm{E}[x]}{\sqrt{\mathrm{Var}[x] + \epsilon}} \gamma + \beta,
 
-    in training with the mean and the biased variance of every channel over the batch, found in a
+    in training with the mean and the biased variance of every channel over the batch, computed in a
     single pass in float32, in evaluation with ``running_mean`` and ``running_var``. :math:`\gamma`
     and :math:`\beta` are the parameters ``weight`` and ``bias`` of shape ``(num_features,)``,
-    initialized at 1 and 0. In training the running statistics become
+    initialized to 1 and 0. In training the running statistics become
 
     .. math::
 
         \hat{x} \leftarrow (1 - \text{momentum}) \, \hat{x} + \text{momentum} \, x_\text{batch}
 
-    with the unbiased variance of the batch; an empty batch leaves them as they are. They are
-    frozen, however the layer or its model is unfrozen: optimizers do not see them.
+    with the unbiased variance of the batch. An empty batch does not change them. They are always
+    frozen, even if the layer or its model is unfrozen, so that optimizers do not see them.
 
     Args:
-        num_features: The number of channels. Default: ``None``, taken from the first input, or from
-            the first array that is assigned or loaded. Until then empty arrays stand for the
-            parameters.
+        num_features: The number of channels. Default: ``None``, set by the first input, or by the
+            first array that is assigned or loaded. Until then the parameters are empty arrays.
         eps: Added to the variance. Default: ``1e-5``.
-        momentum: Weight of a new batch in the running statistics, in [0, 1], or ``None`` for their
-            average over all batches, which are counted in ``num_batches_tracked``. Default:
+        momentum: Weight of a new batch in the running statistics, in [0, 1], or ``None`` for the
+            average over all batches, whose number is kept in ``num_batches_tracked``. Default:
             ``0.1``.
         affine: Whether to learn ``weight`` and ``bias``. Default: ``True``.
         track_running_stats: Whether to keep running statistics. Default: ``True``. Without them
@@ -417,18 +415,18 @@ class BatchNorm(_Normalization, nn.BatchNorm):
 def set_dtype(
     model: Module, dtype: mx.Dtype, *, running_statistics: mx.Dtype | None = None
 ) -> Module:
-    """As ``model.set_dtype(dtype)``, but running statistics keep their precision.
+    """As ``model.set_dtype(dtype)``, but keeps running statistics in float32.
 
-    Half precision is enough for what a step computes with, not for what it adds a tenth of a small
-    difference to: in float16 running statistics stop moving early, and a variance cannot exceed
-    65504. In float32 they cost two small vectors per layer; the dtype of the results does not
-    depend on theirs.
+    In float16 small updates of running statistics are rounded away, and a variance cannot exceed
+    65504. In float32 they cost two small vectors per layer. The dtype of a layer's results does not
+    depend on that of its running statistics.
 
     Args:
-        model: A module, whose layers may be of any kind; the running statistics meant here are
-            those of this package's layers.
-        dtype: Of all other floating-point parameters.
-        running_statistics: Theirs. Default: ``None``, float32, or float64 with ``dtype`` float64.
+        model: A module with layers of any kind. Only running statistics of this package's layers
+            are treated specially.
+        dtype: Dtype of all other floating-point parameters.
+        running_statistics: Dtype of the running statistics. Default: ``None``, float32, or float64
+            if ``dtype`` is float64.
 
     Returns:
         ``model``.

@@ -1,4 +1,4 @@
-"""The machine and what is installed on it: what nobody can look up from afar."""
+"""Facts about the machine and the installed packages, as bug reports need them."""
 
 import importlib.metadata
 import json
@@ -23,13 +23,13 @@ __all__ = [
     "wheels",
 ]
 
-# Those that hold libmlx come with `mlx`, one of them on each system.
+# mlx, and the packages that contain libmlx, of which a system has one.
 _OF_MLX = ("mlx", "mlx-metal", "mlx-cpu", "mlx-cuda-12", "mlx-cuda-13")
 _PREFIXES = ("MLX_", "MTL_", "METAL_")
 
 
 def chip() -> str:
-    """The processor's name, as the system gives it: ``Apple M2 Pro``."""
+    """Name of the processor as the system reports it: ``Apple M2 Pro``."""
     if platform.system() == "Darwin":
         return _output("/usr/sbin/sysctl", "-n", "machdep.cpu.brand_string") or platform.machine()
     try:
@@ -41,14 +41,14 @@ def chip() -> str:
 
 
 def model() -> str | None:
-    """The machine's, ``Mac14,9``; None in other systems than macOS."""
+    """Model of the machine, ``Mac14,9``; None unless the system is macOS."""
     if platform.system() != "Darwin":
         return None
     return _output("/usr/sbin/sysctl", "-n", "hw.model")
 
 
 def gpu_cores() -> int | None:
-    """Cores of Apple's GPU; None where there is none, or the system does not tell."""
+    """Number of cores of Apple's GPU; None if there is none or the system does not tell."""
     if platform.system() != "Darwin":
         return None
     properties = _output("/usr/sbin/ioreg", "-r", "-d", "1", "-c", "AGXAccelerator") or ""
@@ -78,9 +78,10 @@ def system_build() -> str:
 
 
 def metal_language() -> str | None:
-    """The Metal that MLX compiles source as, ``3.2``, asked of a kernel; None without a GPU.
+    """Version of the Metal language that MLX compiles shaders as, ``3.2``; None without a GPU.
 
-    Which one it is depends on the system and on MLX. What went wrong, if the kernel did not run.
+    It depends on the system and on MLX, so a kernel reports it. If that kernel fails, the result
+    is its error.
     """
     if not (mx.metal.is_available() and mx.is_available(mx.gpu)):
         return None
@@ -112,7 +113,7 @@ def _metal_version(device: mx.DeviceType) -> mx.array:
 
 
 def wheels() -> str:
-    """Releases and tags of the installed parts of MLX."""
+    """Releases and tags of the installed packages of MLX."""
     found = []
     for name in _OF_MLX:
         try:
@@ -124,9 +125,9 @@ def wheels() -> str:
 
 
 def build() -> str:
-    """Whether this package is a wheel that was downloaded or built here, and its tag.
+    """How this package was installed (wheel, archive, checkout, commit), and its tag.
 
-    Paths and addresses are left out: this is for the public.
+    Paths and addresses are left out, because reports are public.
     """
     try:
         distribution = importlib.metadata.distribution("mlx-welford")
@@ -147,7 +148,7 @@ def build() -> str:
 
 
 def variables() -> dict[str, str]:
-    """MLX's, Metal's and this package's environment variables; ``~`` stands for the home folder."""
+    """Environment variables of MLX, Metal and this package, with ``~`` for the home folder."""
     home = str(Path.home())
     return {
         name: value.replace(home, "~") if len(home) > 1 else value
@@ -163,7 +164,7 @@ def _tags(distribution: importlib.metadata.Distribution) -> str:
 
 
 def _output(*command: str) -> str | None:
-    """What a command prints; None where there is no such command, or it fails."""
+    """What a command prints; None if it does not exist or fails."""
     try:
         done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=20)
     except (OSError, subprocess.SubprocessError):

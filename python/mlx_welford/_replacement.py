@@ -30,20 +30,21 @@ SYNCHRONIZED: dict[type[Module], type[SyncBatchNorm]] = {
 
 
 def accelerate(model: Module, *, verbose: bool = False) -> Module:
-    """Turns every ``mlx.nn.BatchNorm`` and ``mlx.nn.InstanceNorm`` of a model into the one here.
+    """Turns ``mlx.nn.BatchNorm`` and ``mlx.nn.InstanceNorm`` in a model into this package's layers.
 
-    The layers stay the same objects, of another class that computes faster: their parameters, which
-    of these are frozen, their mode and whatever else hangs on them stay, and so does all that holds
-    them (an optimizer, a function made by ``nn.utils.checkpoint``, another model). They still are
-    instances of ``mlx.nn.BatchNorm`` and ``mlx.nn.InstanceNorm``. Subclasses are left alone, since
-    they may do something else, and so are layers with settings or arrays that these layers refuse,
-    and everything else, so that a second call changes nothing. Functions that ``mx.compile`` traced
-    before go on with mlx.nn's operations.
+    A layer stays the same object and gets another class, which computes faster. So its parameters
+    and attributes, what is frozen, and its mode stay. Whatever holds the layer (an optimizer, a
+    function made by ``nn.utils.checkpoint``, another model) goes on with it. It is still an
+    instance of its class in ``mlx.nn``.
+
+    Left as they are: subclasses, which may compute something else, layers with settings or arrays
+    that this package refuses, and all other layers. A second call changes nothing. Functions that
+    ``mx.compile`` traced before keep mlx.nn's operations.
 
     Args:
         model: The model, or a single layer.
-        verbose: Whether to print a table of the layers, what became of each, and why those that
-            stay as they were do. Default: ``False``.
+        verbose: Whether to print a table of the normalisation layers: what each was, and what it
+            is now or why it was left as it was. Default: ``False``.
 
     Returns:
         ``model``.
@@ -85,10 +86,10 @@ accelerated=True)
 
 
 def restore(model: Module) -> Module:
-    """Undoes :func:`accelerate`: its layers are of their classes in ``mlx.nn`` again.
+    """Undoes :func:`accelerate`: the layers get their classes in ``mlx.nn`` back.
 
-    The same objects, with the parameters, frozen names, mode and attributes that they have now, so
-    that training goes on where it was.
+    They stay the same objects and keep their present parameters, frozen names, mode and attributes,
+    so that training can go on.
 
     Args:
         model: The model, or a single layer.
@@ -106,9 +107,9 @@ def restore(model: Module) -> Module:
     """
     for _, layer in _named_layers(model):
         if isinstance(layer, _Normalization) and layer._accelerated is not None:
-            frozen = layer._no_grad  # with the running statistics, which mlx.nn only adds once
+            frozen = layer._no_grad  # with the running statistics; mlx.nn adds them only once
             original, settings = layer._accelerated
-            if layer.momentum is None:  # and its counter, neither of which mlx.nn has
+            if layer.momentum is None:  # and a counter: mlx.nn has neither
                 layer.momentum = settings.get("momentum")
                 layer.pop(_COUNTER, None)
                 frozen.discard(_COUNTER)
@@ -121,13 +122,12 @@ def restore(model: Module) -> Module:
 
 
 def convert_sync_batchnorm(model: Module, group: Group | None = None) -> Module:
-    """Turns every layer of batch normalisation of a model into one over all processes.
+    """Makes every batch normalisation of a model use the statistics of all processes.
 
-    ``mlx.nn.BatchNorm`` and :class:`BatchNorm` into :class:`SyncBatchNorm`, those of
-    ``mlx_welford.compat.torch`` into its ``SyncBatchNorm``. As :func:`accelerate` does: the same
-    objects with the same parameters, of another class; :func:`restore` undoes it for what was of
-    ``mlx.nn``. Layers that are synchronised already stay as they are. If there is an error no layer
-    has changed.
+    ``mlx.nn.BatchNorm`` and :class:`BatchNorm` become :class:`SyncBatchNorm`, the classes of
+    ``mlx_welford.compat.torch`` become its ``SyncBatchNorm``. As with :func:`accelerate` the layers
+    stay the same objects, and :func:`restore` undoes it for layers of ``mlx.nn``. Synchronised
+    layers stay as they are. After an error no layer has changed.
 
     Args:
         model: The model, or a single layer.
@@ -140,9 +140,9 @@ def convert_sync_batchnorm(model: Module, group: Group | None = None) -> Module:
         ValueError: If a layer of ``mlx.nn`` has arguments or arrays that these layers refuse.
 
     Warns:
-        UserWarning: With the names of layers whose statistics remain those of each process:
-            subclasses of batch normalisation, which may compute something else, and instance
-            normalisation with running statistics.
+        UserWarning: Names the layers that still use the statistics of one process: subclasses of
+            batch normalisation, which may compute something else, and instance normalisation with
+            running statistics.
 
     Examples:
         >>> import mlx.nn as nn
@@ -179,13 +179,13 @@ track_running_stats=True)
 
 
 def _named_layers(model: Module) -> list[tuple[str, Module]]:
-    """All modules of a model with one of their paths, each once, in the order of the tree."""
+    """All modules of a model with a path, each once, in the order of the tree."""
     once = {id(module): (path, module) for path, module in model.named_modules()}
     return list(reversed(once.values()))
 
 
 def _refusal(layer: Module) -> ValueError | None:
-    """Why a layer cannot become one of this package's, which take less; None if it can."""
+    """The error if a layer's settings or arrays are not allowed in this package, else None."""
     if isinstance(layer, _Normalization):
         return None
     name = type(layer).__name__
@@ -206,12 +206,12 @@ def _refusal(layer: Module) -> ValueError | None:
 
 
 def _change_class(layer: Module, kind: type[_Normalization]) -> None:
-    """Makes a layer one of another class, the same object, with what restore() needs."""
+    """Gives a layer another class and its options, and records what restore() needs."""
     original = type(layer)
     layer.__class__ = kind
     if not issubclass(original, _Normalization):
         names = [option.name for option in fields(kind)]
         settings = {n: getattr(layer, n) for n in names if n in vars(layer) or n in layer}
-        # Not by assignment through Module, which would take a tuple for parameters.
+        # Not setattr: Module would take a tuple for parameters.
         vars(layer)["_accelerated"] = (original, settings)
     set_missing_options(layer)

@@ -1,4 +1,4 @@
-"""What is installed, and what runs where."""
+"""mw.status(): what is installed, and which backend runs what."""
 
 import importlib.metadata
 import os
@@ -25,30 +25,32 @@ __all__ = [
 
 
 def status() -> dict[str, Any]:
-    """Versions, machine, and what the operations run on; ready for JSON.
+    """Versions, machine, and the backend that runs the operations; ready for JSON.
 
     Returns:
         A dictionary of
 
-        - ``mlx_welford``, ``mlx``, ``mlx_built_against``, ``python``: releases; the two of MLX
-          agree, or the package would not have been imported.
-        - ``build``, ``wheels``: how this package came here, and releases and tags of MLX's parts.
+        - ``mlx_welford``, ``mlx``, ``mlx_built_against``, ``python``: releases. Those of MLX
+          agree, because otherwise the package cannot be imported.
+        - ``build``, ``wheels``: how this package was installed, and releases and tags of MLX's
+          packages.
         - ``system``, ``system_build``, ``machine``: operating system and processor architecture.
         - ``chip``, ``model``, ``cpu_cores``, ``gpu_cores``, ``memory_gib``: the computer; ``None``
-          where the system does not tell.
+          if the system does not tell.
         - ``device``, ``device_name``, ``architecture``: MLX's default device, ``"cpu"`` or
           ``"gpu"``, its model, and the name of its architecture (``applegpu_g14s``).
-        - ``backend``: what the default stream runs on: ``"metal"`` (the shaders), ``"cpu"``
-          (kernels for the processor), ``"simulator"`` (the shaders, on the processor, for tests),
-          or ``"composed"`` (MLX's own operations).
+        - ``backend``: what the default stream runs: ``"metal"`` (the shaders), ``"cpu"`` (kernels
+          for the CPU), ``"simulator"`` (the shaders, simulated on the CPU, for tests), or
+          ``"composed"`` (the fallback, which uses MLX's own operations).
         - ``threads``, ``instruction_set``: of the CPU's kernels.
-        - ``shader_hash``, ``shader_kernels``: of the embedded source, and how many kernels it has.
-        - ``simulator``: whether it stands in for the CPU's kernels.
-        - ``variables``: those of the environment that MLX, Metal and this package look at.
-        - ``metal_language``: the Metal that MLX compiles source as, ``"3.2"``; ``None`` without.
-        - ``shaders_compile``: ``True`` or ``False`` after a tiny problem of each dtype on the GPU,
-          which needs a few kernels of each; ``None`` where there is no Metal to compile them.
-        - ``shaders``: the same in words, with the compiler's log if there was an error.
+        - ``shader_hash``, ``shader_kernels``: hash and number of kernels of the embedded source.
+        - ``simulator``: whether the simulator replaces the CPU's kernels.
+        - ``variables``: the environment variables of MLX, Metal and this package.
+        - ``metal_language``: version of the Metal language that MLX compiles shaders as,
+          ``"3.2"``; ``None`` without a GPU.
+        - ``shaders_compile``: whether a few shaders of each dtype compiled and ran on the GPU;
+          ``None`` if there is no Metal.
+        - ``shaders``: the same in words, with the compiler's log after an error.
 
     Examples:
         >>> import mlx_welford as mw
@@ -59,7 +61,7 @@ def status() -> dict[str, Any]:
 
 
 def of_machine() -> dict[str, Any]:
-    """The part of the status for which nothing runs on the GPU, and so nothing can crash there."""
+    """The part of the status that runs nothing on the GPU, and therefore cannot crash there."""
     device = mx.default_device()
     about = mx.device_info(device)
     return {
@@ -91,7 +93,7 @@ def of_machine() -> dict[str, Any]:
 
 
 def of_shaders() -> dict[str, Any]:
-    """The other part of the status: what some kernels tell."""
+    """The other part of the status, for which kernels are compiled and run."""
     language = _machine.metal_language()
     compile_, words = _shaders()
     return {"metal_language": language, "shaders_compile": compile_, "shaders": words}
@@ -99,7 +101,7 @@ def of_shaders() -> dict[str, Any]:
 
 @contextmanager
 def strict_shaders() -> Iterator[None]:
-    """A shader that does not compile is an error in here, whatever MLX_WELFORD_STRICT says."""
+    """Within the block a shader that does not compile is an error: MLX_WELFORD_STRICT is set."""
     before = os.environ.get("MLX_WELFORD_STRICT")
     os.environ["MLX_WELFORD_STRICT"] = "1"
     try:
@@ -125,7 +127,7 @@ def describe(facts: Mapping[str, Any]) -> str:
 
 
 def describe_plans(plans: Plans) -> str:
-    """Plans as a table: kernel, threadgroups x threads, what is read > what is written."""
+    """Plans as a table: kernel, threadgroups, threads, buffers read > buffers written."""
     parts: list[tuple[str, Plan]] = [("forward", plans["forward"])]
     if "backward" in plans:
         parts.append(("backward", plans["backward"]))
@@ -146,7 +148,7 @@ def describe_plans(plans: Plans) -> str:
 
 
 def _shaders() -> tuple[bool | None, str]:
-    """Whether the shaders compile, and the same in words."""
+    """Whether the shaders compile, as a value and in words."""
     if not mx.is_available(mx.gpu) or _ext.backend(mx.gpu) != "metal":
         return None, "not compiled: there is no Metal in this build"
     try:

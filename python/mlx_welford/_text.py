@@ -1,10 +1,10 @@
-"""Tables in plain text, since the package needs nothing but MLX at run time."""
+"""Tables in plain text, without a library: at run time the package depends on MLX alone."""
 
 from collections.abc import Sequence
 
 
 def table(rows: Sequence[Sequence[str]], *, numbers: Sequence[int] = (), indent: int = 0) -> str:
-    """Rows with their columns aligned, two spaces apart: to the right in the columns `numbers`."""
+    """Rows with aligned columns, two spaces apart; columns in `numbers` are right-aligned."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = []
     for row in rows:

@@ -1,4 +1,4 @@
-"""Parameters whose number of channels is not known yet."""
+"""Placeholders for parameters until the number of channels is known."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ __all__ = ["UninitializedParameter", "is_uninitialized"]
 
 
 class _AnyVector(tuple[int, ...]):
-    """The shape ``(0,)``, equal to that of every vector, as ``Module.load_weights`` compares."""
+    """The shape ``(0,)``, equal to that of any vector, so that ``load_weights`` accepts one."""
 
     __slots__ = ()
 
@@ -27,11 +27,11 @@ class _AnyVector(tuple[int, ...]):
 
 
 class UninitializedParameter(mx.array):
-    """Stands for a vector of one value per channel until the number of channels is known.
+    """Stands for a parameter of shape (C,) until C is known. Shape ``(0,)``.
 
-    An empty array in the place of the parameter, so that all of MLX's ways to treat a parameter by
-    its name work before the first call, and are kept: freezing, casting, loading, training. Named
-    after ``torch.nn.parameter.UninitializedParameter``, which serves the same purpose.
+    Because it is an array with the name of the parameter, everything that MLX does to parameters
+    by name works before the first call: freezing, casting, loading, training. Named after
+    ``torch.nn.parameter.UninitializedParameter``, which serves the same purpose.
     """
 
     def __init__(self, dtype: mx.Dtype = mx.float32, traced: Sequence[mx.array] = ()) -> None:
@@ -44,23 +44,23 @@ class UninitializedParameter(mx.array):
 
     @staticmethod
     def in_place_of(value: mx.array, before: Any) -> UninitializedParameter:
-        """What a layer keeps of an empty array that is put in the place of `before`.
+        """The placeholder for an empty array that replaces `before`.
 
-        ``nn.value_and_grad`` puts an array that it traces in the place of each parameter: one after
-        another where a layer is in several places of a model.
+        ``nn.value_and_grad`` replaces each parameter by an array that it traces, several times if
+        the layer is in several places of a model. All of them are kept for ``initialized``.
         """
         traced = [*getattr(before, "_traced", ()), value]
         return UninitializedParameter(value.dtype, [a for a in traced if _ext.is_differentiated(a)])
 
     def initialized(self, values: mx.array) -> mx.array:
-        """`values`; if gradients of the parameter are computed, then theirs are the parameter's."""
+        """The first values. Their gradient is passed on to the traced arrays, if there are any."""
         if not self._traced:
             return values
 
         def backward(
             primals: list[mx.array], cotangent: mx.array, output: mx.array
         ) -> list[mx.array]:
-            # To the last one, as MLX does where a layer is in several places.
+            # To the last array, as in MLX if a layer is in several places.
             return [mx.zeros_like(cotangent)] * (len(primals) - 1) + [cotangent]
 
         function = mx.custom_function(lambda traced: values)
@@ -69,5 +69,5 @@ class UninitializedParameter(mx.array):
 
 
 def is_uninitialized(value: Any) -> bool:
-    """True for an UninitializedParameter, and for what ``mx.compile`` puts in its place."""
+    """True for an UninitializedParameter and for the empty array ``mx.compile`` makes of it."""
     return isinstance(value, mx.array) and value.size == 0

@@ -1,4 +1,4 @@
-"""Is the installed MLX the one that the extension was built against?"""
+"""Checks that the installed MLX is the release that the extension was built against."""
 
 import importlib.metadata
 import importlib.util
@@ -9,7 +9,7 @@ from mlx_welford._build import MLX, PACKAGE
 
 __all__ = ["MLX", "PACKAGE", "check"]
 
-# The packages that libmlx comes in; mlx itself holds it only when built from source.
+# The packages that contain libmlx. mlx itself contains it only if built from source.
 _LIBRARIES = {
     "linux": ("mlx-cpu", "mlx-cuda-12", "mlx-cuda-13"),
     "darwin": ("mlx-metal",),
@@ -17,10 +17,10 @@ _LIBRARIES = {
 
 
 def check() -> None:
-    """Raise ImportError, with the cure, unless mlx and its C++ library are of release MLX.
+    """Raises ImportError, with the command to run, unless mlx and libmlx are of release MLX.
 
-    To be called before the extension is loaded: with another release that would at best fail, and
-    at worst misread MLX's objects.
+    Call it before the extension is loaded. With another release the extension fails to load, or
+    misreads MLX's objects.
     """
     libraries = {name: _release(name) for name in _LIBRARIES.get(sys.platform, ())}
     for name, release in {"mlx": _release("mlx"), **libraries}.items():
@@ -49,7 +49,7 @@ def _release(name: str) -> str | None:
 
 
 def _pins(name: str) -> str:
-    """What to give pip so that `name` and whatever must match it have release MLX."""
+    """Arguments for pip that install release MLX of `name` and of the packages that must match."""
     default = "mlx-cpu" if sys.platform == "linux" else "mlx"
     names = dict.fromkeys(["mlx", default if name == "mlx" else name])
     return " ".join(f"'{name}=={MLX}'" for name in names)

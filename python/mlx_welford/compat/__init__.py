@@ -1,1 +1,1 @@
-"""The layers under the names, arguments and conventions of other systems."""
+"""The layers with the names, arguments and conventions of other libraries."""

@@ -1,4 +1,4 @@
-"""``mxnet.gluon.nn``'s instance normalisation: its arguments and its parameters."""
+"""Instance normalisation with the arguments and defaults of ``mxnet.gluon.nn``."""
 
 from collections.abc import Callable
 
@@ -23,9 +23,9 @@ class InstanceNorm(_layers.InstanceNorm):
 
         y = \frac{x - \mathrm{E}[x]}{\sqrt{\mathrm{Var}[x] + \epsilon}} \gamma + \beta
 
-    with :math:`\epsilon` inside the root, where MXNet computes it whatever its documentation says.
-    :math:`\gamma` and :math:`\beta` are the parameters ``weight`` and ``bias``, under the names
-    that they have elsewhere in MLX; :func:`mlx_welford.from_gluon` renames those of a checkpoint.
+    with :math:`\epsilon` inside the root, as MXNet computes it, unlike its documentation.
+    :math:`\gamma` and :math:`\beta` are the parameters ``weight`` and ``bias``, as
+    everywhere in MLX; :func:`mlx_welford.from_gluon` renames those of a checkpoint.
 
     Args:
         axis: The channel axis; not 0. Default: ``1``.
@@ -69,7 +69,7 @@ class InstanceNorm(_layers.InstanceNorm):
     ) -> None:
         self.center = center
         self.scale = scale
-        # Needed until the parameters exist, and not kept: functions cannot be pickled.
+        # Kept only until the parameters exist, because functions may not be picklable.
         self.beta_initializer: Initializer | None = _known(beta_initializer, "beta_initializer")
         self.gamma_initializer: Initializer | None = _known(gamma_initializer, "gamma_initializer")
         self._start(

@@ -1,13 +1,14 @@
-"""``torch.nn``'s instance and batch normalisation: channels first, its arguments and its rules.
+"""Instance and batch normalisation with the arguments and rules of ``torch.nn``, channels first.
 
-The layers are those of :mod:`mlx_welford` on axis 1. What differs from ``torch.nn``:
+The layers are those of :mod:`mlx_welford` with ``axis=1``. Differences from ``torch.nn``:
 
-- Errors have this package's wording, and ``momentum`` outside [0, 1] is one.
+- Errors have this package's wording. A ``momentum`` outside [0, 1] is an error.
 - ``InstanceNorm(momentum=None, track_running_stats=True)`` averages over all batches, as batch
-  normalisation does; ``torch.nn`` never updates its running statistics then.
-- ``num_batches_tracked`` is there with ``momentum=None`` alone, which is where it matters.
+  normalisation does. ``torch.nn`` never updates the running statistics of such a layer.
+- ``num_batches_tracked`` exists only with ``momentum=None``, where it is needed.
 - A lazy layer keeps its class after the first call.
-- No ``device`` and ``dtype``: MLX's arrays are everywhere, and ``set_dtype`` casts a layer.
+- There is no ``device`` and no ``dtype``: MLX's arrays have no device, and ``set_dtype`` casts a
+  layer.
 """
 
 import inspect
@@ -94,7 +95,7 @@ def _documented(*shape: int) -> Callable[[Layer], Layer]:
 
 
 class _TorchNormalization(_layers._Normalization):
-    """Channels on axis 1, and what torch.nn checks."""
+    """Channels on axis 1, and the checks of torch.nn."""
 
     _features_argument = "num_features"
     _dimensions: ClassVar[tuple[int, ...]]  # how many an input may have
@@ -131,7 +132,7 @@ class _TorchNormalization(_layers._Normalization):
             )
 
     def _needs_several_values(self) -> bool:
-        """Whenever statistics are the input's, in evaluation too."""
+        """Whenever the statistics are those of the input, also in evaluation."""
         return bool(self.training) or not self.track_running_stats
 
     def _extra_repr(self) -> str:
@@ -165,12 +166,12 @@ class _InstanceNorm(_TorchNormalization, _layers.InstanceNorm):
         return super().__call__(x)
 
     def _channels(self) -> int | None:
-        """A layer without parameters and statistics takes any number, as torch.nn's does."""
+        """None, for any number, if there are no parameters and no statistics, as in torch.nn."""
         return self.num_features if self.affine or self.track_running_stats else None
 
 
 class _Lazy(_TorchNormalization):
-    """Takes the number of channels from the first input."""
+    """A layer that takes the number of channels from the first input."""
 
     def __init__(
         self,
@@ -316,7 +317,7 @@ class SyncBatchNorm(_BatchNorm, _distributed.SyncBatchNorm):
         self.group = process_group
 
     def _check_dimensions(self, x: mx.array) -> None:
-        """Any number of them, which the operation checks by itself."""
+        """None: the operation accepts any number from 2."""
 
     @classmethod
     def convert_sync_batchnorm(

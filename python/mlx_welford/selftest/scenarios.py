@@ -1,8 +1,8 @@
-"""The operations as programs use them: compiled training, several streams, asynchronous evaluation.
+"""The operations in small programs: compiled training, several streams, asynchronous evaluation.
 
-Cases run one operation at a time and wait for it; here order and memory are MLX's affair. Every
-scenario runs on the kernels, and again within ``composed()``: what fails in both is hardly the
-kernels' fault. Truth is the same in float64 on the CPU, composed of MLX's operations.
+A case runs one operation and waits for it. In a scenario MLX decides about order and memory. Every
+scenario runs on the kernels, and again on the fallback, within ``composed()``: if both fail, the
+kernels are hardly the cause. Truth is the fallback in float64 on the CPU.
 """
 
 import math
@@ -27,11 +27,11 @@ __all__ = ["SCENARIOS", "ScenarioOutcome", "check_scenario"]
 
 STEPS = 6
 ROUNDS = 8
-# Of the largest true value. Steps of float32 add up; what is read too early, or written over too
-# early, is off by the size of the values.
+# Relative to the largest true value. Rounding adds up over the steps; if memory is read or
+# overwritten too early, the error is as large as the values.
 ALLOWED = 1e-4
 
-Cast = Callable[[mx.array], mx.array]  # to the type in which a scenario computes
+Cast = Callable[[mx.array], mx.array]  # to the dtype in which a scenario computes
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class ScenarioOutcome:
     name: str
     results: list[Result]
     raised: str | None = None
-    left_out: str | None = None  # why it was not run, if it was not
+    left_out: str | None = None  # the reason, if it was not run
 
     @property
     def passed(self) -> bool:
@@ -51,14 +51,14 @@ class ScenarioOutcome:
 
 
 def check_scenario(name: str, *, composed: bool = False) -> ScenarioOutcome:
-    """Runs a scenario of that name on the default device, and compares it with float64."""
+    """Runs a scenario on the default device and compares it with float64."""
     if name == COMPILED and not _can_compile():
         return ScenarioOutcome(name, [], left_out="on a CPU mx.compile needs g++")
     try:
         with strict_shaders(), mw.composed() if composed else nullcontext():
             got = SCENARIOS[name](lambda a: a)
             mx.eval(got)
-    except Exception as raised:  # whatever it is belongs in the report
+    except Exception as raised:  # any error belongs in the report
         return ScenarioOutcome(name, [], f"{type(raised).__name__}: {raised}")
     with mw.composed(), mx.stream(mx.cpu):
         true = _TRUE[name](truth.wide)
@@ -76,9 +76,9 @@ def _can_compile() -> bool:
 
 
 class _Net(nn.Module):
-    """Both layers, and a parameter in front of them whose gradient goes through both.
+    """Both layers behind a weight, so that the gradient of the weight passes through both.
 
-    Multiplied elementwise: MLX may compute products of matrices in less than float32.
+    The weight multiplies elementwise, because MLX may compute matrix products in less than float32.
     """
 
     def __init__(self, key: mx.array) -> None:
@@ -134,7 +134,7 @@ def _chain(x: mx.array, weight: mx.array, stream: mx.Stream | None = None) -> mx
 
 def _inputs(cast: Cast) -> tuple[list[mx.array], mx.array]:
     keys = mx.random.split(mx.random.key(2), ROUNDS + 1)
-    shape = (4, 211, 24)  # several threadgroups, and partial results to be merged
+    shape = (4, 211, 24)  # takes several threadgroups and a merge of partial results
     xs = [cast(mx.random.normal(shape, key=keys[i], stream=mx.cpu)) for i in range(ROUNDS)]
     weight = cast(mx.random.uniform(0.5, 1.5, (24,), key=keys[ROUNDS], stream=mx.cpu))
     mx.eval(xs, weight)
@@ -142,7 +142,7 @@ def _inputs(cast: Cast) -> tuple[list[mx.array], mx.array]:
 
 
 def _second_stream(cast: Cast) -> Arguments:
-    """Made on one stream, normalised on another, and used on the first again; and the reverse."""
+    """x is made on one stream, normalised on another, and used on the first; and the reverse."""
     xs, weight = _inputs(cast)
     here = mx.default_stream(mx.default_device())
     other = mx.new_stream(here.device)
@@ -157,7 +157,7 @@ def _second_stream(cast: Cast) -> Arguments:
 
 
 def _async_eval(cast: Cast) -> Arguments:
-    """Work is queued while earlier work still runs, and what was read by it is released."""
+    """Work is queued while earlier work still runs, and the inputs of that are released."""
     xs, weight = _inputs(cast)
     results: Arguments = {}
     for i, x in enumerate(xs):
@@ -176,6 +176,6 @@ SCENARIOS: dict[str, Callable[[Cast], Arguments]] = {
     "a second stream": _second_stream,
     "mx.async_eval": _async_eval,
 }
-"""By name: from a cast of the inputs to results by name."""
+"""By name: functions from a cast of the inputs to results by name."""
 
 _TRUE = {**SCENARIOS, COMPILED: SCENARIOS["training"]}

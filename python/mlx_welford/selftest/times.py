@@ -1,8 +1,8 @@
-"""Times against mlx.nn and a copy: some layers of well-known models, by turns in one process.
+"""Times of some layers of well-known models, mlx.nn's layers and a copy, in turns in one process.
 
-Starting an evaluation and waiting for it takes a while on a GPU, however little is computed. So
-each evaluation computes many applications, one upon the other, and what an evaluation of next to
-nothing takes is subtracted.
+On a GPU it takes a while to start an evaluation and wait for it, even if little is computed. So
+each evaluation computes a chain of many applications, and the time of a nearly empty evaluation
+is subtracted.
 """
 
 import math
@@ -22,7 +22,7 @@ __all__ = ["LAYERS", "QUICK_LAYERS", "measure"]
 
 LEAST_ROUNDS = 3
 MOST_ROUNDS = 100
-EVALUATION = 0.03  # seconds that an evaluation should take, to be long beside its start
+EVALUATION = 0.03  # seconds: target length of an evaluation, long compared to its start
 MOST_APPLICATIONS = 32
 
 
@@ -36,7 +36,7 @@ class TimedLayer:
     affine: bool = True
 
     def build(self, module: Any) -> nn.Module:
-        """The layer as `module`, which is mlx.nn or has layers of the same names."""
+        """The layer from `module`: mlx.nn, or anything with layers of the same names."""
         channels = self.shape[-1]
         if self.layer == "batch":
             layer: nn.Module = module.BatchNorm(channels)
@@ -50,13 +50,13 @@ LAYERS = (
     TimedLayer("CycleGAN, residual blocks", "instance", (1, 64, 64, 256), affine=False),
     TimedLayer("nnU-Net 3-D, level 3", "instance", (2, 32, 32, 32, 128)),
     TimedLayer("QuartzNet, 16 s of speech", "batch", (16, 800, 512)),
-    # Larger than the cache of any chip, so that it is memory that is measured.
+    # Larger than the cache of any chip, so that memory bandwidth is measured.
     TimedLayer("ResNet-50, stem, batch 32", "batch", (32, 112, 112, 64)),
 )
 QUICK_LAYERS = LAYERS[:2]
 
 Step = Callable[[int], None]
-"""Evaluates so many applications."""
+"""Evaluates a chain of this many applications."""
 
 
 class _Ours:
@@ -65,14 +65,13 @@ class _Ours:
 
 
 def measure(timed: TimedLayer, dtype: str, *, seconds: float) -> list[dict[str, Any]]:
-    """Forward, and forward with backward: median milliseconds, how many times as fast as mlx.nn.
+    """Median milliseconds and speed relative to mlx.nn, forward and forward+backward.
 
-    A time runs from the call that builds the graph to the end of ``mx.eval`` of the last y, of the
-    running statistics, and of all gradients; y, and the gradient of x, are the next application's x
-    and cotangent. Everything takes turns for about `seconds`, after a first run of each for
-    compilation and memory. The copy is an elementwise operation that reads and writes an array like
-    x as many times. Bytes per second are those that the launch plan moves, whatever the times were
-    taken on, and twice x for the copy.
+    A time runs from the call that builds the graph to the end of ``mx.eval`` of the last y, the
+    running statistics, and all gradients. y and the gradient of x are the x and the cotangent of
+    the next application. All take turns for about `seconds`, after a first run for compilation and
+    memory. The copy is a chain of elementwise operations on an array like x. Bytes per second
+    count the traffic of the launch plan, on any backend, and for the copy twice the size of x.
     """
     x = mx.random.normal(timed.shape).astype(DTYPES[dtype])
     g = mx.random.normal(timed.shape).astype(DTYPES[dtype])
@@ -152,14 +151,14 @@ def _applications(layer: nn.Module, x: mx.array, g: mx.array, backward: bool) ->
                 small += rest
             else:
                 y = apply(y, *values)
-        layer.update(parameters)  # in place of those that were traced
+        layer.update(parameters)  # replaces the traced arrays
         mx.eval(y, cotangent, small, layer.parameters())
 
     return step
 
 
 def _by_turns(steps: dict[str, Step], seconds: float) -> tuple[dict[str, float], dict[str, int]]:
-    """Median milliseconds of one application of each, and of "empty"; how many in an evaluation."""
+    """Median milliseconds of one application and of "empty"; applications per evaluation."""
     one = mx.zeros(1)
     mx.eval(one)
     every = {"empty": lambda count: mx.eval(one + 1), **steps}
@@ -168,7 +167,7 @@ def _by_turns(steps: dict[str, Step], seconds: float) -> tuple[dict[str, float],
         step(1)  # compiles
         once = _elapsed(step, 1)
         if once < EVALUATION:
-            once = _elapsed(step, 4) / 4  # with less of what an evaluation takes in any case
+            once = _elapsed(step, 4) / 4  # with a smaller part of the fixed cost of an evaluation
         if name != "empty":
             counts[name] = min(max(math.ceil(EVALUATION / once), 1), MOST_APPLICATIONS)
             step(counts[name])
@@ -182,7 +181,7 @@ def _by_turns(steps: dict[str, Step], seconds: float) -> tuple[dict[str, float],
     whole = {name: statistics.median(taken) for name, taken in times.items()}
     ms = {"empty": 1e3 * whole["empty"]}
     for name in steps:
-        # Work that is short beside an evaluation keeps half of the time, not next to nothing.
+        # At least half of the time counts as work, so that short work does not vanish.
         work = max(whole[name] - whole["empty"], whole[name] / 2)
         ms[name] = 1e3 * work / counts[name]
     return ms, counts
