@@ -1,5 +1,9 @@
 #include "fallback.h"
 
+#include <nanobind/nanobind.h>
+#include <nanobind/stl/variant.h>
+#include <nanobind/stl/vector.h>
+
 #include <atomic>
 #include <string>
 #include <string_view>
@@ -12,6 +16,24 @@
 namespace mlx_welford {
 
 namespace mx = mlx::core;
+namespace nb = nanobind;
+
+Arrays FallbackPrimitive::fallback(const Arrays& inputs) {
+  const FallbackCall call = fallback_call(inputs);
+  nb::gil_scoped_acquire gil;
+  nb::dict arguments;
+  for (const auto& [name, value] : call.arguments) {
+    arguments[name] = value;
+  }
+  arguments["stream"] = stream();
+  const auto module = nb::module_::import_("mlx_welford._fallback");
+  const nb::object found = module.attr(call.function)(**arguments);
+  Arrays outputs;
+  for (const char* name : call.outputs) {
+    outputs.push_back(nb::cast<array>(found[name]));
+  }
+  return outputs;
+}
 
 Arrays FallbackPrimitive::jvp(const Arrays& primals, const Arrays& tangents,
                               const std::vector<int>& argnums) {

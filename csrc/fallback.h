@@ -5,6 +5,7 @@
 
 #include <memory>
 #include <utility>
+#include <variant>
 #include <vector>
 
 #include "mlx/array.h"
@@ -15,11 +16,22 @@ namespace mlx_welford {
 using mlx::core::array;
 using Arrays = std::vector<array>;
 
+/// A call of a function of python/mlx_welford/_fallback.py, which hands back arrays by name.
+struct FallbackCall {
+  using Argument = std::variant<array, std::vector<int>, int, double>;
+
+  const char* function;
+  std::vector<std::pair<const char*, Argument>> arguments;
+  std::vector<const char*> outputs;
+};
+
 class FallbackPrimitive : public mlx::core::Primitive {
  public:
   using Primitive::Primitive;
 
-  virtual Arrays fallback(const Arrays& inputs) = 0;
+  virtual FallbackCall fallback_call(const Arrays& inputs) const = 0;
+  /// Takes the GIL, which evaluation runs without.
+  Arrays fallback(const Arrays& inputs);
 
   /// False if the fallback must take the place of this primitive for these inputs.
   virtual bool can_evaluate(const Arrays& inputs) = 0;

@@ -7,7 +7,6 @@
 #include <stdexcept>
 
 #include "backend.h"
-#include "composed.h"
 #include "memory.h"
 #include "mlx/utils.h"
 
@@ -15,74 +14,23 @@ namespace mlx_welford {
 
 namespace mx = mlx::core;
 
-Arrays KernelPrimitive::fallback(const Arrays& inputs) {
+FallbackCall KernelPrimitive::fallback_call(const Arrays& inputs) const {
   const Attributes& a = attributes_;
-  const auto s = stream();
-  BoundArrays in;
-  bind_operands(signature_.inputs, inputs, in);
-  BoundArrays out;
-  switch (a.operation) {
-    case Operation::moments: {
-      auto [mean, var] = composed::moments(in[kX], a.axes, s);
-      out.set(kMean, mean);
-      out.set(kVar, var);
-      break;
-    }
-    case Operation::moments_gradient:
-      out.set(kOut, composed::moments_gradient(in[kX], in[kMean], in[kGradMean], in[kGradVar],
-                                               a.axes, s));
-      break;
-    case Operation::partial_moments:
-      out.set(kMoments, composed::partial_moments(in[kX], a.axes, s));
-      break;
-    case Operation::normalize:
-      if (a.given) {
-        out.set(kOut, composed::normalize_given(in[kX], in[kMean], in[kVar], in.optional(kWeight),
-                                                in.optional(kBias), a.eps, a.channel_axis, s));
-      } else {
-        auto found = composed::normalize(in[kX], in.optional(kWeight), in.optional(kBias), a.eps,
-                                         a.channel_axis, a.axes, s);
-        out.set(kOut, found.y);
-        out.set(kMean, found.mean);
-        out.set(kVar, found.var);
-      }
-      break;
-    case Operation::normalize_gradient:
-      if (a.given) {
-        auto found = composed::normalize_given_gradient(
-            in[kX], in[kMean], in[kVar], in[kG], in.optional(kWeight), a.eps, a.channel_axis, s);
-        out.set(kOut, found.x);
-        out.set(kGradMean, found.mean);
-        out.set(kGradVar, found.var);
-        out.set(kGradWeight, found.weight);
-        out.set(kGradBias, found.bias);
-      } else {
-        auto found = composed::normalize_gradient(in[kX], in[kMean], in[kVar], in[kG],
-                                                  in[kGradMean], in[kGradVar], in.optional(kWeight),
-                                                  a.eps, a.channel_axis, a.axes, s);
-        out.set(kOut, found.x);
-        out.set(kGradWeight, found.weight);
-        out.set(kGradBias, found.bias);
-      }
-      break;
-    case Operation::input_gradient:
-      out.set(kOut, composed::input_gradient(in[kX], in[kMean], in[kVar], in[kG], in[kGradMean],
-                                             in[kGradVar], in.optional(kWeight), a.eps,
-                                             a.channel_axis, s));
-      break;
-    case Operation::running_statistics: {
-      auto [mean, var] = composed::running_statistics(in[kRunningMean], in[kRunningVar], in[kMean],
-                                                      in[kVar], in[kUpdate], s);
-      out.set(kNextMean, mean);
-      out.set(kNextVar, var);
-      break;
-    }
+  FallbackCall call{.function = signature_.function, .arguments = {}, .outputs = {}};
+  for (size_t i = 0; i < inputs.size(); ++i) {
+    call.arguments.emplace_back(name_of(signature_.inputs[i].buffer), inputs[i]);
   }
-  Arrays outputs;
-  for (const Operand& operand : signature_.outputs) {
-    outputs.push_back(out[operand.buffer]);
+  if (!a.axes.empty()) {
+    call.arguments.emplace_back("axes", a.axes);
   }
-  return outputs;
+  if (a.channel_axis >= 0) {
+    call.arguments.emplace_back("channel_axis", a.channel_axis);
+    call.arguments.emplace_back("eps", a.eps);
+  }
+  for (const Operand& output : signature_.outputs) {
+    call.outputs.push_back(name_of(output.buffer));
+  }
+  return call;
 }
 
 bool KernelPrimitive::can_evaluate(const Arrays& inputs) {

@@ -17,7 +17,7 @@ class KernelPrimitive : public FallbackPrimitive {
         attributes_(std::move(attributes)),
         signature_(signature_of(attributes_)) {}
 
-  Arrays fallback(const Arrays& inputs) override;
+  FallbackCall fallback_call(const Arrays& inputs) const override;
   bool can_evaluate(const Arrays& inputs) override;
   std::vector<mlx::core::Dtype> output_dtypes(const Arrays& inputs) override;
 

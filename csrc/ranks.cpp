@@ -14,7 +14,6 @@
 #include <sstream>
 #include <stdexcept>
 
-#include "composed.h"
 #include "memory.h"
 #include "mlx/backend/cpu/encoder.h"
 #include "mlx/ops.h"
@@ -160,19 +159,6 @@ array message_of(const array& x, int channel_axis, mx::Stream s) {
                                   static_cast<double>(count / kExact),
                                   static_cast<double>(count % kExact)};
   return mx::concatenate({array(about.begin(), mx::Shape{1, kRow}, wide), moments}, 0, s);
-}
-
-Arrays MergeRanks::fallback(const Arrays& inputs) {
-  const auto s = stream();
-  const int c = channels(inputs[0]);
-  array messages = mx::reshape(inputs[0], {ranks_, 1 + c, kRow}, s);
-  // Not slices, which MLX cannot trace for any shape
-  array about = mx::take(messages, array(0), 1, s);
-  array high = mx::multiply(mx::take(about, array(2), 1, s), array(kExact, about.dtype()), s);
-  array counts = mx::add(high, mx::take(about, array(3), 1, s), s);
-  array moments = mx::take(messages, mx::arange(1, 1 + c, s), 1, s);
-  auto [mean, var] = composed::merge(counts, moments, s);
-  return {mean, var, mx::sum(counts, s)};
 }
 
 void MergeRanks::eval_cpu(const Arrays& inputs, Arrays& outputs) {

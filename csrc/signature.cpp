@@ -13,19 +13,25 @@ Signature whole_signature_of(const Attributes& a) {
   switch (a.operation) {
     case Operation::moments:
       return {"WelfordMoments",
+              "moments",
               {{kX, Per::element}},
               {{kMean, Per::statistic}, {kVar, Per::statistic}}};
     case Operation::moments_gradient:
       return {"WelfordMomentsGradient",
+              "moments_gradient",
               {{kX, Per::element},
                {kMean, Per::statistic},
                {kGradMean, Per::statistic},
                {kGradVar, Per::statistic}},
               {{kOut, Per::element, true, {kX}}}};
     case Operation::partial_moments:
-      return {"WelfordPartialMoments", {{kX, Per::element}}, {{kMoments, Per::moments}}};
+      return {"WelfordPartialMoments",
+              "partial_moments",
+              {{kX, Per::element}},
+              {{kMoments, Per::moments}}};
     case Operation::normalize:
       return {"WelfordNormalize",
+              "normalize",
               {{kX, Per::element},
                {kMean, Per::statistic, a.given},
                {kVar, Per::statistic, a.given},
@@ -36,6 +42,7 @@ Signature whole_signature_of(const Attributes& a) {
                {kVar, Per::statistic, !a.given}}};
     case Operation::normalize_gradient:
       return {"WelfordNormalizeGradient",
+              "normalize_gradient",
               {{kX, Per::element},
                {kMean, Per::statistic},
                {kVar, Per::statistic},
@@ -50,6 +57,7 @@ Signature whole_signature_of(const Attributes& a) {
                {kGradBias, Per::channel, a.wanted.bias}}};
     case Operation::input_gradient:
       return {"WelfordInputGradient",
+              "input_gradient",
               {{kX, Per::element},
                {kMean, Per::statistic},
                {kVar, Per::statistic},
@@ -60,6 +68,7 @@ Signature whole_signature_of(const Attributes& a) {
               {{kOut, Per::element, true, {kG, kX}}}};
     case Operation::running_statistics:
       return {"WelfordRunningStatistics",
+              "running_statistics",
               {{kRunningMean, Per::element},
                {kRunningVar, Per::element},
                {kMean, Per::statistic},
@@ -117,6 +126,15 @@ mx::Shape shape_of(const Operand& operand, const Attributes& a, const Arrays& in
     kept.push_back(kMomentsRow);
   }
   return kept;
+}
+
+const char* name_of(BufferIndex i) {
+  constexpr std::array<const char*, kBuffers> kNames{
+      "parameters",  "x",         "mean",      "var",      "weight",       "bias",
+      "out",         "g",         "grad_mean", "grad_var", "partials",     "sums",
+      "grad_weight", "grad_bias", "moments",   "update",   "running_mean", "running_var",
+      "next_mean",   "next_var"};
+  return kNames[i];
 }
 
 BufferIndex gradient_of(BufferIndex i) {

@@ -16,8 +16,8 @@ using Arrays = std::vector<array>;
 /// What a primitive computes, apart from its arrays.
 struct Attributes {
   Operation operation;
-  std::vector<int> axes;  // that share a statistic; none for running statistics
-  int channel_axis = -1;  // of a normalisation, non-negative
+  std::vector<int> axes{};  // that share a statistic; none for running statistics
+  int channel_axis = -1;    // of a normalisation, non-negative
   double eps = 0;
   bool given = false;  // the statistics are given, one per channel
   bool has_weight = false;
@@ -51,7 +51,8 @@ struct Operand {
 };
 
 struct Signature {
-  const char* name;  // of the primitive
+  const char* name;      // of the primitive
+  const char* function;  // its fallback, in python/mlx_welford/_fallback.py
   std::vector<Operand> inputs;
   std::vector<Operand> outputs;
 };
@@ -66,6 +67,9 @@ mlx::core::Dtype statistics_dtype(mlx::core::Dtype dtype);
 mlx::core::Dtype dtype_of(const Operand& operand, const Arrays& inputs);
 mlx::core::Shape shape_of(const Operand& operand, const Attributes& attributes,
                           const Arrays& inputs);
+
+/// The name of an array, as in metal/bindings.h: "grad_mean" for kGradMean.
+const char* name_of(BufferIndex i);
 
 /// Where the gradient of an input is, or the cotangent of an output.
 BufferIndex gradient_of(BufferIndex i);

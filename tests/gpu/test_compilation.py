@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import reference
 from mlx_welford import _ext
+from processes import run
 from simulator.loader import compile_library
 from tolerance import wide
 
@@ -114,6 +115,45 @@ def test_from_then_on_everything_is_composed() -> None:
     assert "WelfordNormalize" in graphs.nodes(mw.batch_norm(aligned)[0])
     mx.eval(mw.batch_norm(view((3, 12, 8))))
     assert "WelfordNormalize" not in graphs.nodes(mw.batch_norm(aligned)[0])
+
+
+THREADS = """
+    import sys
+    import threading
+    import mlx.core as mx
+    import mlx_welford as mw
+    from mlx_welford import _ext
+
+    _ext.simulate_with(sys.argv[1])
+    kernels = threading.Barrier(4)  # until every graph has one
+    done = threading.Event()
+
+    def evaluate(evaluate):
+        x = mx.arange(1, 1 + 3 * 12 * 8, dtype=mx.float32)
+        mx.eval(x)
+        y, mean, var = mw.batch_norm(mx.concatenate([x[:1], x])[1:].reshape(3, 12, 8))
+        kernels.wait()
+        evaluate(y, mean, var)
+        assert abs(y.sum().item()) < 1e-3 and abs(mean[0].item() - 141) < 1e-3, (y, mean)
+
+    def work():
+        while not done.is_set():
+            sum(range(1000))
+
+    busy = threading.Thread(target=work)
+    threads = [threading.Thread(target=evaluate, args=[f]) for f in [mx.eval, mx.async_eval] * 2]
+    for thread in [busy, *threads]:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    done.set()
+    mx.async_eval(mw.moments(mx.random.normal((5, 7)).T, 0))  # still under way at the end
+"""
+
+
+def test_threads_take_the_fallback_while_another_has_the_gil() -> None:
+    """Evaluation runs without it; the fallback is written in Python."""
+    run(THREADS, library_without("_1_(Rows|Columns)$"))
 
 
 @pytest.mark.usefixtures("only_aligned")

@@ -1,0 +1,342 @@
+"""Every operation composed of MLX's own: the definition that the kernels are held to.
+
+The primitives call these functions for forward-mode derivatives, vmap, derivatives of gradients,
+float64, and wherever no kernel can run. Arguments and results are named like the kernels' buffers
+(metal/bindings.h). x, weight, bias and their gradients have one dtype; statistics are float32, or
+float64 for float64, and have the axes of x that are not in ``axes``.
+
+Nothing here needs the extension. Without it, functions that are traced for any shape
+(``shapeless=True``) keep the counts of the shapes at hand.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import mlx.core as mx
+
+Arrays = dict[str, mx.array]
+Axes = Sequence[int]
+Stream = mx.Stream | None
+
+
+# ---- Statistics ----------------------------------------------------------------------------------
+
+
+def moments(x: mx.array, *, axes: Axes, stream: Stream = None) -> Arrays:
+    """mean = sum(x) / m,  var = sum((x - mean)^2) / m,  m = values per statistic."""
+    wide = _wide(x, stream)
+    mean = wide.mean(axes, keepdims=True)
+    var = (wide - mean).apply(mx.square).mean(axes)
+    return {"mean": mean.squeeze(axes).finite_or_nan().array, "var": var.array}
+
+
+def partial_moments(x: mx.array, *, axes: Axes, stream: Stream = None) -> Arrays:
+    """(..., 4): m, mean rounded, mean less that, sum((x - mean)^2)."""
+    wide = _wide(x, stream)
+    rounded = wide.mean(axes, keepdims=True).finite_or_nan()
+    from_rounded = wide - rounded
+    tail = from_rounded.mean(axes, keepdims=True)
+    m2 = (from_rounded - tail).apply(mx.square).sum(axes, keepdims=True)
+    count = m2.apply(mx.full_like, wide.count(axes))
+    parts = [part.array for part in (count, rounded, tail, m2)]
+    result = _Array(mx.stack(parts, -1, stream=stream), stream)
+    if x.size == 0 or _traced_for_any_shape(x, stream):  # zeros, in place of 0 / 0
+        none = count.expand([-1]).apply(mx.equal, count.constant(0))
+        result = none.apply(mx.where, result.constant(0), result)
+    return {"moments": result.squeeze(axes).array}
+
+
+def moments_gradient(
+    x: mx.array,
+    mean: mx.array,
+    grad_mean: mx.array,
+    grad_var: mx.array,
+    *,
+    axes: Axes,
+    stream: Stream = None,
+) -> Arrays:
+    """out = (grad_mean + 2 * grad_var * (x - mean)) / m"""
+    wide, by_mean, by_var = (_wide(a, stream) for a in (x, grad_mean, grad_var))
+    centred = wide - _wide(mean, stream).expand(axes)
+    count = wide.count(axes)
+    slope = ((by_var + by_var) / count).expand(axes)
+    return {"out": (slope * centred + (by_mean / count).expand(axes)).cast(x.dtype)}
+
+
+def running_statistics(
+    running_mean: mx.array,
+    running_var: mx.array,
+    mean: mx.array,
+    var: mx.array,
+    update: mx.array,
+    *,
+    stream: Stream = None,
+) -> Arrays:
+    """(1 - momentum) * running + momentum * batch, of mean and unbiased variance.
+
+    ``mean`` and ``var`` are those of the batch (C) or of its instances (N, C), which are averaged.
+    ``update`` holds 1 - momentum, momentum, and the unbiased variance divided by the biased one.
+    Results have the dtypes of the running statistics, and gradients are zero.
+    """
+    keep, take, unbiased = (_wide(update, stream).take(i, axis=0) for i in range(3))
+
+    def of_batch(statistic: mx.array) -> _Array:
+        wide = _wide(statistic, stream)
+        return wide.mean([0]) if statistic.ndim == 2 else wide
+
+    def following(running: mx.array, batch: _Array) -> mx.array:
+        total = keep * _wide(running, stream) + take * batch
+        if running.dtype == mx.float16:  # running statistics never recover from inf
+            largest = total.constant(mx.finfo(mx.float16).max)
+            total = total.apply(mx.clip, -largest, largest)
+        return mx.stop_gradient(total.cast(running.dtype), stream=stream)
+
+    next_mean = following(running_mean, of_batch(mean))
+    return {"next_mean": next_mean, "next_var": following(running_var, of_batch(var) * unbiased)}
+
+
+def merge_ranks(messages: mx.array, *, ranks: int, stream: Stream = None) -> Arrays:
+    """Mean, variance and number of all values, from the messages (csrc/ranks.cpp) of all ranks."""
+    channels = messages.shape[0] // ranks - 1
+    whole = mx.reshape(messages, (ranks, 1 + channels, 4), stream=stream)
+    by_rank = _wide(whole, stream)
+    about = by_rank.take(0, axis=1)
+    counts = about.take(2, axis=1) * 2**24 + about.take(3, axis=1)
+    rows = by_rank.apply(mx.take, mx.arange(1, 1 + channels, stream=stream), axis=1)
+    mean, tail, m2 = (rows.take(i, axis=-1) for i in (1, 2, 3))  # (ranks, C)
+    total = counts.apply(mx.sum)
+    n = counts.expand([1])
+    shard = n / total
+
+    # First a rounded mean, then what it lacks.
+    rounded = (shard * mean).sum([0])
+    offsets = mean - rounded + tail
+    offset = (shard * offsets).sum([0])
+    d = offsets - offset
+    # d * (n d): for a rank without values n is 0, but d * d may be infinite.
+    all_m2 = (m2 + d * (n * d)).sum([0])
+    merged = {"mean": rounded + offset, "var": all_m2 / total, "count": total}
+    return {name: a.array for name, a in merged.items()}
+
+
+# ---- Normalisation -------------------------------------------------------------------------------
+
+
+def normalize(
+    x: mx.array,
+    mean: mx.array | None = None,
+    var: mx.array | None = None,
+    weight: mx.array | None = None,
+    bias: mx.array | None = None,
+    *,
+    axes: Axes,
+    channel_axis: int,
+    eps: float,
+    stream: Stream = None,
+) -> Arrays:
+    """out = (x - mean) / sqrt(var + eps) * weight + bias
+
+    Without mean and var, those of x are used, and returned.
+    """
+    if mean is None or var is None:
+        own = moments(x, axes=axes, stream=stream)
+        mean, var = own["mean"], own["var"]
+    centred = _wide(x, stream) - _wide(mean, stream).expand(axes)
+    # A division: the derivative of rsqrt underflows from variances of 1e25 on.
+    y = centred / (_wide(var, stream) + eps).apply(mx.sqrt).expand(axes)
+    if weight is not None:
+        y = y * _along_channels(weight, x, channel_axis, stream)
+    if bias is not None:
+        y = y + _along_channels(bias, x, channel_axis, stream)
+    return {"out": y.cast(x.dtype), "mean": mean, "var": var}
+
+
+def normalize_gradient(
+    x: mx.array,
+    mean: mx.array,
+    var: mx.array,
+    g: mx.array,
+    grad_mean: mx.array | None = None,
+    grad_var: mx.array | None = None,
+    weight: mx.array | None = None,
+    *,
+    axes: Axes,
+    channel_axis: int,
+    eps: float,
+    stream: Stream = None,
+) -> Arrays:
+    """Gradients of normalize, for the cotangents g of out, grad_mean of mean and grad_var of var.
+
+    Without the latter two the statistics are given, and have gradients of their own.
+    """
+    wide_g = _wide(g, stream)
+    rstd = (_wide(var, stream) + eps).apply(mx.rsqrt)
+    normalized = (_wide(x, stream) - _wide(mean, stream).expand(axes)) * rstd.expand(axes)
+    g_normalized = wide_g * normalized
+    all_but_channels = _all_but(channel_axis, x)
+    sum_g = wide_g.sum(all_but_channels)
+    sum_g_normalized = g_normalized.sum(all_but_channels)
+    gradients = {
+        "grad_weight": sum_g_normalized.cast(x.dtype),
+        "grad_bias": sum_g.cast(x.dtype),
+    }
+    if grad_mean is None or grad_var is None:
+        scale = rstd if weight is None else rstd * _wide(weight, stream)
+        grad_var_given = scale.constant(-0.5) * (scale * rstd * sum_g_normalized)
+        return gradients | {
+            "out": (wide_g * scale.expand(axes)).cast(x.dtype),
+            "grad_mean": (-(scale * sum_g)).cast(mean.dtype),
+            "grad_var": grad_var_given.cast(var.dtype),
+        }
+    # w * r * (g - mean(g) - xh * mean(g * xh)), and what reaches x through the statistics
+    scale = rstd.expand(axes)
+    if weight is not None:
+        scale = scale * _along_channels(weight, x, channel_axis, stream)
+    g_mean, g_normalized_mean = (a.mean(axes, keepdims=True) for a in (wide_g, g_normalized))
+    projected = wide_g - g_mean - normalized * g_normalized_mean
+    wide_x = _wide(x, stream).array
+    through = moments_gradient(wide_x, mean, grad_mean, grad_var, axes=axes, stream=stream)
+    grad_x = projected * scale + _Array(through["out"], stream)
+    return gradients | {"out": grad_x.cast(x.dtype)}
+
+
+def input_gradient(
+    x: mx.array,
+    mean: mx.array,
+    var: mx.array,
+    g: mx.array,
+    grad_mean: mx.array,
+    grad_var: mx.array,
+    weight: mx.array | None = None,
+    *,
+    axes: Axes,
+    channel_axis: int,
+    eps: float,
+    stream: Stream = None,
+) -> Arrays:
+    """out = rsqrt(var + eps) * weight * g + grad_mean + 2 * grad_var * (x - mean)"""
+    scale = (_wide(var, stream) + eps).apply(mx.rsqrt)
+    if weight is not None:
+        scale = scale * _wide(weight, stream)
+    by_var = _wide(grad_var, stream)
+    centred = _wide(x, stream) - _wide(mean, stream).expand(axes)
+    through_mean = _wide(grad_mean, stream).expand(axes)
+    through_var = (by_var + by_var).expand(axes) * centred
+    direct = _wide(g, stream) * scale.expand(axes)
+    return {"out": (direct + (through_mean + through_var)).cast(x.dtype)}
+
+
+def _all_but(channel_axis: int, x: mx.array) -> list[int]:
+    return [axis for axis in range(x.ndim) if axis != channel_axis]
+
+
+def _along_channels(v: mx.array, x: mx.array, channel_axis: int, stream: Stream) -> _Array:
+    """(C) -> (1, ..., C, ..., 1), to broadcast along the channel axis of x."""
+    return _wide(v, stream).expand(_all_but(channel_axis, x))
+
+
+# ---- Arithmetic ----------------------------------------------------------------------------------
+
+
+class _Array:
+    """An array whose operations run on one stream.
+
+    Operators of mx.array run on the default stream, and ``with mx.stream(...)`` would change the
+    default device of all threads.
+    """
+
+    def __init__(self, array: mx.array, stream: Stream) -> None:
+        self.array = array
+        self.stream = stream
+
+    def constant(self, value: float) -> _Array:
+        return _Array(mx.array(value, self.array.dtype), self.stream)
+
+    def apply(self, operation: Callable[..., mx.array], *others: Any, **options: Any) -> _Array:
+        others = tuple(a.array if isinstance(a, _Array) else a for a in others)
+        return _Array(operation(self.array, *others, stream=self.stream, **options), self.stream)
+
+    def _with(self, operation: Callable[..., mx.array], other: _Array | float) -> _Array:
+        return self.apply(operation, other if isinstance(other, _Array) else self.constant(other))
+
+    def __add__(self, other: _Array | float) -> _Array:
+        return self._with(mx.add, other)
+
+    def __sub__(self, other: _Array) -> _Array:
+        return self._with(mx.subtract, other)
+
+    def __mul__(self, other: _Array | float) -> _Array:
+        return self._with(mx.multiply, other)
+
+    def __truediv__(self, other: _Array) -> _Array:
+        return self._with(mx.divide, other)
+
+    def __neg__(self) -> _Array:
+        return self.apply(mx.negative)
+
+    def cast(self, dtype: mx.Dtype) -> mx.array:
+        return self.array.astype(dtype, stream=self.stream)
+
+    def expand(self, axes: Axes) -> _Array:
+        return self.apply(mx.expand_dims, axes)
+
+    def squeeze(self, axes: Axes) -> _Array:
+        return self.apply(mx.squeeze, axes)
+
+    def take(self, index: int, axis: int) -> _Array:
+        """Not a slice: MLX cannot trace slices for any shape."""
+        return self.apply(mx.take, mx.array(index), axis)
+
+    def finite_or_nan(self) -> _Array:
+        """As in the kernels, a mean of values that are not all finite is nan; then so is var."""
+        return self.apply(mx.isfinite).apply(mx.where, self, self.constant(math.nan))
+
+    def count(self, axes: Axes, *, inverted: bool = False) -> _Array:
+        """The number of values along the axes, or its inverse."""
+        if (extension := _extension()) is not None:
+            dtype = self.array.dtype
+            count = extension.number_of_elements(self.array, axes, inverted, dtype, self.stream)
+            return _Array(count, self.stream)
+        count = math.prod(self.array.shape[axis] for axis in axes)
+        return self.constant(1 / count if inverted else count)
+
+    def mean(self, axes: Axes, *, keepdims: bool = False) -> _Array:
+        if not _traced_for_any_shape(self.array, self.stream):
+            return self.apply(mx.mean, axes, keepdims=keepdims)
+        return self.sum(axes, keepdims=keepdims) * self.count(axes, inverted=True)
+
+    def sum(self, axes: Axes, *, keepdims: bool = False) -> _Array:
+        """While MLX traces for any shape, all of these axes may turn out to have length 1.
+
+        MLX's reduction on the CPU then reads the last element of an empty list. A view that repeats
+        the array has one more axis to reduce; halving that sum is exact.
+        """
+        if not _traced_for_any_shape(self.array, self.stream):
+            return self.apply(mx.sum, axes, keepdims=keepdims)
+        one = self.constant(1).array
+        twice = mx.full((2, *[1] * self.array.ndim), one, stream=self.stream)
+        whole = self.expand([0]).array
+        views = _Array(mx.broadcast_arrays(whole, twice, stream=self.stream)[0], self.stream)
+        behind = [0, *(axis + 1 for axis in axes)]
+        sums = views.apply(mx.sum, behind, keepdims=True) * 0.5
+        return sums.squeeze([0] if keepdims else behind)
+
+
+def _wide(a: mx.array, stream: Stream) -> _Array:
+    """In the dtype that statistics have."""
+    dtype = mx.float64 if a.dtype == mx.float64 else mx.float32
+    return _Array(a.astype(dtype, stream=stream), stream)
+
+
+def _extension() -> Any:
+    return sys.modules.get("mlx_welford._ext")
+
+
+def _traced_for_any_shape(x: mx.array, stream: Stream) -> bool:
+    """MLX tells it in C++ only."""
+    extension = _extension()
+    return extension is not None and bool(extension.traced_for_any_shape(x, stream))
