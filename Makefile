@@ -1,4 +1,5 @@
-# `make help` lists the targets. Each does what it needs first, in a virtual environment of this checkout.
+# `make help` lists the targets. Each first makes what it needs, in a virtual environment of this
+# checkout.
 
 PYTHON ?= python3
 WERROR ?= OFF
@@ -37,30 +38,15 @@ DIST ?= dist
 # What wheels are made of: this checkout, or an unpacked source distribution.
 SOURCE ?= .
 
-.PHONY: help build demo test test-quick test-nightly test-macos mutants bench lint format sdist wheels \
-	wheel-macos wheel-aarch64 try-mlx cuda cuda-pack clean force
+.PHONY: help build demo test test-quick test-nightly test-macos mutants bench lint format \
+	sdist wheels wheel-macos wheel-aarch64 try-mlx cuda cuda-pack clean force
 .DEFAULT_GOAL := help
 
-help:
-	@echo 'make build    create $(VENV) and install the package into it'
-	@echo 'make demo     train a small network with both libraries, then compare their speed'
-	@echo 'make test     run the tests                        PYTEST_ARGS="-k moments -x" JOBS=auto'
-	@echo 'make test-quick    a few rows of every test, in a minute; test-nightly: all rows, for hours'
-	@echo 'make mutants  plant faults, see which tests notice  MUTANTS_ARGS="--only NAME"'
-	@echo 'make test-macos   run tests on the wheel for macOS, on Linux MACOS=26 PYTEST_ARGS=tests/numerics/test_forward.py'
-	@echo 'make bench    measure all of docs/performance.md   BENCH_ARGS="--only cases-tuned"'
-	@echo 'make lint     run every check on the sources'
-	@echo 'make format   rewrite the sources as the checks want them'
-	@echo 'make sdist    pack the sources into dist/'
-	@echo 'make wheels   build wheels for this Linux into dist/ PYTHONS="python3.12 python3.13"'
-	@echo 'make wheel-macos    wheels for macOS on arm64, on Linux; wheel-aarch64: for Linux on arm64'
-	@echo 'make try-mlx  run the tests with another MLX        MLX=0.32.2 NANOBIND=2.15.0'
-	@echo 'make cuda     check and time the shaders on an NVIDIA GPU   CUDA_PY=python3'
-	@echo 'make cuda-pack      the same for a machine without internet    PACK_PYTHON=python3.12'
-	@echo 'make clean    remove whatever these targets made'
+help: ## list these targets
+	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 	@echo 'PYTHON=python3.12 chooses the interpreter of $(VENV); WERROR=ON makes C++ warnings errors.'
 
-build: $(VENV)/package.stamp
+build: $(VENV)/package.stamp ## create .venv and install the package into it
 
 $(PY):
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "This needs Python 3.11 or newer: make PYTHON=python3.12")'
@@ -86,25 +72,27 @@ $(VENV)/package.stamp: $(SOURCES) $(VENV)/sources.txt $(VENV)/requirements.stamp
 		--config-settings=cmake.define.MLX_WELFORD_WERROR=$(WERROR) \
 		--config-settings=cmake.define.MLX_WELFORD_SIMULATOR=ON .
 	@cd $(VENV)/lib/python3*/site-packages/mlx_welford && cp _build.py _ext.pyi $(CURDIR)/$(PACKAGE)
+	@ln -sf $$(ls -t build/cp*/compile_commands.json | head -1) compile_commands.json
 	@mv $@.started $@
 
-demo: build
+demo: build ## train a small network with both libraries, then compare their speed
 	$(PY) examples/train_digits.py
 	$(PY) -m bench.compare --quick
 
-# A file's tests stay in one process, where its fixtures are made once, and dear files come first
+# A file's tests stay in one process, so that its fixtures are made once. Slow files come first
 # (tests/conftest.py). JOBS=0 runs all in one process, as a debugger needs.
 JOBS ?= auto
 PYTEST = $(PY) -m pytest --numprocesses $(JOBS) --dist loadfile --no-loadscope-reorder
-test: build
+test: build ## run the tests: PYTEST_ARGS="-k moments -x" JOBS=auto
 	$(PYTEST) $(PYTEST_ARGS)
 
 test-quick: export MLX_WELFORD_TEST_PROFILE = quick
+test-quick: test ## a few rows of every test, in a minute
 test-nightly: export MLX_WELFORD_TEST_PROFILE = nightly
-test-quick test-nightly: test
+test-nightly: test ## whole tables and many random problems, for hours
 
 # In build/mutants, a copy of the checkout. What has a verdict of this commit is not run again.
-mutants: build
+mutants: build ## plant faults, see which tests notice: MUTANTS_ARGS="--only NAME"
 	PYTHONPATH=$(TESTS_PATH) $(PY) -m mutants run $(MUTANTS_ARGS)
 
 # On an emulated processor, with stand-ins for macOS and Metal: docs/macos_runtime.md.
@@ -114,7 +102,7 @@ MACOS_WHEELS := build/macos_runtime/wheels
 MACOS_PYTEST = PYTHONPATH=$(TESTS_PATH) MACOS=$(MACOS) $(PY) -m macos_runtime -m pytest
 # Of the suite what holds the CPU's kernels to float64, here with NEON.
 MACOS_CPU_TESTS := tests/numerics/test_evaluation.py tests/numerics/test_layouts.py
-test-macos: $(MACOS_WHEELS)/stamp
+test-macos: $(MACOS_WHEELS)/stamp ## test the wheel for macOS, on Linux: MACOS=26 PYTEST_ARGS=tests/numerics/test_forward.py
 ifdef PYTEST_ARGS
 	$(MACOS_PYTEST) --backend $(MACOS_BACKEND) $(PYTEST_ARGS)
 else
@@ -128,23 +116,23 @@ $(MACOS_WHEELS)/stamp: $(VENV)/package.stamp
 	@$(MAKE) --no-print-directory wheel-macos DIST=$(@D) PYTHONS='$(abspath $(PY))'
 	@touch $@
 
-bench: build
+bench: build ## measure all of docs/performance.md: BENCH_ARGS="--only cases-tuned"
 	$(PY) -m bench.suite $(BENCH_ARGS)
 	$(PY) -m bench.report
 
-lint: build
+lint: build ## run every check on the sources
 	$(PY) -m pre_commit run --all-files
 
-format: build
+format: build ## rewrite the sources as the checks want them
 	$(PY) -m ruff check --fix-only --quiet
 	$(PY) -m ruff format
 	$(VENV)/bin/clang-format -i $(CXX_SOURCES)
 
-sdist: $(VENV)/requirements.stamp
+sdist: $(VENV)/requirements.stamp ## pack the sources into dist/
 	$(PY) -m build --sdist --no-isolation --outdir $(DIST)
 
 # In build folders of their own, since `make build` has other options.
-wheels: build
+wheels: build ## build wheels for this Linux into dist/: PYTHONS="python3.12 python3.13"
 	@rm -rf build/unaudited
 	for python in $(PYTHONS); do \
 		$(BUILD_WHEEL) --config-settings=build-dir=build/wheel-{wheel_tag} \
@@ -152,8 +140,8 @@ wheels: build
 	done
 	$(AUDITWHEEL) build/unaudited/*.whl
 
-# Wheels for another system: (platform, end of the extension's name, CMake's toolchain, folder of MLX,
-# folder of the wheels). The variables tell scikit-build-core what the tag and that name are to say.
+# Wheels for another system: (platform, end of the extension's name, CMake's toolchain, folder of
+# MLX, folder of the wheels). The variables tell scikit-build-core what the tag and that name are.
 define build_wheels_for
 	for python in $(PYTHONS); do \
 		tag=$$($$python -c 'import sys; print(sys.implementation.cache_tag)'); \
@@ -166,11 +154,11 @@ define build_wheels_for
 	done
 endef
 
-wheel-macos: build $(MACOS_MLX)/stamp
+wheel-macos: build $(MACOS_MLX)/stamp ## wheels for macOS on arm64, on Linux
 	$(call build_wheels_for,macosx-14.0-arm64,darwin.so,cmake/macos/toolchain.cmake,$(MACOS_MLX),$(DIST))
 
 # With Debian's cross compiler: g++-aarch64-linux-gnu.
-wheel-aarch64: build $(AARCH64_MLX)/stamp
+wheel-aarch64: build $(AARCH64_MLX)/stamp ## wheels for Linux on arm64, on x86-64
 	@rm -rf build/unaudited-aarch64
 	$(call build_wheels_for,linux-aarch64,aarch64-linux-gnu.so,cmake/aarch64.cmake,$(AARCH64_MLX),build/unaudited-aarch64)
 	$(AUDITWHEEL) build/unaudited-aarch64/*.whl
@@ -189,7 +177,7 @@ $(MACOS_MLX)/stamp $(AARCH64_MLX)/stamp: pyproject.toml cmake/pins.py | $(VENV)/
 # The tests with another MLX and its nanobind, in a copy of the sources that pins them.
 TRIED := build/try-mlx
 TRY_ARGS ?= --backend cpu -m "not slow"
-try-mlx: $(VENV)/requirements.stamp
+try-mlx: $(VENV)/requirements.stamp ## run the tests with another MLX: MLX=0.32.2 NANOBIND=2.15.0
 	@test -n '$(MLX)' -a -n '$(NANOBIND)' || \
 		{ echo 'Say which: make try-mlx MLX=0.32.2 NANOBIND=2.15.0' >&2; exit 2; }
 	@mkdir -p $(TRIED)
@@ -199,10 +187,11 @@ try-mlx: $(VENV)/requirements.stamp
 	@sed -i.orig -e 's/^  "\(mlx\|mlx-cpu\)==[0-9.]*/  "\1==$(MLX)/' \
 		-e 's/^  "nanobind==[0-9.]*/  "nanobind==$(NANOBIND)/' $(TRIED)/pyproject.toml
 	$(MAKE) -C $(TRIED) test PYTEST_ARGS='$(TRY_ARGS)'
-# CUDA_PY is an interpreter that has all that tests/cuda_twin/README.md asks for, and into which nothing
-# is installed; without one that of .venv, into which torch is installed if it can be.
+
+# CUDA_PY is an interpreter that has all that tests/cuda_twin/README.md asks for; nothing is
+# installed into it. By default it is that of .venv, into which torch is installed if possible.
 CUDA_PYTHON = PYTHONPATH=$(TESTS_PATH)$(if $(PYTHONPATH),:$(PYTHONPATH)) $(or $(CUDA_PY),$(PY))
-cuda: $(if $(CUDA_PY),,build)
+cuda: $(if $(CUDA_PY),,build) ## check and time the shaders on an NVIDIA GPU: CUDA_PY=python3
 	@$(if $(CUDA_PY),,$(PY) -c 'import torch' 2> /dev/null || $(PIP) install torch || \
 		echo 'torch is not there and cannot be installed: the shaders are timed beside a copy alone.')
 	$(CUDA_PYTHON) -m cuda_twin all $(BENCH_ARGS)
@@ -212,7 +201,7 @@ cuda: $(if $(CUDA_PY),,build)
 CUDA_PACK := build/cuda-pack
 CUDA_ARCHITECTURE ?= sm_90
 PACK_PYTHON ?= $(PY)
-cuda-pack: build
+cuda-pack: build ## the same for a machine without internet: PACK_PYTHON=python3.12
 	@rm -rf $(CUDA_PACK)
 	python=$(PACK_PYTHON); $(BUILD_WHEEL) --wheel-dir $(CUDA_PACK)/wheel \
 		--config-settings=build-dir=build/wheel-{wheel_tag} .
@@ -222,6 +211,6 @@ cuda-pack: build
 	PYTHONPATH=$(TESTS_PATH) $(PY) -m cuda_twin resources --architecture $(CUDA_ARCHITECTURE) > /dev/null
 	tar -czf $(CUDA_PACK).tar.gz --exclude=__pycache__ tests bench build/cuda/programs -C $(CUDA_PACK) site
 
-clean:
-	rm -rf $(VENV) build dist $(GENERATED) .mypy_cache .pytest_cache .ruff_cache .hypothesis
+clean: ## remove whatever these targets made
+	rm -rf $(VENV) build dist $(GENERATED) compile_commands.json .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -prune -exec rm -rf {} +

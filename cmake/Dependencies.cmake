@@ -92,8 +92,8 @@ if(APPLE)
 endif()
 if(APPLE AND CMAKE_CROSSCOMPILING)
   # nanobind names Python's symbols to Apple's linker in a file that zig's does not read: the
-  # toolchain lets any symbol be undefined. And nanobind has local symbols left out (-x), after which
-  # the indices that zig's linker writes point outside its symbol table.
+  # toolchain lets any symbol be undefined. And nanobind has local symbols left out (-x), after
+  # which the indices that zig's linker writes point outside its symbol table.
   function(nanobind_link_options)
   endfunction()
   function(nanobind_strip name)

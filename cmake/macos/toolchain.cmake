@@ -17,8 +17,8 @@ execute_process(
   COMMAND_ERROR_IS_FATAL ANY)
 string(APPEND zig /zig)
 set(CMAKE_CXX_COMPILER ${zig} c++)
-# As an option of each command. CMake then finds out which compiler this is by compiling alone, where
-# it would otherwise link a program, for which zig first compiles a libc++.
+# As an option of each command. CMake then identifies the compiler by compiling alone. Otherwise it
+# would link a program, for which zig first compiles a libc++.
 set(CMAKE_CXX_COMPILER_TARGET aarch64-macos.14.0)
 set(CMAKE_AR ${zig})
 set(CMAKE_USER_MAKE_RULES_OVERRIDE ${CMAKE_CURRENT_LIST_DIR}/rules.cmake)

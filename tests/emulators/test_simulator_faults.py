@@ -93,7 +93,6 @@ def check(library: Library, kernel: str, *messages: str, **options: Any) -> None
 # ---- Out of bounds ---------------------------------------------------------------------------
 
 ONE = {2: np.int32(1)}
-MINUS_ONE = {2: np.int32(-1)}
 
 
 @pytest.mark.parametrize("seed", SEEDS)

@@ -245,11 +245,9 @@ class FakeTree:
     def __init__(self, root: Path) -> None:
         self.path = root
         self.planted: list[str] = []
-        self.builds = 0
 
     def plant(self, mutants: Sequence[Mutant]) -> None:
         self.planted = [mutant.name for mutant in mutants]
-        self.builds += 1
 
 
 FILES = ("test_likely", "test_a", "test_b", "test_c")
