@@ -1,5 +1,5 @@
-// The simulator's executor. A threadgroup's threads are fibers on the calling OS thread; threadgroups
-// run one after the other.
+// The simulator's executor. A threadgroup's threads are fibers on the calling OS thread;
+// threadgroups run one after the other.
 //
 // Scheduling. A thread runs until it waits at a barrier or a simdgroup operation or returns; then
 // another is taken from those that can run, at random (by seed), and switched to directly. A thread
@@ -14,10 +14,10 @@
 // Memory. Buffers, constants and threadgroup variables each lie between guard pages, their ends as
 // close to the guard as 16-byte alignment allows; what remains between is checked for writes at the
 // end. In an instrumented library every load and store also comes here, since it is compiled with
-// -fsanitize=thread, of which the executor takes the place of the runtime, and -fsanitize=alignment.
-// Then bounds are exact, traffic is counted, uninitialised threadgroup memory is found, and so are
-// races: two accesses to the same bytes, one of them a write, by threads that no barrier orders,
-// whatever order the seed happened to give.
+// -fsanitize=thread, of which the executor takes the place of the runtime, and
+// -fsanitize=alignment. Then bounds are exact, traffic is counted, uninitialised threadgroup memory
+// is found, and so are races: two accesses to the same bytes, one of them a write, by threads that
+// no barrier orders, whatever order the seed happened to give.
 //
 // Not modelled: memory that becomes visible late (a load always sees the last store), quad groups,
 // textures, more than 32 lanes, non-uniform threadgroups, timing, and the widths and precisions in
@@ -581,7 +581,8 @@ void run_threadgroup(const uint32_t (&position)[3]) {
   leave();
 }
 
-// Deposits a value, waits for the other lanes, and returns which of the two sets of slots holds all.
+// Deposits a value, waits for the other lanes, and returns which of the two sets of slots holds
+// all.
 uint32_t exchange(const Wait& wait, const void* value, size_t bytes, uint32_t order) {
   Thread* thread = executor.current;
   const uint32_t lane = thread->arguments.thread_index_in_simdgroup;
@@ -828,8 +829,8 @@ bool overlap(const SimulatorBuffer& a, const SimulatorBuffer& b) {
   return a_data < b_data + b.bytes && b_data < a_data + a.bytes;
 }
 
-// Copies one buffer into guarded memory. `files[i]` is the memory file of dispatch->buffers[i], made
-// when a later buffer shares its bytes.
+// Copies one buffer into guarded memory. `files[i]` is the memory file of dispatch->buffers[i],
+// made when a later buffer shares its bytes.
 const char* bind_buffer(const SimulatorDispatch& dispatch, uint32_t which,
                         const SimulatorParameter& parameter, int* files) {
   const SimulatorBuffer& buffer = dispatch.buffers[which];

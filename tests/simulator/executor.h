@@ -64,8 +64,8 @@ struct SimulatorDispatch {
   uint32_t threadgroup_memory_count;
   uint32_t grid_threadgroups[3];
   uint32_t threads_per_threadgroup[3];
-  // A barrier waits only for threads that have not returned. Metal leaves that undefined, and here it
-  // is an error unless asked for; some of MLX's kernels count on it.
+  // A barrier waits only for threads that have not returned. Metal leaves that undefined, and here
+  // it is an error unless asked for; some of MLX's kernels count on it.
   uint32_t returned_threads_pass;
 };
 

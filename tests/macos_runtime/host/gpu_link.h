@@ -1,7 +1,7 @@
 // The connection to the process that plays the GPU (../gpu.py), and the memory that both see.
 //
-// Buffers lie in one sparse file without a name, which the other process maps as well: like a GPU it
-// sees the buffers and nothing else of this process, and is told by whom of what it may touch.
+// Buffers lie in one sparse file without a name, which the other process maps as well: like a GPU
+// it sees the buffers and nothing else of this process, and is told by whom of what it may touch.
 // Requests are answered in turn; each is a kind, a length and a body, packed as Message does.
 #pragma once
 
@@ -37,17 +37,19 @@ enum class Request : uint64_t {
   kExecute = 3,   // a command buffer -> nothing
 };
 
-// Sends a request and waits for the answer. False: the answer is one text that says what went wrong.
+// Sends a request and waits for the answer. False: the answer is one text that says what went
+// wrong.
 bool ask(Request request, const Message& message, Reader* answer);
 
-// Memory for a buffer, at the start of one of macOS's pages, filled with a pattern that makes NaN of
-// every type. What is given back is filled with another, and not accessible for some time.
+// Memory for a buffer, at the start of one of macOS's pages, filled with a pattern that makes NaN
+// of every type. What is given back is filled with another, and not accessible for some time.
 constexpr size_t kPage = 0x4000;
 void* allocate(size_t bytes);
 void give_back(void* memory, size_t bytes);
 uint64_t offset_of(const void* memory);
 
-// A setting of the stand-in: given in MLX_WELFORD_METAL, as name=value,name=value, or by configure().
+// A setting of the stand-in: given in MLX_WELFORD_METAL, as name=value,name=value, or by
+// configure().
 std::string setting(const char* name);
 void configure(const std::string& name, const std::string& value);
 

@@ -247,8 +247,8 @@ bool is_of_system(const std::string& name) {
 
 std::string folder_of(const std::string& path) { return path.substr(0, path.rfind('/')); }
 
-// The file that a library's name stands for, found as dyld does: @rpath is each LC_RPATH of the image
-// that asks, in turn; @loader_path is the folder of that image.
+// The file that a library's name stands for, found as dyld does: @rpath is each LC_RPATH of the
+// image that asks, in turn; @loader_path is the folder of that image.
 std::string find_library(const Image& image, const std::string& name) {
   constexpr const char* kRpathPrefix = "@rpath/";
   constexpr const char* kLoaderPrefix = "@loader_path/";

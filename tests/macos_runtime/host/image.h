@@ -72,8 +72,8 @@ struct Image {
   void* at(uint64_t address) const { return base + address; }
 };
 
-// The image at `path`, with whatever it depends on. Loaded once; ends the process with a report when
-// that is not possible.
+// The image at `path`, with whatever it depends on. Loaded once; ends the process with a report
+// when that is not possible.
 Image& load(const std::string& path);
 
 // The value of an exported symbol, with its leading underscore, or null.
@@ -88,8 +88,8 @@ Image* image_of(const void* address);
 // "libmlx.dylib mlx::core::eval+16", as far as it is known.
 std::string describe(const void* address);
 
-// Prints the message and the callers, and ends the process: what is wrong here is not for the program
-// under test to handle.
+// Prints the message and the callers, and ends the process: what is wrong here is not for the
+// program under test to handle.
 [[noreturn]] void fail(const char* format, ...) __attribute__((format(printf, 1, 2)));
 
 // -- What the parts of the loader ask of each other.

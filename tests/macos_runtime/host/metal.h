@@ -1,7 +1,7 @@
 // The Metal objects that MLX uses. Who asks for more gets an error that names the message.
 //
-// What Apple's validation layers would find is found here: when it is asked for (report()), or, where
-// a command buffer is concerned, as its error, which MLX raises in Python.
+// What Apple's validation layers would find is found here: when it is asked for (report()), or,
+// where a command buffer is concerned, as its error, which MLX raises in Python.
 #pragma once
 
 #include <condition_variable>

@@ -1,5 +1,5 @@
-// Command encoders, which check what they are told and write it down for the GPU; command buffers and
-// queues, which have it executed.
+// Command encoders, which check what they are told and write it down for the GPU; command buffers
+// and queues, which have it executed.
 
 #include <string.h>
 

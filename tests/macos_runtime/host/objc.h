@@ -1,6 +1,6 @@
-// A small Objective-C runtime: classes, selectors, messages, reference counts and autorelease pools,
-// for objects that are C++ objects. It is strict: a message to a released object, an object released
-// once too often, and one autoreleased where there is no pool are found.
+// A small Objective-C runtime: classes, selectors, messages, reference counts and autorelease
+// pools, for objects that are C++ objects. It is strict: a message to a released object, an object
+// released once too often, and one autoreleased where there is no pool are found.
 #pragma once
 
 #include <atomic>

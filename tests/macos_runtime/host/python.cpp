@@ -1,4 +1,5 @@
-// The Python module of the host: imports extension modules for macOS, and tells what the stand-ins saw.
+// The Python module of the host: imports extension modules for macOS, and tells what the stand-ins
+// saw.
 
 #include <Python.h>
 

@@ -1,5 +1,5 @@
-// What plays the libraries of the system: libSystem, libobjc, the frameworks. Each source that plays a
-// part of them registers its functions and variables here, under their names in Mach-O.
+// What plays the libraries of the system: libSystem, libobjc, the frameworks. Each source that
+// plays a part of them registers its functions and variables here, under their names in Mach-O.
 #pragma once
 
 #include <initializer_list>

@@ -1,9 +1,9 @@
 // Finds what an import stands for.
 //
-// Names are two-level, as for dyld: an import is looked for in the library that its ordinal names, and
-// nowhere else, so that a symbol that a Mac's library lacks is missing here too. Only what is bound
-// by flat lookup (the extension's references to CPython, and what its linker could not name a library
-// for) is looked for everywhere.
+// Names are two-level, as for dyld: an import is looked for in the library that its ordinal names,
+// and nowhere else, so that a symbol that a Mac's library lacks is missing here too. Only what is
+// bound by flat lookup (the extension's references to CPython, and what its linker could not name a
+// library for) is looked for everywhere.
 //
 // A function that nobody has is an error once it is called. libmlx refers to hundreds that it calls
 // for what no test does: sockets, LAPACK.

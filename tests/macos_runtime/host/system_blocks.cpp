@@ -1,6 +1,6 @@
-// Blocks, Apple's closures, which metal-cpp makes for completion handlers. A block begins on the stack;
-// whoever keeps it copies it to the heap, with the variables it shares (__block), each of which
-// has a pointer to where it is now. Laid out as in the ABI that clang documents.
+// Blocks, Apple's closures, which metal-cpp makes for completion handlers. A block begins on the
+// stack; whoever keeps it copies it to the heap, with the variables it shares (__block), each of
+// which has a pointer to where it is now. Laid out as in the ABI that clang documents.
 
 #include "system_blocks.h"
 

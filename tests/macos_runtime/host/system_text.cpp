@@ -70,7 +70,8 @@ VARIADIC(macho_variadic_sscanf_l, 3, macho_sscanf_l);
 
 namespace {
 
-// glibc's va_list functions serve as they are: Darwin's va_list is a plain pointer to the arguments.
+// glibc's va_list functions serve as they are: Darwin's va_list is a plain pointer to the
+// arguments.
 int print_list(char* out, size_t bytes, const char* format, void* list) {
   return macho_snprintf(out, bytes, format, list);
 }

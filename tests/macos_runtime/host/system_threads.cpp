@@ -1,6 +1,7 @@
-// Threads and what they wait on: glibc's objects inside Darwin's, which begin with an 8-byte signature
-// and are larger. Code for macOS makes these objects itself, on its stack or as static variables, so
-// each must work from Darwin's static initialiser: the signature, then zeros, which is also glibc's.
+// Threads and what they wait on: glibc's objects inside Darwin's, which begin with an 8-byte
+// signature and are larger. Code for macOS makes these objects itself, on its stack or as static
+// variables, so each must work from Darwin's static initialiser: the signature, then zeros, which
+// is also glibc's.
 
 #include <errno.h>
 #include <pthread.h>

@@ -1,6 +1,7 @@
-// Functions with variadic arguments. Apple passes these on the stack, 8 bytes each, whatever registers
-// are free; Linux passes them in registers first. A function made by VARIADIC hands its stack
-// pointer on as one more argument, and a va_list whose registers are used up reads from there.
+// Functions with variadic arguments. Apple passes these on the stack, 8 bytes each, whatever
+// registers are free; Linux passes them in registers first. A function made by VARIADIC hands its
+// stack pointer on as one more argument, and a va_list whose registers are used up reads from
+// there.
 #pragma once
 
 #include <stdarg.h>

@@ -1,10 +1,11 @@
-// What the stand-ins for Metal's standard library share, the simulator's and the one for CUDA: types,
-// vectors and mathematics.
+// What the stand-ins for Metal's standard library share, the simulator's and the one for CUDA:
+// types, vectors and mathematics.
 //
-// The includer defines the types half, bfloat, uint, ushort and those of <stdint.h>; STANDIN_CONSTANT,
-// the address space of a constexpr variable; STANDIN_VECTOR_COPY(N), what a vector of N elements copies
-// itself with, if not what it would have anyway; STANDIN_BUILTIN(sqrtf), a function of C's library; and
-// STANDIN_IS_CONVERTIBLE, the compiler's trait.
+// The includer defines the types half, bfloat, uint, ushort and those of <stdint.h>;
+// STANDIN_CONSTANT, the address space of a constexpr variable; STANDIN_VECTOR_COPY(N), what a
+// vector of N elements copies itself with, if not what it would have anyway;
+// STANDIN_BUILTIN(sqrtf), a function of C's library; and STANDIN_IS_CONVERTIBLE, the compiler's
+// trait.
 
 #pragma once
 

@@ -1,10 +1,10 @@
 // The air.* functions that Apple's compilation of MLX's kernels calls, on the simulator's executor,
 // with the meaning the Metal Shading Language specification gives to the functions they stand for.
 //
-// Names and types are those of the declarations in the bitcode. Integers below 32 bits are passed as
-// LLVM passes unattributed ones: in a register of which only the low bits count. A vector of four is
-// passed as clang passes it. Nothing here calls the simulator's metal_stdlib: a mistake there must
-// show as a difference, not cancel.
+// Names and types are those of the declarations in the bitcode. Integers below 32 bits are passed
+// as LLVM passes unattributed ones: in a register of which only the low bits count. A vector of
+// four is passed as clang passes it. Nothing here calls the simulator's metal_stdlib: a mistake
+// there must show as a difference, not cancel.
 //
 // Not a model of Apple's hardware: transcendentals, fast or precise, are those of the host's C
 // library, and the order in which lanes are combined is the executor's. A lane that a shuffle reads
