@@ -34,7 +34,7 @@ _FROZEN = [*_RUNNING, _COUNTER, "momentum"]
 class _Normalization(Module):
     """What all layers share: keyword-only options, parameters, running statistics, and the call.
 
-    Subclasses add options. All of them need num_features, eps, momentum, track_running_stats.
+    Subclasses declare their other options, in the order of their namesakes in mlx.nn.
 
     With momentum=None the running statistics are the average over all batches. The number of
     batches is a parameter too, because an average cannot be continued without it. It is an array,
@@ -47,13 +47,13 @@ class _Normalization(Module):
 
     _: KW_ONLY
     axis: int = -1
-    if TYPE_CHECKING:  # options of every layer, each in the order of its namesake in mlx.nn
+    if TYPE_CHECKING:  # what the subclasses must have
         num_features = eps = momentum = track_running_stats = cast(Any, None)
 
     _statistics: ClassVar[_ext.Statistics]
     _features_argument: ClassVar[str]
     _eps_argument: ClassVar[str] = "eps"
-    # The layer of mlx.nn that accelerate() made this one of: its class, and its options then.
+    # Set on layers of mlx.nn that have become one of these: their class and options before.
     _accelerated: ClassVar[tuple[type[Module], dict[str, Any]] | None] = None
 
     def __post_init__(self, affine: bool = False) -> None:

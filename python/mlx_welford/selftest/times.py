@@ -15,7 +15,7 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
-from mlx_welford._layers import BatchNorm, InstanceNorm
+import mlx_welford as mw
 from mlx_welford.dispatches import DTYPES, Layer, normalization_plans, traffic
 
 __all__ = ["LAYERS", "QUICK_LAYERS", "measure"]
@@ -59,11 +59,6 @@ Step = Callable[[int], None]
 """Evaluates a chain of this many applications."""
 
 
-class _Ours:
-    BatchNorm = BatchNorm
-    InstanceNorm = InstanceNorm
-
-
 def measure(timed: TimedLayer, dtype: str, *, seconds: float) -> list[dict[str, Any]]:
     """Median milliseconds and speed relative to mlx.nn, forward and forward+backward.
 
@@ -84,7 +79,7 @@ def measure(timed: TimedLayer, dtype: str, *, seconds: float) -> list[dict[str, 
             {
                 "copy": _copies(x),
                 "mlx.nn": _applications(timed.build(nn), x, g, backward),
-                "mlx_welford": _applications(timed.build(_Ours), x, g, backward),
+                "mlx_welford": _applications(timed.build(mw), x, g, backward),
             },
             seconds,
         )
