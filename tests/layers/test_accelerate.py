@@ -156,7 +156,7 @@ def test_a_second_call_changes_nothing() -> None:
 
 
 def test_restored_statistics_are_frozen_after_their_model_was_unfrozen() -> None:
-    """mlx.nn's layers freeze them once, and again only if they themselves are unfrozen."""
+    """mlx.nn's layers freeze them once, and again only in their own unfreeze()."""
     model = mw.accelerate(nn.Sequential(nn.BatchNorm(4)))
     model.unfreeze()
     assert sorted(trainable_of(mw.restore(model))) == ["layers.0.bias", "layers.0.weight"]
@@ -268,7 +268,7 @@ def test_copies_can_be_restored(clone: Any) -> None:
 
 
 def test_half_precision_trains_where_mlx_nn_overflows() -> None:
-    """float16 data with a mean of 300: its square is beyond the type."""
+    """float16 data with a mean of 3000, whose square float16 cannot hold."""
     data = mx.random.normal((64, 4)) + 300
     layer = nn.BatchNorm(4)
     layer.set_dtype(mx.float16)
@@ -331,7 +331,7 @@ def test_freezing_by_isinstance_reaches_accelerated_layers() -> None:
 
 
 class Holder(nn.Module):
-    """Calls its layer through something that got hold of it before accelerate()."""
+    """Calls its layer through something that got a reference to it before accelerate()."""
 
     def __init__(self, hold: Callable[[nn.Module], Callable[[mx.array], mx.array]]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -422,7 +422,7 @@ def test_subclasses_and_the_reason_are_in_the_table(capsys: pytest.CaptureFixtur
 @pytest.mark.parametrize("when", ["before", "after"])
 @pytest.mark.parametrize("training", [True, False])
 def test_pruned_layers_work(when: str, training: bool) -> None:
-    """mlx.nn's layers take whatever fits their arrays; num_features is not asked."""
+    """mlx.nn's layers take whatever fits their arrays and ignore num_features."""
     layer, plain = nn.BatchNorm(4).train(training), nn.BatchNorm(4).train(training)
     if when == "after":
         mw.accelerate(layer)

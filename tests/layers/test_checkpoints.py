@@ -209,7 +209,7 @@ def test_round_trip_through_torch(dtype: str, momentum: float | None) -> None:
 
 
 class Tensor:
-    """What is used of torch.Tensor, of bfloat16 unless it has been converted."""
+    """The used part of torch.Tensor, in bfloat16 until it is converted."""
 
     def __init__(self, values: Array, dtype: str = "torch.bfloat16"):
         self.values, self.dtype, self.shape = values, dtype, values.shape
@@ -243,7 +243,7 @@ def test_bfloat16_of_torch_keeps_its_range() -> None:
 
 
 class NDArray:
-    """What is used of mxnet.nd.NDArray, which is for Python 3.8 and older: its dtype is a class."""
+    """The used part of mxnet.nd.NDArray (MXNet needs Python 3.8): its dtype is a class."""
 
     def __init__(self, values: Array):
         self.values = values
@@ -255,7 +255,7 @@ class NDArray:
 
 
 class Parameter:
-    """What is used of mxnet.gluon.Parameter."""
+    """The used part of mxnet.gluon.Parameter."""
 
     def __init__(self, values: Array):
         self.values = values
@@ -370,7 +370,7 @@ class Unread:
 
 
 class WholeModel:
-    """What torch.save(model) pickles; some have a dtype as well."""
+    """A whole model, as torch.save(model) pickles it; some have a dtype as well."""
 
     dtype = "torch.float32"
 
@@ -381,7 +381,7 @@ class WholeModel:
 
 
 class Block:
-    """What is used of mxnet.gluon.Block."""
+    """The used part of mxnet.gluon.Block."""
 
     def collect_params(self) -> dict[str, Array]:
         raise AssertionError("not called")
@@ -495,7 +495,7 @@ def test_numbers_of_numpy_are_arrays() -> None:
 
 
 def test_grouped_convolutions() -> None:
-    """Torch and MLX both keep the channels of one group alone: (out, in / groups, ...)."""
+    """Torch and MLX both store the channels of one group: (out, in / groups, ...)."""
     weight = np.arange(6 * 2 * 3 * 3, dtype=np.float32).reshape(6, 2, 3, 3)
     model = nn.Sequential(nn.Conv2d(4, 6, 3, groups=2, bias=False))
     model.load_weights(mw.from_torch({"0.weight": weight}, model))

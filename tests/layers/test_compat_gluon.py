@@ -28,7 +28,7 @@ def shapes() -> list[tuple[int, ...]]:
 @pytest.mark.parametrize("deferred", [False, True], ids=["told", "deferred"])
 @pytest.mark.parametrize("shape", shapes(), ids=str)
 def test_recorded_outputs_and_gradients(shape: tuple[int, ...], deferred: bool) -> None:
-    """MXNet's own float32 error takes the place of a baseline's, over all layers of a shape."""
+    """The baseline is MXNet's own float32 error, over all layers of a shape."""
     comparison = Comparison()
     records = [r for r in map(Record, FILES) if tuple(r.meta["shape"]) == shape]
     assert len(records) == 12

@@ -170,7 +170,7 @@ def test_a_checkpoint_carries_the_counter(tmp_path: Path) -> None:
 
 
 def test_weights_of_mlx_nn_load_both_ways_without_the_counter(tmp_path: Path) -> None:
-    """strict=False says that a parameter may be absent; strict=True that it is missed."""
+    """strict=False allows an absent parameter, strict=True does not."""
     ours, theirs = mw.BatchNorm(4, momentum=None), nn.BatchNorm(4)
     theirs(mx.random.normal((5, 4)))
     path = str(tmp_path / "weights.npz")
@@ -188,7 +188,7 @@ def test_weights_of_mlx_nn_load_both_ways_without_the_counter(tmp_path: Path) ->
 
 
 def test_reset_running_stats() -> None:
-    """As before stochastic weight averaging's pass over the data."""
+    """As stochastic weight averaging does before its last pass over the data."""
     layer = mw.BatchNorm(4)
     layer(mx.random.normal((5, 4)) + 3)
     layer.momentum = None
@@ -226,7 +226,7 @@ def test_unbatched_input_is_a_batch_of_one(name: str, tracking: bool) -> None:
 @pytest.mark.parametrize("spatial", [1, 2, 3])
 @pytest.mark.parametrize("size", [1, 5])
 def test_unbatched_input_keeps_dimensions_of_one(spatial: int, size: int) -> None:
-    """One channel, and nowhere but in the last dimension more than one position."""
+    """One channel, and more than one position only in the last dimension."""
     layer = EAGER[f"InstanceNorm{spatial}d"](1, track_running_stats=True).eval()
     shape = (1,) * spatial + (size,)
     x = mx.random.normal(shape)

@@ -128,7 +128,7 @@ def truth(case: Case) -> dict[str, Array]:
 
 
 def magnitudes(case: Case) -> dict[str, float]:
-    """The largest of the terms that a result is a sum of, where they cancel."""
+    """The largest term of the sum that a result is, since terms may cancel."""
     whole = shares.data(case)
     x, gy, weight, _ = (wide(a) for a in whole)
     axes = reference.reduction_axes("batch", x.ndim, case.axis)
@@ -143,7 +143,7 @@ def magnitudes(case: Case) -> dict[str, float]:
 
 
 def together(saved: Results, case: Case) -> dict[str, Array]:
-    """The results of all ranks as those of one process: put together, added up, or all the same."""
+    """The results of all ranks as those of one process: concatenated, added, or all the same."""
     by_rank = [
         {n.split("/")[1]: a for n, a in arrays.items() if n.startswith(f"{case.name}/")}
         for arrays in saved.of("cases")
@@ -203,7 +203,7 @@ def test_shares_are_what_they_are_called() -> None:
 
 
 def test_ranks_have_different_means() -> None:
-    """Or local statistics would be nearly right."""
+    """Otherwise local statistics would be nearly right."""
     case = CASES["equal"]
     x = wide(shares.data(case).x)
     halves = [x[: BATCH // 2].mean((0, 1)), x[BATCH // 2 :].mean((0, 1))]
@@ -242,7 +242,7 @@ COLLECTIVES = ("AllGather", "Sum AllReduce", "AllReduce")
 
 
 def graph(saved: Results, name: str) -> Counter[str]:
-    """The nodes of a graph; ranks must have the same, though the share of rank 0 is empty."""
+    """The nodes of a graph: the same on all ranks, even if the shard of rank 0 is empty."""
     arrays = saved.of("graphs")
     for other in arrays[1:]:
         np.testing.assert_array_equal(other["kinds"], arrays[0]["kinds"])
@@ -310,7 +310,7 @@ def test_20_steps_on_2_ranks_are_those_of_one_process(trained: Results, division
 
 
 def test_local_statistics_give_something_else(trained: Results) -> None:
-    """So the test above can fail."""
+    """Shows that the test above can fail."""
     one = shares.train(mw.BatchNorm)
     first, second = parameters(trained, "local")
     assert shares.largest_difference(first, one) > 0.1
@@ -375,7 +375,7 @@ def test_a_batch_that_is_empty_everywhere_changes_nothing(tmp_path: Path) -> Non
 
 
 def test_a_rank_that_hangs_is_ended(tmp_path: Path) -> None:
-    """The helper itself: no test can wait for ever."""
+    """Tests the helper: no test can wait for ever."""
     script = tmp_path / "hangs.py"
     script.write_text("import time\nprint('here', flush=True)\ntime.sleep(100)\n")
     start = time.monotonic()

@@ -1,4 +1,4 @@
-"""The layers by themselves: what they have beyond mlx.nn, and that they are their functions."""
+"""The layers: what they have beyond mlx.nn, and that they compute the same as the functions."""
 
 import inspect
 from collections.abc import Callable
@@ -182,7 +182,7 @@ def test_instance_layer_is_instance_norm(axis: int, training: bool) -> None:
 
 
 def test_a_layer_may_have_a_weight_or_a_bias_alone() -> None:
-    """As after deleting a parameter; mlx.nn knows only both or neither."""
+    """As after deleting a parameter. In mlx.nn there are both or neither."""
     x = mx.random.normal((4, 6, 5))
     for kept in ("weight", "bias"):
         layer = mw.InstanceNorm(5, affine=True)
@@ -193,7 +193,7 @@ def test_a_layer_may_have_a_weight_or_a_bias_alone() -> None:
 
 
 def test_instances_with_running_statistics_train_on_their_own() -> None:
-    """Training normalises with the statistics of the instances, evaluation with the running."""
+    """Training uses the statistics of the instances, evaluation the running statistics."""
     x = mx.random.normal((4, 6, 5)) * 3 + 2
     layer = mw.InstanceNorm(5, track_running_stats=True)
     assert_same_bits(layer(x), mw.instance_norm(x), "y")

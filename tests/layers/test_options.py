@@ -1,4 +1,4 @@
-"""Precision of running statistics, recomputation, and the switch to composed operations."""
+"""Precision of running statistics, recomputation, and the switch to the fallback."""
 
 from pathlib import Path
 from typing import Any
@@ -122,7 +122,7 @@ def test_an_error_ends_the_block(tmp_path: Path) -> None:
 
 
 def test_training_within_the_block() -> None:
-    """Running statistics are state, not output: an exported function is of an evaluation."""
+    """Running statistics are state, not outputs, so training cannot be exported."""
     x = mx.random.normal((6, 4))
     composed, plain = mw.BatchNorm(4), mw.BatchNorm(4)
     with mw.composed():
@@ -133,7 +133,7 @@ def test_training_within_the_block() -> None:
 
 
 def test_a_variance_beyond_float16_is_its_largest_number_after_a_plain_cast() -> None:
-    """MLX casts it to inf, with which y would be 0 for ever."""
+    """MLX casts it to inf. Then y would always be 0."""
     layer = mw.BatchNorm(2, affine=False)
     layer.running_var = mx.array([1e6, 1.0])
     layer.set_dtype(mx.float16)

@@ -71,7 +71,7 @@ def test_copies() -> None:
 
 
 def converted(layer: nn.Module) -> nn.Module:
-    """As a part of a model; a layer by itself cannot be replaced in place."""
+    """The layer after the conversion of a model that contains it."""
     model = nn.Sequential(layer)
     assert mw.convert_sync_batchnorm(model) is model
     found: nn.Module = model.layers[0]
@@ -163,7 +163,7 @@ def test_layers_whose_statistics_stay_local_are_named() -> None:
 
 @pytest.mark.parametrize("position", [0, 1, 2])
 def test_an_error_leaves_the_whole_model_as_it_was(position: int) -> None:
-    """Whatever the order in which layers are visited."""
+    """In any order of the layers."""
     layers = [nn.BatchNorm(4), mw.BatchNorm(4)]
     layers.insert(position, nn.BatchNorm(4, momentum=1.5))
     model = nn.Sequential(*layers)

@@ -97,12 +97,12 @@ def trained(norm: nn.Module, compiled: bool, tied: bool) -> Model:
 def test_the_standard_loop_trains_from_the_first_step(
     make: Callable[[int | None], nn.Module], compiled: bool, tied: bool
 ) -> None:
-    """To the bit what a layer does that was told its number of channels."""
+    """The same bits as a layer that was told its number of channels."""
     assert_same_layer(trained(make(None), compiled, tied), trained(make(CHANNELS), compiled, tied))
 
 
 def test_the_first_gradient_is_right() -> None:
-    """Against a layer that was called before, whose gradient has tests of its own."""
+    """Compared with a layer that was called before, whose gradient other tests check."""
     model = nn.Sequential(mw.BatchNorm())
     _, grads = nn.value_and_grad(model, lambda x: (model(x) ** 3).sum())(x())
     told = nn.Sequential(mw.BatchNorm(CHANNELS))
@@ -259,7 +259,7 @@ def test_a_strict_load_still_names_what_is_missing_or_of_another_shape() -> None
 
 @pytest.mark.parametrize("ending", ["safetensors", "npz"])
 def test_saved_before_the_first_call(tmp_path: Path, ending: str) -> None:
-    """Such a file says which parameters there are, and nothing about their values."""
+    """Such a file has the names of the parameters and no values."""
     path = str(tmp_path / f"weights.{ending}")
     mw.BatchNorm().save_weights(path)
     layer = mw.BatchNorm()
