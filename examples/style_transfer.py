@@ -110,7 +110,10 @@ def shrink(x: mx.array) -> mx.array:
 
 
 def contours(x: mx.array) -> mx.array:
-    """Luminance without its mean over the 5x5 pixels around, at half the resolution: (N, H, W, 3) to (N, H/2, W/2, 1)."""
+    """Luminance at half the resolution, less its mean over 5x5 pixels around.
+
+    (N, H, W, 3) to (N, H / 2, W / 2, 1).
+    """
     luminance = shrink((x * mx.array([0.299, 0.587, 0.114])).sum(-1, keepdims=True))
     means = nn.AvgPool2d(5, stride=1, padding=2)(luminance)
     difference: mx.array = luminance - means
