@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from mlx_welford.dispatches import normalization_plans, traffic
+from mlx_welford._plans import normalization_plans, traffic
 
 from .environment import Environment
 from .harness import Figures, Samples, net

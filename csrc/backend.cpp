@@ -9,19 +9,25 @@ namespace mlx_welford {
 
 namespace mx = mlx::core;
 
-bool can_run(mx::Stream s, const Problem& problem) {
+bool can_run(mx::Stream s, const Problem& problem, gpu::PlanCache& cache) {
   if (s.device == mx::Device::gpu) {
-    return gpu::metal_can_run(s, problem);
+    return gpu::metal_can_run(s, problem, cache);
   }
-  return !gpu::simulates() || gpu::simulator_can_run(problem);
+  return !gpu::simulates() || gpu::simulator_can_run(problem, cache);
 }
 
-bool run(mx::Stream s, const Problem& problem, const BoundArrays& arrays) {
+bool run(mx::Stream s, const Problem& of_any_arrays, const BoundArrays& arrays,
+         gpu::PlanCache& cache) {
+  // A Metal buffer begins at a multiple of 16 bytes, and the simulator's do; a view may not.
+  Problem problem = of_any_arrays;
+  for (BufferIndex i : {kX, kG, kOut}) {
+    problem.aligned = problem.aligned && (!arrays.has(i) || arrays[i].offset() % 16 == 0);
+  }
   if (s.device == mx::Device::gpu) {
-    return gpu::run_on_metal(s, problem, arrays);
+    return gpu::run_on_metal(s, problem, arrays, cache);
   }
   if (gpu::simulates()) {
-    return gpu::run_in_simulator(s, problem, arrays);
+    return gpu::run_in_simulator(s, problem, arrays, cache);
   }
   cpu::run(s, problem, arrays);
   return true;

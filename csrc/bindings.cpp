@@ -135,6 +135,7 @@ NB_MODULE(_ext, m) {
   m.def("simulate_with", &mw::gpu::simulate_with, "library"_a.none(),
         "Run the shaders compiled into this library in place of the CPU's kernels; None: no more.");
   mw::bind_launch(m);
+  mw::bind_record(m);
   m.def("num_threads", &mw::cpu::num_threads);
   m.def("instruction_set", &mw::cpu::instruction_set);
 }

@@ -6,5 +6,6 @@
 namespace mlx_welford {
 
 void bind_launch(nanobind::module_& m);
+void bind_record(nanobind::module_& m);
 
 }  // namespace mlx_welford

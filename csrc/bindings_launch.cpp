@@ -1,25 +1,29 @@
-// The launch plan for Python: for `status`, for tests, and for whoever else runs the shaders.
+// The launch plan for Python: for `status`, for tests, and for other programs that run the shaders.
 
 #include <nanobind/nanobind.h>
 #include <nanobind/stl/array.h>
 #include <nanobind/stl/map.h>
+#include <nanobind/stl/optional.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/tuple.h>
 #include <nanobind/stl/vector.h>
 
+#include <algorithm>
 #include <bit>
+#include <iterator>
 #include <map>
+#include <optional>
+#include <stdexcept>
 #include <string>
+#include <tuple>
+#include <vector>
 
 #include "bindings.h"
 #include "gpu/launch.h"
-#include "gpu/record.h"
-#include "mlx/dtype.h"
-#include "shaders.h"
+#include "gpu/metal_source.h"
 
 namespace nb = nanobind;
 using namespace nb::literals;
-namespace mx = mlx::core;
 
 namespace mlx_welford {
 
@@ -62,13 +66,17 @@ nb::dict to_dict(const Merge& s) {
 }
 
 nb::dict to_dict(const gpu::Dispatch& dispatch) {
+  const gpu::Variant& kernel = dispatch.kernel;
   nb::dict d;
-  d["kernel"] = dispatch.kernel;
-  d["host_name"] = dispatch.host_name();
-  d["instantiation"] = dispatch.instantiation();
+  d["kernel"] = gpu::type_of(kernel.kernel).name;
+  d["element"] = kernel.element ? nb::cast(type_of(*kernel.element).name) : nb::none();
+  d["vector"] = kernel.walk ? nb::cast(kernel.walk->vector) : nb::none();
+  d["pattern"] = kernel.walk ? nb::cast(gpu::name_of(kernel.walk->pattern)) : nb::none();
+  d["host_name"] = gpu::host_name(kernel);
+  d["instantiation"] = gpu::instantiation(kernel);
   nb::list buffers;
   for (const gpu::Binding& b : dispatch.buffers) {
-    buffers.append(nb::make_tuple(static_cast<int>(b.index), static_cast<int>(b.array), b.written));
+    buffers.append(nb::make_tuple(kBufferNames[b.index], kBufferNames[b.array], b.written));
   }
   d["buffers"] = buffers;
   std::visit(
@@ -84,28 +92,11 @@ nb::dict to_dict(const gpu::Dispatch& dispatch) {
 }
 
 Operation operation_of(const std::string& name) {
-  if (name == "moments") {
-    return Operation::moments;
+  const auto* found = std::find(std::begin(kOperationNames), std::end(kOperationNames), name);
+  if (found == std::end(kOperationNames)) {
+    throw std::invalid_argument("[launch_plan] no operation '" + name + "'.");
   }
-  if (name == "moments_gradient") {
-    return Operation::moments_gradient;
-  }
-  if (name == "partial_moments") {
-    return Operation::partial_moments;
-  }
-  if (name == "normalize") {
-    return Operation::normalize;
-  }
-  if (name == "normalize_gradient") {
-    return Operation::normalize_gradient;
-  }
-  if (name == "input_gradient") {
-    return Operation::input_gradient;
-  }
-  if (name == "running_statistics") {
-    return Operation::running_statistics;
-  }
-  throw std::invalid_argument("[launch_plan] no operation '" + name + "'.");
+  return static_cast<Operation>(found - kOperationNames);
 }
 
 /// The tuning for one of Apple's GPUs with some constants replaced.
@@ -154,7 +145,7 @@ gpu::Tuning tuning_from(const std::string& architecture,
 }
 
 using Dispatches = nb::typed<nb::list, nb::typed<nb::dict, nb::str, nb::any>>;
-using DispatchesAndBytes = std::tuple<Dispatches, int64_t, int64_t>;
+using DispatchesAndTemporaries = std::tuple<Dispatches, std::map<std::string, int64_t>>;
 
 }  // namespace
 
@@ -162,16 +153,16 @@ void bind_launch(nb::module_& m) {
   m.def(
       "launch_plan",
       [](const std::string& operation, const std::vector<int>& shape, const std::vector<int>& axes,
-         mx::Dtype dtype, int64_t channels, double eps, bool given, bool weight, bool bias,
-         std::array<bool, 4> wanted, bool aligned, uint32_t max_threads,
+         const std::string& element, int64_t channels, double eps, bool given, bool weight,
+         bool bias, std::array<bool, 4> wanted, bool aligned, uint32_t max_threads,
          const std::string& architecture,
-         const std::map<std::string, int64_t>& tuning) -> DispatchesAndBytes {
-        const auto geometry = find_geometry(mx::Shape(shape.begin(), shape.end()), axes);
+         const std::map<std::string, int64_t>& tuning) -> DispatchesAndTemporaries {
+        const auto geometry = find_geometry(mlx::core::Shape(shape.begin(), shape.end()), axes);
         if (!geometry || geometry->size() == 0) {
           throw std::invalid_argument("[launch_plan] no kernels for this shape and these axes.");
         }
         const Problem problem{.operation = operation_of(operation),
-                              .element = element_of(dtype),
+                              .element = found(find_element(element)),
                               .geometry = *geometry,
                               .channels = channels,
                               .eps = static_cast<float>(eps),
@@ -186,57 +177,67 @@ void bind_launch(nb::module_& m) {
         for (const gpu::Dispatch& dispatch : plan.dispatches) {
           dispatches.append(to_dict(dispatch));
         }
-        return {dispatches, plan.partials_bytes, plan.sums_bytes};
+        std::map<std::string, int64_t> temporaries;
+        for (const gpu::Temporary& t : plan.temporaries) {
+          temporaries.emplace(kBufferNames[t.index], t.bytes);
+        }
+        return {dispatches, temporaries};
       },
-      "operation"_a, "shape"_a, "axes"_a, "dtype"_a, nb::kw_only(), "channels"_a = 1,
+      "operation"_a, "shape"_a, "axes"_a, "element"_a, nb::kw_only(), "channels"_a = 1,
       "eps"_a = 1e-5, "given"_a = false, "weight"_a = false, "bias"_a = false,
       "wanted"_a = std::array<bool, 4>{false, false, false, false}, "aligned"_a = true,
       "max_threads"_a = 1024, "architecture"_a = "", "tuning"_a = std::map<std::string, int64_t>{},
       "The dispatches for a problem over non-negative `axes`, and the bytes of the temporary "
-      "arrays "
-      "partials and sums. `wanted`: gradients of x, the given statistics, weight, bias. "
+      "arrays. "
+      "`element`: the type of x by name, one of element_types. "
+      "`wanted`: gradients of x, the given statistics, weight, bias. "
       "`architecture`: the GPU, as Metal calls it (\"applegpu_g13s\"). "
       "`tuning`: constants of csrc/gpu/tuning.h by name, where they are not to be Apple's.");
 
-  m.attr("shader_source") = gpu::kShaderSource;
-  m.attr("shader_hash") = gpu::kShaderHash;
+  m.def(
+      "axis_order",
+      [](const std::vector<int>& shape, const std::vector<int>& axes,
+         const std::vector<int>& last) {
+        return axis_order(mlx::core::Shape(shape.begin(), shape.end()), axes, last);
+      },
+      "shape"_a, "axes"_a, "last"_a,
+      "The order in which kernels take the axes of an array to reduce `axes`: as they are where "
+      "they "
+      "can walk over them (csrc/geometry.h), else with those in `last` behind the others.");
+
+  m.def(
+      "element_types",
+      [] {
+        std::vector<std::tuple<std::string, std::string, int64_t>> types;
+        for (const ElementType& type : kElementTypes) {
+          types.emplace_back(type.name, type.metal, type.bytes);
+        }
+        return types;
+      },
+      "Name, name in Metal and bytes of every element type that there are kernels for.");
+  m.def("operations", [] {
+    return std::vector<std::string>(std::begin(kOperationNames), std::end(kOperationNames));
+  });
+  m.def("buffer_names",
+        [] { return std::vector<std::string>(std::begin(kBufferNames), std::end(kBufferNames)); });
+  m.def("limits", [] {
+    return std::map<std::string, int64_t>{
+        {"kSimd", kSimd}, {"kEntries", kEntries}, {"kKept", kKept}, {"kSpan", kSpan}};
+  });
+
+  m.attr("shader_source") = gpu::shader_source();
+  m.attr("shader_hash") = gpu::shader_hash();
 
   m.def(
       "shader_kernels",
       [] {
         std::vector<std::tuple<std::string, std::string>> kernels;
-        for (const gpu::Dispatch& d : gpu::all_kernels()) {
-          kernels.emplace_back(d.host_name(), d.instantiation());
+        for (const gpu::Variant& kernel : gpu::all_kernels()) {
+          kernels.emplace_back(gpu::host_name(kernel), gpu::instantiation(kernel));
         }
         return kernels;
       },
       "Host name and instantiation of every kernel that a plan can contain.");
-
-  m.def(
-      "pipelines",
-      [] {
-        std::map<std::string, std::tuple<uint32_t, uint32_t, double>> pipelines;
-        for (const auto& [kernel, p] : gpu::recorded_pipelines()) {
-          pipelines.emplace(kernel,
-                            std::make_tuple(p.most_threads, p.threadgroup_bytes, p.milliseconds));
-        }
-        return pipelines;
-      },
-      "Of every kernel that the GPU was asked for so far: the threads that a threadgroup of it may "
-      "have, the bytes of threadgroup memory that it declares, and the milliseconds that the first "
-      "request took, which compiles it. Empty where no shaders run.");
-  m.def("record_dispatches", &gpu::record_dispatches, "on"_a,
-        "Note from now on which dispatches run, or no longer.");
-  m.def(
-      "take_recorded_dispatches",
-      [] {
-        std::vector<std::tuple<std::string, uint32_t, uint32_t>> dispatches;
-        for (const gpu::UsedDispatch& d : gpu::take_recorded_dispatches()) {
-          dispatches.emplace_back(d.kernel, d.groups, d.threads);
-        }
-        return dispatches;
-      },
-      "Host name, threadgroups and threads of the dispatches that ran since the last call.");
 }
 
 }  // namespace mlx_welford

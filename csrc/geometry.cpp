@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <array>
+#include <numeric>
 
 namespace mlx_welford {
 
@@ -33,6 +34,18 @@ std::optional<Geometry> find_geometry(const mlx::core::Shape& shape, const std::
     *levels[level] *= shape[axis];
   }
   return g;
+}
+
+std::vector<int> axis_order(const mlx::core::Shape& shape, const std::vector<int>& axes,
+                            const std::vector<int>& last) {
+  std::vector<int> order(shape.size());
+  std::iota(order.begin(), order.end(), 0);
+  if (!find_geometry(shape, axes)) {
+    std::erase_if(
+        order, [&](int axis) { return std::find(last.begin(), last.end(), axis) != last.end(); });
+    order.insert(order.end(), last.begin(), last.end());
+  }
+  return order;
 }
 
 bool has_geometry_in_any_shape(int ndim, const std::vector<int>& axes) {

@@ -57,6 +57,11 @@ std::vector<int> reduced_axes(int ndim, int channel_axis, Statistics statistics)
 /// nothing when its kept and reduced axes alternate too often for (merge, outer, reduce, inner).
 std::optional<Geometry> find_geometry(const mlx::core::Shape& shape, const std::vector<int>& axes);
 
+/// The order in which kernels take the axes of an array: as they are if they have a geometry, else
+/// with those in `last` behind the others.
+std::vector<int> axis_order(const mlx::core::Shape& shape, const std::vector<int>& axes,
+                            const std::vector<int>& last);
+
 /// True if arrays of all shapes with so many axes have a geometry, and not only those in which some
 /// axes have length 1.
 bool has_geometry_in_any_shape(int ndim, const std::vector<int>& axes);

@@ -48,6 +48,13 @@ void allocate_or_donate(mx::array& out, std::span<const mx::array* const> inputs
   allocate(out);
 }
 
+mx::array temporary(int64_t bytes) {
+  constexpr int64_t kRow = 8;  // in rows: one side of an array has fewer than 2^31 elements
+  mx::array a({static_cast<int>((bytes + kRow - 1) / kRow), kRow}, mx::uint8, nullptr, {});
+  allocate(a);
+  return a;
+}
+
 void release_inputs_of_siblings(const std::vector<mx::array>& inputs,
                                 std::vector<mx::array>& outputs) {
   for (mx::array& output : outputs) {

@@ -1,6 +1,7 @@
 // Memory for the outputs of a primitive.
 #pragma once
 
+#include <cstdint>
 #include <span>
 #include <vector>
 
@@ -14,6 +15,9 @@ void allocate(mlx::core::array& out);
 /// Gives `out` the memory of the first of the inputs that nobody else will read, or memory of its
 /// own.
 void allocate_or_donate(mlx::core::array& out, std::span<const mlx::core::array* const> inputs);
+
+/// Uninitialised memory of so many bytes.
+mlx::core::array temporary(int64_t bytes);
 
 /// Drops the references of sibling outputs to the inputs, which would keep MLX from donating one.
 /// Without this, each of several outputs holds all inputs until just after its evaluation.

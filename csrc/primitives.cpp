@@ -18,7 +18,7 @@ FallbackCall KernelPrimitive::fallback_call(const Arrays& inputs) const {
   const Attributes& a = attributes_;
   FallbackCall call{.function = signature_.function, .arguments = {}, .outputs = {}};
   for (size_t i = 0; i < inputs.size(); ++i) {
-    call.arguments.emplace_back(name_of(signature_.inputs[i].buffer), inputs[i]);
+    call.arguments.emplace_back(kBufferNames[signature_.inputs[i].buffer], inputs[i]);
   }
   if (!a.axes.empty()) {
     call.arguments.emplace_back("axes", a.axes);
@@ -28,7 +28,7 @@ FallbackCall KernelPrimitive::fallback_call(const Arrays& inputs) const {
     call.arguments.emplace_back("eps", a.eps);
   }
   for (const Operand& output : signature_.outputs) {
-    call.outputs.push_back(name_of(output.buffer));
+    call.outputs.push_back(kBufferNames[output.buffer]);
   }
   return call;
 }
@@ -42,7 +42,7 @@ bool KernelPrimitive::can_evaluate(const Arrays& inputs) {
       return false;
     }
   }
-  return inputs[0].size() == 0 || can_run(stream(), problem(inputs));
+  return inputs[0].size() == 0 || can_run(stream(), problem(inputs), plan_cache_);
 }
 
 std::vector<mx::Dtype> KernelPrimitive::output_dtypes(const Arrays& inputs) {
@@ -129,7 +129,7 @@ void KernelPrimitive::eval(const Arrays& inputs, Arrays& outputs) {
   BoundArrays arrays;
   bind_operands(signature_.inputs, inputs, arrays);
   bind_operands(signature_.outputs, outputs, arrays);
-  if (!run(stream(), problem(inputs), arrays)) {
+  if (!run(stream(), problem(inputs), arrays, plan_cache_)) {
     evaluate_fallback(inputs, outputs);
   }
 }

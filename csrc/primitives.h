@@ -5,6 +5,7 @@
 #include <vector>
 
 #include "fallback.h"
+#include "gpu/plan_cache.h"
 #include "signature.h"
 
 namespace mlx_welford {
@@ -37,6 +38,7 @@ class KernelPrimitive : public FallbackPrimitive {
 
   Attributes attributes_;
   Signature signature_;
+  gpu::PlanCache plan_cache_;
 };
 
 /// The outputs of an operation. All of these are defined for an empty x, too, and stand for a node of

@@ -128,15 +128,6 @@ mx::Shape shape_of(const Operand& operand, const Attributes& a, const Arrays& in
   return kept;
 }
 
-const char* name_of(BufferIndex i) {
-  constexpr std::array<const char*, kBuffers> kNames{
-      "parameters",  "x",         "mean",      "var",      "weight",       "bias",
-      "out",         "g",         "grad_mean", "grad_var", "partials",     "sums",
-      "grad_weight", "grad_bias", "moments",   "update",   "running_mean", "running_var",
-      "next_mean",   "next_var"};
-  return kNames[i];
-}
-
 BufferIndex gradient_of(BufferIndex i) {
   switch (i) {
     case kX:

@@ -4,8 +4,7 @@
 #include <array>
 #include <vector>
 
-#include "geometry.h"
-#include "mlx/array.h"
+#include "bound_arrays.h"
 #include "problem.h"
 
 namespace mlx_welford {
@@ -67,9 +66,6 @@ mlx::core::Dtype statistics_dtype(mlx::core::Dtype dtype);
 mlx::core::Dtype dtype_of(const Operand& operand, const Arrays& inputs);
 mlx::core::Shape shape_of(const Operand& operand, const Attributes& attributes,
                           const Arrays& inputs);
-
-/// The name of an array, as in metal/bindings.h: "grad_mean" for kGradMean.
-const char* name_of(BufferIndex i);
 
 /// Where the gradient of an input is, or the cotangent of an output.
 BufferIndex gradient_of(BufferIndex i);

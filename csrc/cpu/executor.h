@@ -2,6 +2,7 @@
 #pragma once
 
 #include "mlx/stream.h"
+#include "bound_arrays.h"
 #include "problem.h"
 
 namespace mlx_welford::cpu {

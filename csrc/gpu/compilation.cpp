@@ -7,34 +7,39 @@
 #include <stdexcept>
 #include <string>
 
+#include "gpu/metal_source.h"
+#include "gpu/record.h"
+
 namespace mlx_welford::gpu {
 
 namespace {
 
-/// Whether MLX_WELFORD_STRICT=1 asks for errors in place of a fallback.
+/// True if MLX_WELFORD_STRICT=1 asks for errors in place of the fallback.
 bool strict() {
   const char* value = std::getenv("MLX_WELFORD_STRICT");
   return value != nullptr && std::strcmp(value, "1") == 0;
 }
 
-/// A kernel that uses many registers allows fewer threads than the device; then there is a plan with
-/// smaller groups.
-Plan plan_within(const Problem& problem, const Compilation::Compile& compile, Limits limits) {
+/// A kernel that uses many registers allows fewer threads than the device. The plan is then made
+/// again for smaller threadgroups.
+CompiledPlan plan_within(const Problem& problem, const Compilation::Compile& compile,
+                         Limits limits) {
   for (;;) {
-    Plan p = plan(problem, limits);
+    CompiledPlan made{.problem = problem, .plan = plan(problem, limits)};
     uint32_t allowed = limits.threads;
-    for (const Dispatch& d : p.dispatches) {
-      const uint32_t most = compile(d);
+    for (const Dispatch& d : made.plan.dispatches) {
+      const auto [pipeline, most] = compile(d.kernel);
+      made.pipelines.push_back(pipeline);
       if (most < kSimd) {
-        throw std::runtime_error(d.host_name() + " may have no more than " + std::to_string(most) +
-                                 " threads.");
+        throw std::runtime_error(host_name(d.kernel) + " may have no more than " +
+                                 std::to_string(most) + " threads.");
       }
       if (d.threads > most) {
         allowed = std::min(allowed, most / kSimd * kSimd);
       }
     }
     if (allowed == limits.threads) {
-      return p;
+      return made;
     }
     limits.threads = allowed;
   }
@@ -42,10 +47,20 @@ Plan plan_within(const Problem& problem, const Compilation::Compile& compile, Li
 
 }  // namespace
 
-std::optional<Plan> Compilation::plan_for(const Problem& problem, const Compile& compile,
-                                          const Limits& limits) {
+std::shared_ptr<const CompiledPlan> Compilation::plan_for(const Problem& problem, PlanCache& cache,
+                                                          const Compile& compile,
+                                                          const Limits& limits) {
+  const uint64_t generation = generation_;
+  auto cached = cache.get();
+  if (cached && cached->generation == generation && cached->problem == problem) {
+    return cached;
+  }
   try {
-    return plan_within(problem, compile, limits);
+    count_plan();
+    auto made = std::make_shared<CompiledPlan>(plan_within(problem, compile, limits));
+    made->generation = generation;
+    cache.set(made);
+    return made;
   } catch (const std::runtime_error& error) {
     if (strict()) {
       throw std::runtime_error(std::string("mlx_welford: a shader does not compile.\n") +
@@ -57,7 +72,7 @@ std::optional<Plan> Compilation::plan_for(const Problem& problem, const Compile&
              "Please report this:\n"
           << error.what() << std::endl;
     }
-    return std::nullopt;
+    return nullptr;
   }
 }
 

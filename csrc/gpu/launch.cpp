@@ -17,45 +17,27 @@ int64_t power_of_two_from(int64_t a) {
   return static_cast<int64_t>(std::bit_ceil(static_cast<uint64_t>(std::max<int64_t>(a, 1))));
 }
 
-struct ElementType {
-  const char* metal;
-  const char* name;
-  int64_t bytes;
-};
+/// Elements of a vector of 16 bytes, the widest that a thread reads at once.
+int64_t full_vector(Element e) { return 16 / type_of(e).bytes; }
 
-ElementType type_of(Element e) {
-  switch (e) {
-    case Element::float32:
-      return {"float", "float32", 4};
-    case Element::float16:
-      return {"half", "float16", 2};
-    case Element::bfloat16:
-      return {"bfloat", "bfloat16", 2};
-  }
-  throw std::logic_error("no such element type");
-}
-
-/// How the array is walked over, whatever the kernel: pattern, vectors, and threads across.
+/// How kernels walk over the array, the same for all of a plan's.
 struct Access {
   bool columns;
   int64_t vector;   // elements of a vector
   int64_t vectors;  // columns: vectors side by side; rows: one after another
 
   Access(const Geometry& g, Element element, bool aligned) : columns(g.inner > 1) {
-    const int64_t full = 16 / type_of(element).bytes;
-    // Rows find the aligned part of every segment by themselves; columns must all be aligned.
+    const int64_t full = full_vector(element);
+    // Kernels for rows find the aligned part of each segment; columns must all be aligned.
     vector = aligned && (columns ? g.inner % full == 0 : g.reduce >= full) ? full : 1;
     vectors = ceil_div(columns ? g.inner : g.reduce, vector);
   }
 
-  std::string arguments(Element element) const {
-    return std::string("<") + type_of(element).metal + ", " + std::to_string(vector) + ", " +
-           (columns ? "Columns" : "Rows") + ">";
-  }
+  Walk walk() const { return {vector, columns ? Pattern::columns : Pattern::rows}; }
 };
 
-/// Threads side by side over columns: the power of two that leaves the fewest idle, the largest of
-/// those, but no fewer than read least_run bytes together.
+/// Threads side by side over columns: the largest power of two among those that leave the fewest
+/// threads idle. At least as many as read `least_run` bytes together.
 int64_t columns_across(const Access& a, Element element, const Tuning& tuning, int64_t most) {
   const int64_t run = tuning.least_run / (a.vector * type_of(element).bytes);
   const int64_t least = std::min({run, power_of_two_from(a.vectors), most});
@@ -94,19 +76,19 @@ Sweep describe(const Problem& p) {
           .has_weight = p.has_weight,
           .has_bias = p.has_bias,
           .has_sums = p.operation == Operation::normalize_gradient,
-          // Of statistics that are not x's own the cotangents are per value already.
+          // If the statistics are not x's own, their cotangents are per value already.
           .count = p.operation == Operation::input_gradient ? 1.0f : static_cast<float>(g.count()),
           .eps = p.eps,
           .padding = 0};
 }
 
-/// Completes a sweep whose across and along are chosen.
+/// Splits the reduction into up to `pieces` pieces and fills in what follows from across and along.
 Shape arrange(const Access& a, Sweep s, int64_t across, int64_t along, int64_t pieces) {
   const int64_t strips = ceil_div(a.columns ? a.vectors : s.segments, across);
   const int64_t in_span = std::max<int64_t>(along, kSpan / s.inner / along * along);
   int64_t piece = std::min(ceil_div(s.reduce, pieces), in_span);
   if (!a.columns) {
-    piece = round_up(piece, a.vector);  // inner boundaries need no edges of their own
+    piece = round_up(piece, a.vector);  // so that no vector crosses from one piece to the next
   }
   const int64_t pieces_used = ceil_div(s.reduce, piece);
   const int64_t groups = strips * pieces_used * (a.columns ? s.segments : 1);
@@ -122,8 +104,8 @@ Shape arrange(const Access& a, Sweep s, int64_t across, int64_t along, int64_t p
   return {s, static_cast<uint32_t>(groups), static_cast<uint32_t>(across * along)};
 }
 
-/// A sweep over reductions of any length, with at least `least_vectors` for each thread of a piece,
-/// and in no more pieces than make `enough_groups`.
+/// A sweep over reductions of any length. It is split for `enough_groups` threadgroups, but each
+/// thread has at least `least_vectors` to read.
 Shape sweep(const Problem& p, const Access& a, const Limits& limits, int64_t least_vectors,
             int64_t enough_groups) {
   const int64_t threads = std::min<int64_t>(limits.tuning.sweep_threads, limits.threads);
@@ -154,7 +136,7 @@ Shape second_pass(const Problem& p, const Access& a, const Limits& limits) {
   return sweep(p, a, limits, limits.tuning.apply_vectors, as_many_as_there_are);
 }
 
-/// The sweep of a fused kernel, if each group of threads can keep all of its statistics' elements.
+/// The sweep of a fused kernel, if a threadgroup can hold all elements of its statistics.
 std::optional<Shape> fused(const Problem& p, const Access& a, const Limits& limits, Fused kernel) {
   const Geometry& g = p.geometry;
   if (g.merge > 1 || g.reduce > kSpan / g.inner) {
@@ -185,143 +167,22 @@ std::optional<Shape> fused(const Problem& p, const Access& a, const Limits& limi
   return std::nullopt;
 }
 
-/// Parameters and shape of a kernel that merges parts.
-Dispatch merging(std::string kernel, std::string arguments, std::vector<Binding> buffers,
-                 const Problem& p, int64_t columns, int64_t parts, const Limits& limits) {
-  const int64_t across = std::min<int64_t>(kSimd, power_of_two_from(columns));
-  const int64_t most = std::min<int64_t>(limits.tuning.sweep_threads, limits.threads) / across;
-  const int64_t along = std::clamp(power_of_two_from(parts), kSimd / across, most);
-  const Merge merge{.columns = columns,
-                    .parts = parts,
-                    .across = static_cast<uint32_t>(across),
-                    .along = static_cast<uint32_t>(along),
-                    .has_weight = p.has_weight,
-                    .has_bias = p.has_bias,
-                    .eps = p.eps,
-                    .padding = 0};
-  return {std::move(kernel),
-          std::move(arguments),
-          std::move(buffers),
-          merge,
-          static_cast<uint32_t>(ceil_div(columns, across)),
-          static_cast<uint32_t>(across * along)};
-}
-
 Binding in(BufferIndex index) { return {index, index, false}; }
 Binding out(BufferIndex index) { return {index, index, true}; }
 
+/// Makes the plan for each operation, in the method of its name.
 class Planner {
  public:
   Planner(const Problem& problem, const Limits& limits)
-      : p_(problem),
-        limits_(limits),
-        access_(problem.geometry, problem.element, problem.aligned),
-        element_(std::string("<") + type_of(problem.element).metal + ">") {}
+      : p_(problem), limits_(limits), access_(problem.geometry, problem.element, problem.aligned) {}
 
-  Plan moments() {
-    find_moments();
-    return std::move(plan_);
-  }
-
-  Plan partial_moments() {
-    const Geometry& g = p_.geometry;
-    const Shape shape = first_pass(p_, access_, limits_);
-    const int64_t parts = g.merge * shape.sweep.pieces;
-    const BufferIndex destination = parts == 1 ? kMoments : kPartials;  // a single part is all
-    add("partial_moments", shape, {in(kX), {kPartials, destination, true}});
-    if (parts > 1) {
-      plan_.partials_bytes = parts * g.statistics() * kMomentsBytes;
-      plan_.dispatches.push_back(merging("merge_partial_moments", "",
-                                         {in(kPartials), out(kMoments)}, p_, g.statistics(), parts,
-                                         limits_));
-    }
-    return std::move(plan_);
-  }
-
-  Plan moments_gradient() {
-    add("moments_gradient", second_pass(p_, access_, limits_),
-        {in(kX), in(kMean), in(kGradMean), in(kGradVar), out(kOut)});
-    return std::move(plan_);
-  }
-
-  Plan normalize() {
-    if (!p_.given) {
-      if (auto shape = fused(p_, access_, limits_, Fused::forward)) {
-        add("fused_normalize", *shape,
-            {in(kX), out(kMean), out(kVar), weight(), bias(), out(kOut)});
-        return std::move(plan_);
-      }
-      find_moments();
-    }
-    add("normalize_input", second_pass(p_, access_, limits_),
-        {in(kX), in(kMean), in(kVar), weight(), bias(), out(kOut)});
-    return std::move(plan_);
-  }
-
-  Plan normalize_gradient() {
-    const Wanted& wanted = p_.wanted;
-    const int64_t statistics = p_.geometry.statistics();
-    if (!p_.given || wanted.statistics || wanted.weight || wanted.bias) {
-      plan_.sums_bytes = statistics * kSumsBytes;
-      auto shape = fused(p_, access_, limits_, Fused::backward);
-      if (shape && wanted.x && !p_.given) {
-        add("fused_gradient", *shape,
-            {in(kX), in(kG), in(kMean), in(kVar), weight(), in(kGradMean), in(kGradVar), out(kSums),
-             out(kOut)});
-      } else {
-        find_sums();
-        if (wanted.x && !p_.given) {
-          add("input_gradient", second_pass(p_, access_, limits_),
-              {in(kX), in(kG), in(kMean), in(kVar), weight(), in(kSums), in(kGradMean),
-               in(kGradVar), out(kOut)});
-        }
-      }
-    }
-    if (wanted.x && p_.given) {
-      add("given_input_gradient", second_pass(p_, access_, limits_),
-          {in(kG), in(kVar), weight(), out(kOut)});
-    }
-    if (wanted.statistics) {
-      plan_.dispatches.push_back(
-          merging("given_gradients", element_,
-                  {in(kSums), in(kVar), weight(), out(kGradMean), out(kGradVar)}, p_, statistics, 1,
-                  limits_));
-    }
-    if (wanted.weight || wanted.bias) {
-      Problem of_wanted = p_;
-      of_wanted.has_weight = wanted.weight;
-      of_wanted.has_bias = wanted.bias;
-      plan_.dispatches.push_back(
-          merging("parameter_gradients", element_,
-                  {in(kSums),
-                   in(kVar),
-                   {kGradWeight, wanted.weight ? kGradWeight : kGradBias, true},
-                   {kGradBias, wanted.bias ? kGradBias : kGradWeight, true}},
-                  of_wanted, p_.channels, statistics / p_.channels, limits_));
-    }
-    return std::move(plan_);
-  }
-
-  Plan input_gradient() {
-    add("input_gradient", second_pass(p_, access_, limits_),
-        {in(kX),
-         in(kG),
-         in(kMean),
-         in(kVar),
-         weight(),
-         {kSums, kVar, false},
-         in(kGradMean),
-         in(kGradVar),
-         out(kOut)});
-    return std::move(plan_);
-  }
-
-  Plan running_statistics() {
-    const int64_t parts = p_.geometry.statistics() / p_.channels;
-    plan_.dispatches.push_back(merging("update_running_statistics", element_,
-                                       {in(kMean), in(kVar), in(kUpdate), in(kRunningMean),
-                                        in(kRunningVar), out(kNextMean), out(kNextVar)},
-                                       p_, p_.channels, parts, limits_));
+  Plan plan() && {
+#define X(name)         \
+  case Operation::name: \
+    name();             \
+    break;
+    switch (p_.operation) { MLX_WELFORD_OPERATIONS(X) }
+#undef X
     return std::move(plan_);
   }
 
@@ -329,132 +190,190 @@ class Planner {
   static constexpr int64_t kMomentsBytes = 4 * sizeof(float);
   static constexpr int64_t kSumsBytes = 2 * sizeof(float);
 
+  void moments() {
+    const Shape shape = first_pass(p_, access_, limits_);
+    const int64_t parts = parts_of(shape);
+    if (parts == 1) {
+      sweep(Kernel::moments, shape, {in(kX), out(kMean), out(kVar)});
+      return;
+    }
+    temporary(kPartials, parts * statistics() * kMomentsBytes);
+    sweep(Kernel::partial_moments, shape, {in(kX), out(kPartials)});
+    merge(Kernel::merge_moments, {in(kPartials), out(kMean), out(kVar)}, statistics(), parts);
+  }
+
+  void partial_moments() {
+    reduce(Kernel::partial_moments, {in(kX)}, Kernel::merge_partial_moments, kMoments,
+           kMomentsBytes);
+  }
+
+  void moments_gradient() {
+    sweep(Kernel::moments_gradient, second_pass(p_, access_, limits_),
+          {in(kX), in(kMean), in(kGradMean), in(kGradVar), out(kOut)});
+  }
+
+  void normalize() {
+    if (!p_.given) {
+      if (auto shape = fused(p_, access_, limits_, Fused::forward)) {
+        sweep(Kernel::fused_normalize, *shape,
+              {in(kX), out(kMean), out(kVar), weight(), bias(), out(kOut)});
+        return;
+      }
+      moments();
+    }
+    sweep(Kernel::normalize_input, second_pass(p_, access_, limits_),
+          {in(kX), in(kMean), in(kVar), weight(), bias(), out(kOut)});
+  }
+
+  void normalize_gradient() {
+    const Wanted& wanted = p_.wanted;
+    if (!p_.given || wanted.statistics || wanted.weight || wanted.bias) {
+      temporary(kSums, statistics() * kSumsBytes);
+      auto shape = fused(p_, access_, limits_, Fused::backward);
+      if (shape && wanted.x && !p_.given) {
+        sweep(Kernel::fused_gradient, *shape,
+              {in(kX), in(kG), in(kMean), in(kVar), weight(), in(kGradMean), in(kGradVar),
+               out(kSums), out(kOut)});
+      } else {
+        reduce(Kernel::partial_sums, {in(kX), in(kG), in(kMean)}, Kernel::merge_sums, kSums,
+               kSumsBytes);
+        if (wanted.x && !p_.given) {
+          input_gradient_from(kSums);
+        }
+      }
+    }
+    if (wanted.x && p_.given) {
+      sweep(Kernel::given_input_gradient, second_pass(p_, access_, limits_),
+            {in(kG), in(kVar), weight(), out(kOut)});
+    }
+    if (wanted.statistics) {
+      merge(Kernel::given_gradients, {in(kSums), in(kVar), weight(), out(kGradMean), out(kGradVar)},
+            statistics(), 1);
+    }
+    if (wanted.weight || wanted.bias) {
+      merge(Kernel::parameter_gradients,
+            {in(kSums),
+             in(kVar),
+             {kGradWeight, wanted.weight ? kGradWeight : kGradBias, true},
+             {kGradBias, wanted.bias ? kGradBias : kGradWeight, true}},
+            p_.channels, statistics() / p_.channels);
+      // This kernel's parameters say which gradients are wanted.
+      auto& parameters = std::get<Merge>(plan_.dispatches.back().parameters);
+      parameters.has_weight = wanted.weight;
+      parameters.has_bias = wanted.bias;
+    }
+  }
+
+  void input_gradient() { input_gradient_from(kVar); }  // has_sums is false: they are not read
+
+  void running_statistics() {
+    merge(Kernel::update_running_statistics,
+          {in(kMean), in(kVar), in(kUpdate), in(kRunningMean), in(kRunningVar), out(kNextMean),
+           out(kNextVar)},
+          p_.channels, statistics() / p_.channels);
+  }
+
+  int64_t statistics() const { return p_.geometry.statistics(); }
+  int64_t parts_of(const Shape& shape) const { return p_.geometry.merge * shape.sweep.pieces; }
+
   /// An absent vector is never read; var, which every such kernel has, stands in for it.
   Binding weight() const { return {kWeight, p_.has_weight ? kWeight : kVar, false}; }
   Binding bias() const { return {kBias, p_.has_bias ? kBias : kVar, false}; }
 
-  void add(const char* kernel, const Shape& shape, std::vector<Binding> buffers) {
-    plan_.dispatches.push_back({kernel, access_.arguments(p_.element), std::move(buffers),
-                                shape.sweep, shape.groups, shape.threads});
+  void temporary(BufferIndex index, int64_t bytes) { plan_.temporaries.push_back({index, bytes}); }
+
+  void sweep(Kernel kernel, const Shape& shape, std::vector<Binding> buffers) {
+    plan_.dispatches.push_back({{kernel, p_.element, access_.walk()},
+                                std::move(buffers),
+                                shape.sweep,
+                                shape.groups,
+                                shape.threads});
   }
 
-  void find_moments() {
-    const Geometry& g = p_.geometry;
-    const Shape shape = first_pass(p_, access_, limits_);
-    const int64_t parts = g.merge * shape.sweep.pieces;
-    if (parts == 1) {
-      add("moments", shape, {in(kX), out(kMean), out(kVar)});
-      return;
+  /// A dispatch that merges the `parts` partial results of each of `columns`.
+  void merge(Kernel kernel, std::vector<Binding> buffers, int64_t columns, int64_t parts) {
+    const int64_t across = std::min<int64_t>(kSimd, power_of_two_from(columns));
+    const int64_t most = std::min<int64_t>(limits_.tuning.sweep_threads, limits_.threads) / across;
+    const int64_t along = std::clamp(power_of_two_from(parts), kSimd / across, most);
+    Variant variant{kernel, {}, {}};
+    if (type_of(kernel).parameters == Parameters::element) {
+      variant.element = p_.element;
     }
-    plan_.partials_bytes = parts * g.statistics() * kMomentsBytes;
-    add("partial_moments", shape, {in(kX), out(kPartials)});
-    plan_.dispatches.push_back(merging("merge_moments", "", {in(kPartials), out(kMean), out(kVar)},
-                                       p_, g.statistics(), parts, limits_));
+    plan_.dispatches.push_back({variant, std::move(buffers),
+                                Merge{.columns = columns,
+                                      .parts = parts,
+                                      .across = static_cast<uint32_t>(across),
+                                      .along = static_cast<uint32_t>(along),
+                                      .has_weight = p_.has_weight,
+                                      .has_bias = p_.has_bias,
+                                      .eps = p_.eps,
+                                      .padding = 0},
+                                static_cast<uint32_t>(ceil_div(columns, across)),
+                                static_cast<uint32_t>(across * along)});
   }
 
-  void find_sums() {
-    const Geometry& g = p_.geometry;
+  /// A sweep that leaves partial results of `bytes` each, and their merge into the array `whole`. A
+  /// single part is written there right away.
+  void reduce(Kernel kernel, std::vector<Binding> buffers, Kernel merging, BufferIndex whole,
+              int64_t bytes) {
     const Shape shape = first_pass(p_, access_, limits_);
-    const int64_t parts = g.merge * shape.sweep.pieces;
-    const BufferIndex destination = parts == 1 ? kSums : kPartials;  // a single part is the sum
-    add("partial_sums", shape, {in(kX), in(kG), in(kMean), {kPartials, destination, true}});
+    const int64_t parts = parts_of(shape);
+    buffers.push_back({kPartials, parts == 1 ? whole : kPartials, true});
+    sweep(kernel, shape, std::move(buffers));
     if (parts > 1) {
-      plan_.partials_bytes = parts * g.statistics() * kSumsBytes;
-      plan_.dispatches.push_back(merging("merge_sums", "", {in(kPartials), out(kSums)}, p_,
-                                         g.statistics(), parts, limits_));
+      temporary(kPartials, parts * statistics() * bytes);
+      merge(merging, {in(kPartials), out(whole)}, statistics(), parts);
     }
+  }
+
+  void input_gradient_from(BufferIndex sums) {
+    sweep(Kernel::input_gradient, second_pass(p_, access_, limits_),
+          {in(kX),
+           in(kG),
+           in(kMean),
+           in(kVar),
+           weight(),
+           {kSums, sums, false},
+           in(kGradMean),
+           in(kGradVar),
+           out(kOut)});
   }
 
   const Problem& p_;
   const Limits& limits_;
   Access access_;
-  std::string element_;
   Plan plan_;
 };
 
 }  // namespace
 
-std::string Dispatch::host_name() const {
-  std::string name = kernel;
-  for (char c : arguments) {
-    if (c == '<' || c == ',') {
-      name += '_';
-    } else if (c != ' ' && c != '>') {
-      name += c;
+std::vector<Variant> all_kernels() {
+  std::vector<Variant> variants;
+  for (const KernelType& type : kKernelTypes) {
+    if (type.parameters == Parameters::nothing) {
+      variants.push_back({type.kernel, {}, {}});
+      continue;
     }
-  }
-  return name;
-}
-
-std::string Dispatch::instantiation() const {
-  if (arguments.empty()) {
-    return "";
-  }
-  const std::string function = kernel + arguments;
-  return "template [[host_name(\"" + host_name() + "\")]] [[kernel]] decltype(" + function + ") " +
-         function + ";\n";
-}
-
-std::vector<Dispatch> all_kernels() {
-  std::vector<Dispatch> kernels;
-  auto add = [&](const char* name, std::string arguments) {
-    Dispatch d{};
-    d.kernel = name;
-    d.arguments = std::move(arguments);
-    kernels.push_back(std::move(d));
-  };
-  for (Element element : {Element::float32, Element::float16, Element::bfloat16}) {
-    for (int64_t inner : {1, 16}) {
-      for (bool aligned : {false, true}) {
-        const Access access({.reduce = 16, .inner = inner}, element, aligned);
-        for (const char* name :
-             {"moments", "partial_moments", "partial_sums", "normalize_input", "input_gradient",
-              "given_input_gradient", "moments_gradient", "fused_normalize", "fused_gradient"}) {
-          add(name, access.arguments(element));
+    for (const ElementType& element : kElementTypes) {
+      if (type.parameters == Parameters::element) {
+        variants.push_back({type.kernel, element.element, {}});
+        continue;
+      }
+      for (Pattern pattern : {Pattern::rows, Pattern::columns}) {
+        for (int64_t vector : {int64_t{1}, full_vector(element.element)}) {
+          variants.push_back({type.kernel, element.element, Walk{vector, pattern}});
         }
       }
     }
-    const std::string typed = std::string("<") + type_of(element).metal + ">";
-    add("parameter_gradients", typed);
-    add("given_gradients", typed);
-    add("update_running_statistics", typed);
   }
-  add("merge_moments", "");
-  add("merge_partial_moments", "");
-  add("merge_sums", "");
-  return kernels;
-}
-
-Problem with_alignment(Problem problem, const BoundArrays& arrays) {
-  // A Metal buffer begins at a multiple of 16 bytes, and the simulator's do; a view may not.
-  for (BufferIndex i : {kX, kG, kOut}) {
-    problem.aligned = problem.aligned && (!arrays.has(i) || arrays[i].offset() % 16 == 0);
-  }
-  return problem;
+  return variants;
 }
 
 Plan plan(const Problem& problem, const Limits& limits) {
   if (limits.threads < kSimd || limits.threads % kSimd != 0) {
     throw std::invalid_argument("[mlx_welford] A threadgroup's threads must be a multiple of 32.");
   }
-  Planner planner(problem, limits);
-  switch (problem.operation) {
-    case Operation::moments:
-      return planner.moments();
-    case Operation::moments_gradient:
-      return planner.moments_gradient();
-    case Operation::partial_moments:
-      return planner.partial_moments();
-    case Operation::normalize:
-      return planner.normalize();
-    case Operation::normalize_gradient:
-      return planner.normalize_gradient();
-    case Operation::input_gradient:
-      return planner.input_gradient();
-    case Operation::running_statistics:
-      return planner.running_statistics();
-  }
-  throw std::logic_error("no such operation");
+  return Planner(problem, limits).plan();
 }
 
 }  // namespace mlx_welford::gpu

@@ -1,26 +1,84 @@
-// The launch plan: from a problem to the dispatches that solve it. A pure function, made of no
-// arrays and of nothing of Metal's, so that any machine can make it, test it, and run it in the
-// simulator.
+// The launch plan: the dispatches that solve a problem. A pure function of plain data, without arrays
+// or Metal, so any machine can make a plan, test it, and run it in the simulator.
 #pragma once
 
 #include <cstdint>
-#include <string>
+#include <optional>
 #include <variant>
 #include <vector>
 
+#include "../metal/bindings.h"
 #include "gpu/tuning.h"
 #include "problem.h"
 
 namespace mlx_welford::gpu {
 
-/// What limits a threadgroup, and what is best for the device. A pipeline may allow fewer threads than
-/// the device does.
+/// X(name of a kernel in metal/, parameters of its template). `walk` is an element type and a Walk.
+#define MLX_WELFORD_KERNELS(X)          \
+  X(moments, walk)                      \
+  X(moments_gradient, walk)             \
+  X(partial_moments, walk)              \
+  X(partial_sums, walk)                 \
+  X(normalize_input, walk)              \
+  X(input_gradient, walk)               \
+  X(given_input_gradient, walk)         \
+  X(fused_normalize, walk)              \
+  X(fused_gradient, walk)               \
+  X(given_gradients, element)           \
+  X(parameter_gradients, element)       \
+  X(update_running_statistics, element) \
+  X(merge_moments, nothing)             \
+  X(merge_partial_moments, nothing)     \
+  X(merge_sums, nothing)
+
+enum class Parameters { nothing, element, walk };
+
+#define X(name, parameters) name,
+enum class Kernel { MLX_WELFORD_KERNELS(X) };
+#undef X
+
+struct KernelType {
+  Kernel kernel;
+  const char* name;
+  Parameters parameters;  // of its template
+};
+
+#define X(name, parameters) {Kernel::name, #name, Parameters::parameters},
+inline constexpr KernelType kKernelTypes[] = {MLX_WELFORD_KERNELS(X)};
+#undef X
+
+constexpr const KernelType& type_of(Kernel k) { return kKernelTypes[static_cast<int>(k)]; }
+
+enum class Pattern { rows, columns };
+
+constexpr const char* name_of(Pattern p) { return p == Pattern::columns ? "columns" : "rows"; }
+
+/// How a kernel walks over an array.
+struct Walk {
+  int64_t vector;  // elements that a thread reads at once
+  Pattern pattern;
+
+  bool operator==(const Walk&) const = default;
+};
+
+/// A kernel with the parameters that its template takes.
+struct Variant {
+  Kernel kernel;
+  std::optional<Element> element;
+  std::optional<Walk> walk;
+
+  bool operator==(const Variant&) const = default;
+};
+
+/// What limits threadgroups, and what is best for the device. A pipeline may allow fewer threads
+/// than the device.
 struct Limits {
   uint32_t threads = 1024;
   Tuning tuning = {};
 };
 
-/// An array in the place of a kernel's buffer. They differ where an optional array is absent.
+/// A buffer of a kernel and the array bound to it. Where an optional array is absent, another one is
+/// bound in its place.
 struct Binding {
   BufferIndex index;
   BufferIndex array;
@@ -30,30 +88,26 @@ struct Binding {
 };
 
 struct Dispatch {
-  std::string kernel;     // the function's name in metal/
-  std::string arguments;  // its template arguments: "<float, 4, Columns>" or ""
+  Variant kernel;
   std::vector<Binding> buffers;
   std::variant<Sweep, Merge> parameters;  // at kParameters
   uint32_t groups;
   uint32_t threads;  // of each group
+};
 
-  /// The name under which it is instantiated: "moments_float_4_Columns".
-  std::string host_name() const;
-  /// What the host appends to the source to instantiate it.
-  std::string instantiation() const;
+/// An array that exists while a plan runs.
+struct Temporary {
+  BufferIndex index;
+  int64_t bytes;
 };
 
 struct Plan {
   std::vector<Dispatch> dispatches;
-  int64_t partials_bytes = 0;  // temporary arrays
-  int64_t sums_bytes = 0;
+  std::vector<Temporary> temporaries;
 };
 
-/// Every kernel that a plan can contain, by name and arguments alone.
-std::vector<Dispatch> all_kernels();
-
-/// The problem, knowing whether its arrays begin where vectors of 16 bytes are aligned.
-Problem with_alignment(Problem problem, const BoundArrays& arrays);
+/// Every kernel that a plan can contain.
+std::vector<Variant> all_kernels();
 
 /// The dispatches for a problem that is not empty.
 Plan plan(const Problem& problem, const Limits& limits = {});

@@ -4,31 +4,35 @@
 #include <mutex>
 #include <utility>
 
+#include "gpu/metal_source.h"
+
 namespace mlx_welford::gpu {
 
 namespace {
 
-std::mutex mutex;  // of what follows: plans are run by threads of MLX's
+std::mutex mutex;  // guards the two below: MLX runs plans on threads of its own
 std::map<std::string, Pipeline> pipelines;
 std::vector<UsedDispatch> dispatches;
 std::atomic<bool> recording{false};
+std::atomic<uint64_t> plans{0};
 
 }  // namespace
 
-void record_pipeline(const std::string& kernel, uint64_t most_threads, uint64_t threadgroup_bytes,
+void record_pipeline(const std::string& kernel, uint32_t most_threads, uint32_t threadgroup_bytes,
                      std::chrono::steady_clock::time_point start) {
   const std::chrono::duration<double, std::milli> elapsed =
       std::chrono::steady_clock::now() - start;
   const std::lock_guard lock(mutex);
-  pipelines.try_emplace(kernel,
-                        Pipeline{static_cast<uint32_t>(most_threads),
-                                 static_cast<uint32_t>(threadgroup_bytes), elapsed.count()});
+  pipelines.try_emplace(kernel, most_threads, threadgroup_bytes, elapsed.count());
 }
 
 std::map<std::string, Pipeline> recorded_pipelines() {
   const std::lock_guard lock(mutex);
   return pipelines;
 }
+
+void count_plan() { ++plans; }
+uint64_t counted_plans() { return plans; }
 
 void record_dispatches(bool on) {
   const std::lock_guard lock(mutex);
@@ -42,7 +46,7 @@ void record_plan(const Plan& plan) {
   }
   const std::lock_guard lock(mutex);
   for (const Dispatch& d : plan.dispatches) {
-    dispatches.push_back({d.host_name(), d.groups, d.threads});
+    dispatches.emplace_back(host_name(d.kernel), d.groups, d.threads);
   }
 }
 

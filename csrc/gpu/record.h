@@ -1,40 +1,39 @@
-// What the GPU was asked to do, for the self-test's report: which pipelines there are, how many threads
-// each allows and how long it took to compile, and the dispatches of the plans that were really used.
+// What ran, for the self-test's report: pipelines, plans, and the dispatches of the plans.
 #pragma once
 
 #include <chrono>
 #include <cstdint>
 #include <map>
 #include <string>
+#include <tuple>
 #include <vector>
-
-#include "gpu/launch.h"
 
 namespace mlx_welford::gpu {
 
-struct Pipeline {
-  uint32_t most_threads;       // of a threadgroup
-  uint32_t threadgroup_bytes;  // that the kernel declares
-  double milliseconds;         // of the first request, which compiles it
-};
+struct Plan;
 
-/// Notes a pipeline at the first request for it, which began at `start`.
-void record_pipeline(const std::string& kernel, uint64_t most_threads, uint64_t threadgroup_bytes,
+/// The most threads of a threadgroup, the bytes of threadgroup memory that the kernel declares, and the
+/// milliseconds of the first request, which compiles it.
+using Pipeline = std::tuple<uint32_t, uint32_t, double>;
+
+/// Records a pipeline at the first request for it, which began at `start`.
+void record_pipeline(const std::string& kernel, uint32_t most_threads, uint32_t threadgroup_bytes,
                      std::chrono::steady_clock::time_point start);
 
 /// All pipelines so far, by the kernel's host name.
 std::map<std::string, Pipeline> recorded_pipelines();
 
-struct UsedDispatch {
-  std::string kernel;
-  uint32_t groups;
-  uint32_t threads;
-};
+/// Counts the plans made for nodes. A plan that a node has kept is not made again.
+void count_plan();
+uint64_t counted_plans();
 
-/// Begins to note dispatches, or ends it: they take memory.
+/// The kernel's host name, threadgroups, and threads of each.
+using UsedDispatch = std::tuple<std::string, uint32_t, uint32_t>;
+
+/// Starts or stops recording dispatches. They take memory.
 void record_dispatches(bool on);
 
-/// Notes the dispatches of a plan that is about to run, if they are to be noted.
+/// Records the dispatches of a plan that is about to run, if dispatches are recorded.
 void record_plan(const Plan& plan);
 
 /// The dispatches since the last call, in order.

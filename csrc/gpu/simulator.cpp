@@ -9,13 +9,15 @@
 #include <dlfcn.h>
 
 #include <atomic>
+#include <chrono>
 #include <string>
 #include <vector>
 
-#include "../tests/simulator/executor.h"
 #include "gpu/compilation.h"
-#include "gpu/launch.h"
+#include "gpu/metal_source.h"
 #include "gpu/record.h"
+#include "gpu/simulator_abi.h"
+#include "memory.h"
 #include "mlx/backend/cpu/encoder.h"
 
 namespace mlx_welford::gpu {
@@ -34,40 +36,36 @@ std::atomic<FindKernel> find_kernel{nullptr};  // simulator_kernel of that libra
 
 Compilation compilation;
 
-/// What is in no library does not compile, as far as those who ask can tell.
-uint32_t compile(const Dispatch& d) {
-  if (find_kernel.load()(d.host_name().c_str()) == nullptr) {
-    throw std::runtime_error("there is no kernel '" + d.host_name() + "'");
+CompiledKernel compile(const Variant& kernel) {
+  const auto start = std::chrono::steady_clock::now();
+  const std::string name = host_name(kernel);
+  const SimulatorKernel* found = find_kernel.load()(name.c_str());
+  if (found == nullptr) {
+    throw std::runtime_error("there is no kernel '" + name + "'");
   }
-  return Limits{}.threads;
+  constexpr uint32_t most_threads = Limits{}.threads;
+  record_pipeline(name, most_threads, 0, start);
+  return {const_cast<SimulatorKernel*>(found), most_threads};
 }
 
-void simulate(SimulatorFunction function, const Plan& p, BoundArrays& arrays) {
-  record_plan(p);
-  std::vector<char> partials(p.partials_bytes);
-  std::vector<char> sums(p.sums_bytes);
-  for (const Dispatch& d : p.dispatches) {
+void simulate(SimulatorFunction function, const CompiledPlan& compiled, BoundArrays& arrays) {
+  const Plan& plan = compiled.plan;
+  record_plan(plan);
+  for (const Temporary& t : plan.temporaries) {
+    arrays.set(t.index, temporary(t.bytes));
+  }
+  for (size_t i = 0; i < plan.dispatches.size(); ++i) {
+    const Dispatch& d = plan.dispatches[i];
     std::vector<SimulatorBuffer> buffers;
     for (const Binding& b : d.buffers) {
-      void* data = nullptr;
-      size_t bytes = 0;
-      if (b.array == kPartials || b.array == kSums) {
-        auto& temporary = b.array == kPartials ? partials : sums;
-        data = temporary.data();
-        bytes = temporary.size();
-      } else {
-        data = arrays[b.array].data<char>();
-        bytes = arrays[b.array].nbytes();
-      }
-      buffers.push_back({static_cast<uint32_t>(b.index), b.written, data, bytes, 0, 0, 0});
+      mx::array& a = arrays[b.array];
+      const auto index = static_cast<uint32_t>(b.index);
+      buffers.push_back({index, b.written, a.data<char>(), a.nbytes(), 0, 0, 0});
     }
     const SimulatorConstant parameters = std::visit(
         [](const auto& v) { return SimulatorConstant{kParameters, &v, sizeof v}; }, d.parameters);
-    const std::string kernel = d.host_name();
-    // Compiled long ago, and as many threads as plans are made for.
-    record_pipeline(kernel, Limits{}.threads, 0, std::chrono::steady_clock::now());
     SimulatorDispatch dispatch{};
-    dispatch.kernel = kernel.c_str();
+    dispatch.kernel = static_cast<const SimulatorKernel*>(compiled.pipelines[i])->name;
     dispatch.buffers = buffers.data();
     dispatch.buffer_count = static_cast<uint32_t>(buffers.size());
     dispatch.constants = &parameters;
@@ -121,18 +119,19 @@ void simulate_with(const std::optional<std::string>& library) {
   simulator.store(dispatch);
 }
 
-bool simulator_can_run(const Problem& problem) {
-  return compilation.worth_trying() && compilation.plan_for(problem, compile).has_value();
+bool simulator_can_run(const Problem& problem, PlanCache& cache) {
+  return compilation.worth_trying() && compilation.plan_for(problem, cache, compile);
 }
 
-bool run_in_simulator(mx::Stream s, const Problem& problem, const BoundArrays& arrays) {
-  const auto p = compilation.plan_for(with_alignment(problem, arrays), compile);
-  if (!p) {
+bool run_in_simulator(mx::Stream s, const Problem& problem, const BoundArrays& arrays,
+                      PlanCache& cache) {
+  const auto compiled = compilation.plan_for(problem, cache, compile);
+  if (!compiled) {
     return false;
   }
   mx::cpu::get_command_encoder(s).dispatch(
-      [function = simulator.load(), p = *p, arrays = arrays.weak()]() mutable {
-        simulate(function, p, arrays);
+      [function = simulator.load(), compiled, arrays = arrays.weak()]() mutable {
+        simulate(function, *compiled, arrays);
       });
   return true;
 }
@@ -158,9 +157,9 @@ void simulate_with(const std::optional<std::string>&) {
   throw std::runtime_error("This build has no simulator.");
 }
 
-bool simulator_can_run(const Problem&) { return false; }
+bool simulator_can_run(const Problem&, PlanCache&) { return false; }
 
-bool run_in_simulator(mlx::core::Stream, const Problem&, const BoundArrays&) {
+bool run_in_simulator(mlx::core::Stream, const Problem&, const BoundArrays&, PlanCache&) {
   throw std::logic_error("This build has no simulator.");
 }
 

@@ -11,8 +11,8 @@ from typing import Any
 import mlx.core as mx
 
 from mlx_welford import selftest
+from mlx_welford._plans import DTYPES, normalization_plans
 from mlx_welford._status import describe, describe_plans, status
-from mlx_welford.dispatches import DTYPES, normalization_plans
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

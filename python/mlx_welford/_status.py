@@ -10,8 +10,8 @@ from typing import Any
 import mlx.core as mx
 
 from mlx_welford import _ext, _machine, _versions
+from mlx_welford._plans import DTYPES, Plan, Plans
 from mlx_welford._text import table
-from mlx_welford.dispatches import DTYPES, Plan, Plans
 from mlx_welford.functional import batch_norm
 
 __all__ = [

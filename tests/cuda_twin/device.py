@@ -256,10 +256,8 @@ class Twin:
 
     def prepare(self, plan: Plan, arrays: Mapping[str, Memory]) -> list[Launch]:
         """The launches of a plan, on memory by the buffers' names; temporary memory is added."""
-        everything = dict(arrays)
-        for name, nbytes in (("partials", plan.partials_bytes), ("sums", plan.sums_bytes)):
-            if nbytes:
-                everything[name] = Memory(self.device, nbytes)
+        temporary = {name: Memory(self.device, size) for name, size in plan.temporaries.items()}
+        everything = {**arrays, **temporary}
         return [
             self.launch(
                 d.host_name,

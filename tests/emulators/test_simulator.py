@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import subprocess
@@ -14,7 +15,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 from simulator import CompileError, Library, SimulatorError, Traffic, compile_library
-from simulator.loader import check_system
+from simulator.loader import MIRRORED, check_system
 from simulator.source import SourceError, translate
 
 KERNELS = Path(__file__).parents[1] / "simulator" / "kernels"
@@ -676,3 +677,13 @@ def test_what_metal_forbids_does_not_compile(expression: str, error: str, tmp_pa
     compile_library(source.replace("HERE", "shared[0] = in[0] + c[0];"), cache=tmp_path)
     with pytest.raises(CompileError, match=error):
         compile_library(source.replace("HERE", expression), cache=tmp_path)
+
+
+def test_structs_lie_as_in_the_library() -> None:
+    """Those that Python declares again lie as the C++ compiler has laid them out."""
+    declared = {
+        name: {field[0]: getattr(struct, field[0]).offset for field in struct._fields_}
+        | {"": ctypes.sizeof(struct)}
+        for name, struct in MIRRORED.items()
+    }
+    assert compile_library("").layouts() == declared

@@ -7,6 +7,7 @@ begins where vectors are not aligned, leads to kernels that nobody has tried bef
 
 import re
 from collections.abc import Callable, Iterator
+from functools import partial
 
 import graphs
 import mlx.core as mx
@@ -15,9 +16,10 @@ import numpy as np
 import pytest
 import reference
 from mlx_welford import _ext
+from plans import shaders
 from processes import run
 from simulator.loader import compile_library
-from tolerance import wide
+from tolerance import assert_same_bits, wide
 
 
 def library_without(pattern: str) -> str:
@@ -176,7 +178,54 @@ def test_a_kernel_that_every_array_needs_is_known_at_once() -> None:
         _ext.simulate_with(None)
 
 
-@pytest.mark.parametrize("dtype", [mx.float64, mx.int32, mx.complex64, mx.uint16])
-def test_no_other_type_is_taken_for_one_that_has_kernels(dtype: mx.Dtype) -> None:
+# ---- A node keeps its plan -----------------------------------------------------------------------
+
+
+@pytest.fixture
+def simulated() -> Iterator[None]:
+    _ext.simulate_with(str(shaders().path))
+    yield
+    _ext.simulate_with(None)
+
+
+def plans_made(run: Callable[[], object]) -> int:
+    before = _ext.counted_plans()
+    mx.eval(run())
+    return _ext.counted_plans() - before
+
+
+@pytest.mark.usefixtures("simulated")
+def test_a_node_makes_one_plan() -> None:
+    """At graph time, for evaluation as well."""
+    x = mx.random.normal((3, 12, 8))
+    assert plans_made(lambda: mw.batch_norm(x)) == 1
+    assert plans_made(lambda: mw.moments(x, 0)) == 1
+    assert plans_made(lambda: mx.grad(lambda x: mw.instance_norm(x).sum())(x)) == 2
+    assert plans_made(lambda: mw.batch_norm(view((3, 12, 8)))) == 2  # unaligned: one of its own
+
+
+@pytest.mark.usefixtures("simulated")
+def test_a_compiled_graph_makes_its_plans_once() -> None:
+    norm = mx.compile(mw.instance_norm)
+    inputs = [mx.random.normal((3, 12, 8)) for _ in range(3)]
+    assert [plans_made(partial(norm, x)) for x in inputs] == [1, 0, 0]
+    assert [plans_made(lambda: norm(view((3, 12, 8)))) for _ in range(3)] == [1, 0, 0]
+    _ext.simulate_with(str(shaders().path))  # perhaps of other kernels
+    assert [plans_made(partial(norm, x)) for x in inputs] == [1, 0, 0]
+
+
+@pytest.mark.usefixtures("simulated")
+def test_a_graph_for_any_shape_makes_a_plan_for_each() -> None:
+    norm = mx.compile(mw.instance_norm, shapeless=True)
+    short, long = mx.random.normal((3, 12, 8)), mx.random.normal((2, 700, 8))
+    expected = [mw.instance_norm(x) for x in (short, long)]
+    mx.eval(expected)
+    assert [plans_made(partial(norm, x)) for x in (short, short, long, long)] == [1, 0, 1, 0]
+    for x, right in zip((short, long), expected, strict=True):
+        assert_same_bits(norm(x), right)
+
+
+@pytest.mark.parametrize("dtype", ["float64", "int32", "complex64", "uint16", "float", "half", ""])
+def test_no_other_type_is_taken_for_one_that_has_kernels(dtype: str) -> None:
     with pytest.raises(ValueError, match="no kernels for this dtype"):
         _ext.launch_plan("moments", [8, 8], [0], dtype)

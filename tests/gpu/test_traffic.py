@@ -99,13 +99,9 @@ def small_traffic(problem: Problem, plan: Plan, d: Dispatch) -> dict[str, Traffi
         if b.buffer in LARGE:
             continue
         if b.buffer == "partials":
-            # Moments or Sums; what they are parts of, if there is but one part
-            size = {
-                "partials": plan.partials_bytes,
-                "sums": plan.sums_bytes,
-                "moments": problem.statistics * MOMENTS_BYTES,
-            }[b.array]
-            read = size
+            # Moments or Sums; a single part is written to the array that would merge the parts
+            sizes = {"moments": problem.statistics * MOMENTS_BYTES, **plan.temporaries}
+            size = read = sizes[b.array]
         elif b.buffer == "sums":
             size = problem.statistics * SUMS_BYTES
             read = of_each * SUMS_BYTES if d.sweeps else size
@@ -274,7 +270,7 @@ def test_running_statistics_are_read_and_written_once(instances: int, dtype: str
         assert counted[name] == Traffic(problem.statistics * ITEM_BYTES["float32"], 0)
         assert counted[f"running_{name}"] == Traffic(channels, 0)
         assert counted[f"next_{name}"] == Traffic(0, channels)
-    assert plan.partials_bytes == plan.sums_bytes == 0
+    assert not plan.temporaries
 
 
 @given(problems(most_elements=20_000))
@@ -376,6 +372,7 @@ def test_partial_results_are_small_beside_x(problem: Problem, dtype: str) -> Non
     """Less than a twentieth of one reading. They are written once and read once."""
     for operation in ("normalize", "normalize_gradient"):
         plan = replace(problem, operation=operation, dtype=dtype, wanted="x").plan()
-        assert plan.partials_bytes > 0 or plan.kernels[0] in ("moments", "partial_sums")
-        assert 2 * plan.partials_bytes < replace(problem, dtype=dtype).nbytes / 20
-        assert plan.sums_bytes in (0, SUMS_BYTES * problem.statistics)
+        partials, sums = (plan.temporaries.get(name, 0) for name in ("partials", "sums"))
+        assert partials > 0 or plan.kernels[0] in ("moments", "partial_sums")
+        assert 2 * partials < replace(problem, dtype=dtype).nbytes / 20
+        assert sums in (0, SUMS_BYTES * problem.statistics)

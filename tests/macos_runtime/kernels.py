@@ -17,7 +17,7 @@ from pathlib import Path
 
 from mlx_welford import _ext
 from simulator.loader import DIRECTORY as SIMULATOR
-from simulator.loader import CompileError, Library, Parameter, compile_library
+from simulator.loader import HEADERS, CompileError, Library, Parameter, compile_library
 from simulator.oracle import air
 from simulator.oracle.metallib import MetalLibrary
 
@@ -177,7 +177,7 @@ def _objects() -> tuple[Path, ...]:
         for source in sources:
             zig("c++", *options, "-c", source, "-o", folder / f"{source.stem}.o")
 
-    folder = cached("air", [*options, *sources, SIMULATOR / "executor.h"], make)
+    folder = cached("air", [*options, *sources, *HEADERS], make)
     return tuple(folder / f"{source.stem}.o" for source in sources)
 
 

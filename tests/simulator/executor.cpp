@@ -1146,7 +1146,7 @@ const char* run_dispatch(SimulatorDispatch* dispatch) {
 }  // namespace
 
 // -------------------------------------------------------------------------------------------------
-// What executor.h declares.
+// What executor.h and simulator_abi.h declare.
 
 extern "C" {
 
@@ -1166,6 +1166,59 @@ __attribute__((visibility("default"))) const SimulatorKernel* simulator_kernel(c
     if (strcmp(simulator_kernels[i].name, name) == 0) return &simulator_kernels[i];
   }
   return nullptr;
+}
+
+__attribute__((visibility("default"))) const SimulatorLayout* simulator_layouts() {
+#define END(type) {#type, nullptr, sizeof(type)}
+#define AT(type, field)                  \
+  {                                      \
+    #type, #field, offsetof(type, field) \
+  }
+  static const SimulatorLayout layouts[] = {
+      AT(SimulatorBuffer, index),
+      AT(SimulatorBuffer, writable),
+      AT(SimulatorBuffer, data),
+      AT(SimulatorBuffer, bytes),
+      AT(SimulatorBuffer, bytes_read),
+      AT(SimulatorBuffer, bytes_written),
+      AT(SimulatorBuffer, offset),
+      END(SimulatorBuffer),
+      AT(SimulatorConstant, index),
+      AT(SimulatorConstant, data),
+      AT(SimulatorConstant, bytes),
+      END(SimulatorConstant),
+      AT(SimulatorThreadgroupMemory, index),
+      AT(SimulatorThreadgroupMemory, bytes),
+      END(SimulatorThreadgroupMemory),
+      AT(SimulatorDispatch, kernel),
+      AT(SimulatorDispatch, buffers),
+      AT(SimulatorDispatch, buffer_count),
+      AT(SimulatorDispatch, constants),
+      AT(SimulatorDispatch, constant_count),
+      AT(SimulatorDispatch, function_constants),
+      AT(SimulatorDispatch, function_constant_count),
+      AT(SimulatorDispatch, threadgroup_memory),
+      AT(SimulatorDispatch, threadgroup_memory_count),
+      AT(SimulatorDispatch, grid_threadgroups),
+      AT(SimulatorDispatch, threads_per_threadgroup),
+      AT(SimulatorDispatch, returned_threads_pass),
+      END(SimulatorDispatch),
+      AT(SimulatorParameter, name),
+      AT(SimulatorParameter, space),
+      AT(SimulatorParameter, index),
+      AT(SimulatorParameter, read_only),
+      AT(SimulatorParameter, enabled),
+      END(SimulatorParameter),
+      AT(SimulatorKernel, name),
+      AT(SimulatorKernel, run),
+      AT(SimulatorKernel, parameters),
+      AT(SimulatorKernel, parameter_count),
+      END(SimulatorKernel),
+      {nullptr, nullptr, 0},
+  };
+#undef AT
+#undef END
+  return layouts;
 }
 
 __attribute__((visibility("default"))) uint32_t simulator_instrumented() {

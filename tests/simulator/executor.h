@@ -2,17 +2,16 @@
 // OS thread. This header is what kernels, their generated wrappers and callers share; it is read
 // as C++20 and as C++ for OpenCL (the language the kernels are compiled as, see metal_stdlib).
 //
-// Callers fill a SimulatorDispatch and call simulator_dispatch(). Code that runs as a Metal thread
-// (a kernel compiled from source, or one compiled by Apple and linked in) calls the primitives in
-// the second half; they may be called only from inside a dispatch.
+// Callers fill a SimulatorDispatch and call simulator_dispatch() (csrc/gpu/simulator_abi.h). Code
+// that runs as a Metal thread (a kernel compiled from source, or one compiled by Apple and linked in)
+// calls the primitives in the second half; they may be called only from inside a dispatch.
 
 #pragma once
 
 #ifdef __OPENCL_CPP_VERSION__
 #define SIMULATOR_STRING const __constant char*
 #else
-#include <stddef.h>
-#include <stdint.h>
+#include "../../csrc/gpu/simulator_abi.h"
 #define SIMULATOR_STRING const char*
 #endif
 
@@ -23,70 +22,6 @@
 enum { kSimulatorBuffers = 31, kSimulatorLanes = 32, kSimulatorThreads = 1024 };
 
 extern "C" {
-
-#ifndef __OPENCL_CPP_VERSION__
-// -------------------------------------------------------------------------------------------------
-// Dispatching.
-
-struct SimulatorBuffer {
-  uint32_t index;
-  uint32_t writable;  // written back after the dispatch; otherwise a write is an error
-  void* data;
-  size_t bytes;
-  // Results: device memory traffic, counted only in an instrumented library.
-  uint64_t bytes_read;
-  uint64_t bytes_written;
-  // Where in the data the kernel's pointer points to, as setBuffer's offset does.
-  size_t offset;
-};
-
-// Bytes given by value: setBytes, or the value of a function constant.
-struct SimulatorConstant {
-  uint32_t index;
-  const void* data;
-  size_t bytes;
-};
-
-struct SimulatorThreadgroupMemory {
-  uint32_t index;
-  size_t bytes;
-};
-
-struct SimulatorDispatch {
-  const char* kernel;
-  SimulatorBuffer* buffers;
-  uint32_t buffer_count;
-  const SimulatorConstant* constants;
-  uint32_t constant_count;
-  const SimulatorConstant* function_constants;
-  uint32_t function_constant_count;
-  const SimulatorThreadgroupMemory* threadgroup_memory;
-  uint32_t threadgroup_memory_count;
-  uint32_t grid_threadgroups[3];
-  uint32_t threads_per_threadgroup[3];
-  // A barrier waits only for threads that have not returned. Metal leaves that undefined, and here
-  // it is an error unless asked for; some of MLX's kernels count on it.
-  uint32_t returned_threads_pass;
-};
-
-// Runs the dispatch to its end. Returns null, or what went wrong: the text stays valid until this
-// OS thread dispatches again. After an error the buffers are left as they were. Buffers are copied
-// into guarded memory and the writable ones back; two bindings of the same bytes stay one memory.
-// Calls from several OS threads run one after the other.
-//
-// Read from the environment at every call:
-//   MLX_WELFORD_SIM_SEED  order of threads and threadgroups; 0 (the default) is the natural order
-//   MLX_WELFORD_SIM_FTZ   0: keep denormals; 1 (the default): flush them, as Apple's GPUs do
-//   MLX_WELFORD_SIM_LOG   append one line of JSON per dispatch to this file
-const char* simulator_dispatch(SimulatorDispatch* dispatch);
-
-// The kernel of this name, or null: what its parameters are.
-struct SimulatorKernel;
-const struct SimulatorKernel* simulator_kernel(const char* name);
-
-// 1 if the library was compiled to count and check every memory access.
-uint32_t simulator_instrumented();
-#endif
 
 // -------------------------------------------------------------------------------------------------
 // The kernels of a library: tables that its generated part defines.
@@ -110,23 +45,17 @@ struct SimulatorThread {
   uint32_t simdgroups_per_threadgroup;
 };
 
-enum SimulatorSpace { kSimulatorDevice, kSimulatorConstant, kSimulatorThreadgroup };
-
 #ifndef __OPENCL_CPP_VERSION__
-struct SimulatorParameter {
-  const char* name;
-  SimulatorSpace space;
-  uint32_t index;
-  bool read_only;
-  const bool* enabled;  // the function constant that switches the parameter on, or null
+// The offset of a field of a struct of simulator_abi.h, for callers that declare it in another
+// language. Without a field: the size of the struct.
+struct SimulatorLayout {
+  const char* type;
+  const char* field;
+  size_t offset;
 };
 
-struct SimulatorKernel {
-  const char* name;
-  void (*run)(const SimulatorThread*);
-  const SimulatorParameter* parameters;
-  uint32_t parameter_count;
-};
+// The layouts of all structs of simulator_abi.h; the last row has no type.
+const SimulatorLayout* simulator_layouts();
 
 struct SimulatorFunctionConstant {
   const char* name;

@@ -9,7 +9,7 @@ hash of all that it is made from; of several processes that need one, the first 
 executor is written for Linux; in any other system a test that needs one is skipped.
 
 bfloat16 arrays are passed as uint16. A host that dispatches by itself loads ``library.path`` and
-calls ``simulator_dispatch`` (executor.h).
+calls ``simulator_dispatch`` (csrc/gpu/simulator_abi.h).
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import contextlib
 import ctypes
 import hashlib
 import importlib.util
+import itertools
 import os
 import platform
 import re
@@ -38,6 +39,8 @@ from .source import SourceError, Translation, translate
 
 DIRECTORY = Path(__file__).resolve().parent
 CACHE = DIRECTORY.parents[1] / "build" / "simulator"
+HEADERS = (DIRECTORY / "executor.h", DIRECTORY.parents[1] / "csrc" / "gpu" / "simulator_abi.h")
+EXECUTOR = (*HEADERS, DIRECTORY / "executor.cpp")
 
 # C++ for OpenCL without double precision. Clang knows Metal's attributes as little as most of its
 # idioms: only the warnings asked for below are of use.
@@ -172,6 +175,24 @@ class _Kernel(ctypes.Structure):
     ]
 
 
+class _Layout(ctypes.Structure):
+    _fields_ = [
+        ("type", ctypes.c_char_p),
+        ("field", ctypes.c_char_p),
+        ("offset", ctypes.c_size_t),
+    ]
+
+
+MIRRORED = {  # structs of csrc/gpu/simulator_abi.h
+    "SimulatorBuffer": _Buffer,
+    "SimulatorConstant": _Constant,
+    "SimulatorThreadgroupMemory": _ThreadgroupMemory,
+    "SimulatorDispatch": _Dispatch,
+    "SimulatorParameter": _Parameter,
+    "SimulatorKernel": _Kernel,
+}
+
+
 def _constants(values: Mapping[int, Any]) -> tuple[ctypes.Array[_Constant], list[NDArray[Any]]]:
     """The C array for constants (numpy scalars, arrays or bytes), and the arrays it points into."""
     kept = [
@@ -211,7 +232,16 @@ class Library:
         self._library.simulator_dispatch.argtypes = [ctypes.POINTER(_Dispatch)]
         self._library.simulator_kernel.restype = ctypes.POINTER(_Kernel)
         self._library.simulator_kernel.argtypes = [ctypes.c_char_p]
+        self._library.simulator_layouts.restype = ctypes.POINTER(_Layout)
         self.instrumented = bool(self._library.simulator_instrumented())
+
+    def layouts(self) -> dict[str, dict[str, int]]:
+        """The offsets of the fields of each struct, and as that of "" its size."""
+        layouts: dict[str, dict[str, int]] = {}
+        rows = itertools.takewhile(lambda row: row.type, self._library.simulator_layouts())
+        for row in rows:
+            layouts.setdefault(row.type.decode(), {})[(row.field or b"").decode()] = row.offset
+        return layouts
 
     def parameters(self, kernel: str) -> list[Parameter]:
         """What the kernel takes. Raises KeyError if there is no such kernel."""
@@ -402,7 +432,7 @@ def compile_library(
         "-fPIC",
         "-g1",
     ]
-    executor = [(DIRECTORY / name).read_text() for name in ("executor.h", "executor.cpp")]
+    executor = [path.read_text() for path in EXECUTOR]
     version = _run([*_zig(), "version"]).stdout
     parts = [translation.kernels_source, translation.table_source, *options, *executor, version]
     parts += ["implicit bfloat"] if implicit_bfloat else []

@@ -23,9 +23,12 @@ from simulator import Library, Traffic, compile_library
 Array = NDArray[Any]
 Arrays = dict[str, Array]
 
-ITEM_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
-METAL_TYPES = {"float32": "float", "float16": "half", "bfloat16": "bfloat"}
+METAL_TYPES = {name: metal for name, metal, _ in _ext.element_types()}
+ITEM_BYTES = {name: size for name, _, size in _ext.element_types()}
 DTYPES = tuple(ITEM_BYTES)
+LIMITS = _ext.limits()
+BUFFER_NAMES = _ext.buffer_names()
+BUFFER_INDICES = {name: index for index, name in enumerate(BUFFER_NAMES)}
 FLOAT16_OVERFLOW = 65520.0  # the first that rounds to infinity
 MOMENTS_BYTES = 16  # count, mean, tail, m2
 SUMS_BYTES = 8
@@ -34,23 +37,13 @@ SUMS_BYTES = 8
 # ---- What the shaders declare --------------------------------------------------------------------
 
 
-def _without_comments(source: str) -> str:
+def without_comments(source: str) -> str:
     return re.sub(r"//[^\n]*", "", source)
 
 
-def _enumerators(name: str) -> dict[str, int]:
-    body = re.search(rf"enum {name} \{{(.*?)\}}", _without_comments(_ext.shader_source), re.S)
-    assert body is not None
-    return {key: int(value) for key, value in re.findall(r"(\w+)\s*=\s*(\d+)", body[1])}
-
-
-def _plain_name(enumerator: str) -> str:
+def buffer_name(enumerator: str) -> str:
+    """grad_mean of kGradMean."""
     return re.sub(r"(?<=[a-z])(?=[A-Z])", "_", enumerator.removeprefix("k")).lower()
-
-
-LIMITS = _enumerators("Limit")
-BUFFER_INDICES = {_plain_name(key): index for key, index in _enumerators("BufferIndex").items()}
-BUFFER_NAMES = {index: name for name, index in BUFFER_INDICES.items()}
 
 
 @dataclass(frozen=True)
@@ -66,7 +59,7 @@ class Parameter:
 def declared_kernels() -> dict[str, tuple[Parameter, ...]]:
     """The buffers of every kernel of the source, parameters included, by its name there."""
     kernels: dict[str, tuple[Parameter, ...]] = {}
-    source = _without_comments(_ext.shader_source)
+    source = without_comments(_ext.shader_source)
     for match in re.finditer(r"\[\[kernel\]\]\s+void\s+(\w+)\s*\((.*?)\)\s*\{", source, re.S):
         buffers = re.findall(
             r"(constant|const device|device)\s+(\w+)\s*[*&]\s*\w+\s*\[\[buffer\((\w+)\)\]\]",
@@ -74,7 +67,7 @@ def declared_kernels() -> dict[str, tuple[Parameter, ...]]:
         )
         assert len(buffers) == match[2].count("buffer(")
         kernels[match[1]] = tuple(
-            Parameter(_plain_name(index), element, space == "device")
+            Parameter(buffer_name(index), element, space == "device")
             for space, element, index in buffers
         )
     assert kernels
@@ -107,6 +100,9 @@ class Binding:
 @dataclass(frozen=True)
 class Dispatch:
     kernel: str
+    element: str | None
+    vector: int  # elements of a vector, of a kernel that walks over an array
+    pattern: str | None
     host_name: str
     instantiation: str
     buffers: tuple[Binding, ...]
@@ -116,13 +112,8 @@ class Dispatch:
     threads: int
 
     @property
-    def vector(self) -> int:
-        """Elements of a vector, of a kernel that walks over an array."""
-        return int(self.host_name.split("_")[-2])
-
-    @property
     def columns(self) -> bool:
-        return self.host_name.endswith("_Columns")
+        return self.pattern == "columns"
 
     @property
     def sweeps(self) -> bool:
@@ -138,8 +129,7 @@ class Dispatch:
 @dataclass(frozen=True)
 class Plan:
     dispatches: tuple[Dispatch, ...]
-    partials_bytes: int
-    sums_bytes: int
+    temporaries: dict[str, int]  # bytes
 
     @property
     def kernels(self) -> list[str]:
@@ -203,7 +193,7 @@ class Problem:
             self.operation,
             shape,
             axes,
-            getattr(mx, self.dtype),
+            self.dtype,
             channels=self.channels,
             eps=self.eps,
             given=self.given,
@@ -228,16 +218,13 @@ def _axes_of(length: int) -> list[int]:
 
 
 def make_plan(*arguments: Any, **options: Any) -> Plan:
-    """`_ext.launch_plan` with the names of buffers in place of their indices."""
-    rows, partials_bytes, sums_bytes = _ext.launch_plan(*arguments, **options)
+    """What `_ext.launch_plan` returns."""
+    rows, temporaries = _ext.launch_plan(*arguments, **options)
     dispatches = []
     for row in rows:
-        buffers = tuple(
-            Binding(BUFFER_NAMES[index], BUFFER_NAMES[array], written)
-            for index, array, written in row["buffers"]
-        )
+        buffers = tuple(Binding(*buffer) for buffer in row["buffers"])
         dispatches.append(Dispatch(**{**row, "buffers": buffers}))
-    return Plan(tuple(dispatches), partials_bytes, sums_bytes)
+    return Plan(tuple(dispatches), temporaries)
 
 
 class Runner(Protocol):
@@ -269,11 +256,8 @@ def run_plan(
 
     Temporary arrays begin as NaN. Returns the traffic of each dispatch by the buffers' names.
     """
-    temporary = {
-        "partials": np.full(plan.partials_bytes, 0xFF, np.uint8),
-        "sums": np.full(plan.sums_bytes, 0xFF, np.uint8),
-    }
-    everything = {**arrays, **{name: a for name, a in temporary.items() if a.size}}
+    temporary = {name: np.full(size, 0xFF, np.uint8) for name, size in plan.temporaries.items()}
+    everything = {**arrays, **temporary}
     traffic = []
     for d in plan.dispatches:
         counted = runner.dispatch(
@@ -493,19 +477,7 @@ THREAD_LIMITS = [32, 64, 192, 256, 448, 512, 832, 1024]
 @st.composite
 def problems(draw: st.DrawFn, most_elements: int = 300_000) -> Problem:
     """Problems such as the primitives pose, of every operation, layout and path."""
-    operation = draw(
-        st.sampled_from(
-            [
-                "moments",
-                "moments_gradient",
-                "partial_moments",
-                "normalize",
-                "normalize_gradient",
-                "input_gradient",
-                "running_statistics",
-            ]
-        )
-    )
+    operation = draw(st.sampled_from(_ext.operations()))
     inner = draw(st.one_of(st.just(1), st.integers(2, 70), st.integers(1, 20).map(lambda n: 8 * n)))
     room = most_elements // inner
     of_values = operation != "running_statistics"  # not of what there is one of for all of them

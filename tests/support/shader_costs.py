@@ -284,7 +284,7 @@ def costs(source: str, instantiations: tuple[str, ...], cache: Path = loader.CAC
     text = loader.preprocess(source, instantiations)
     translation = translate(text, instrumented=False)
     options = [*loader.LANGUAGE, *loader.KEYWORDS, *LANGUAGE]
-    executor = [(loader.DIRECTORY / name).read_text() for name in ("executor.h", "executor.cpp")]
+    executor = [path.read_text() for path in loader.EXECUTOR]
     parts = [translation.kernels_source, translation.table_source, *options, *executor]
     parts += [Path(__file__).read_text(), loader._run([*loader._zig(), "version"]).stdout]
     key = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:32]

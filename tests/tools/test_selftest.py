@@ -20,7 +20,7 @@ from conftest import shaders
 from memory import address
 from mlx_welford import _ext, selftest
 from mlx_welford.__main__ import main
-from mlx_welford.dispatches import kernels, normalization_plans, traffic
+from mlx_welford._plans import kernels, normalization_plans, traffic
 from mlx_welford.selftest import truth
 from mlx_welford.selftest.cases import CASES, PATHS, Case, coverage
 from mlx_welford.selftest.check import (

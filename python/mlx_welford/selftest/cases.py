@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Literal
 
-from mlx_welford.dispatches import (
+from mlx_welford._plans import (
     DTYPES,
     Plans,
     kernels,

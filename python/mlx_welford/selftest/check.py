@@ -11,8 +11,8 @@ import mlx.core as mx
 
 import mlx_welford as mw
 from mlx_welford import _ext
+from mlx_welford._plans import DTYPES
 from mlx_welford._status import strict_shaders
-from mlx_welford.dispatches import DTYPES
 from mlx_welford.selftest import truth
 from mlx_welford.selftest.cases import Case
 from mlx_welford.selftest.truth import Arguments, Truth

@@ -17,9 +17,9 @@ import mlx.core as mx
 
 import mlx_welford as mw
 from mlx_welford import _ext
+from mlx_welford._plans import Plans, dispatches, kernels
 from mlx_welford._status import describe, of_machine, of_shaders
 from mlx_welford._text import table
-from mlx_welford.dispatches import Plans, kernels
 from mlx_welford.selftest.cases import CASES, Case, coverage
 from mlx_welford.selftest.check import REPEATS, Outcome, Result, Used, check
 from mlx_welford.selftest.chips import nominal_bandwidth
@@ -233,6 +233,7 @@ def _case(report: Report, outcome: Outcome) -> dict[str, Any]:
         "results": _results(outcome.results),
         "composed_passed": composed,
         "kernels": kernels(outcome.case.plans),
+        "kernels_in_short": _short(outcome.case.plans),
         "used": [used._asdict() for used in outcome.used],
         "unplanned": _unplanned(outcome.case.plans, outcome.used),
     }
@@ -240,12 +241,19 @@ def _case(report: Report, outcome: Outcome) -> dict[str, Any]:
 
 def _unplanned(plans: Plans, used: Iterable[Used]) -> list[str]:
     """Dispatches that ran and are not in the plan for pipelines that allow as much as the GPU."""
-    parts = [plans["forward"], *([plans["backward"]] if "backward" in plans else [])]
-    planned = {
-        (d["kernel"], d["threadgroups"], d["threads"]) for part in parts for d in part["dispatches"]
-    }
+    planned = {(d["kernel"], d["threadgroups"], d["threads"]) for d in dispatches(plans)}
     others = [d for d in used if d not in planned]
     return [f"{d.kernel} {d.threadgroups} x {d.threads}" for d in dict.fromkeys(others)]
+
+
+def _short(plans: Plans) -> str:
+    """The kernels, with what their instantiations have in common said once."""
+    names = {d["kernel"]: d["function"] for d in dispatches(plans)}
+    walking = next((d for d in dispatches(plans) if d["pattern"]), None)
+    if walking is None:
+        return " ".join(names)
+    common = walking["kernel"].removeprefix(f"{walking['function']}_")
+    return f"{common}: {' '.join(names.values())}"
 
 
 def _scenario(report: Report, outcome: ScenarioOutcome) -> dict[str, Any]:
@@ -304,7 +312,7 @@ def _case_words(case: dict[str, Any], *, brief: bool) -> str:
         words += f"; composed of MLX's operations {_passes(case['composed_passed'])}"
     if brief:
         return words
-    words += f"; {_short(case)}"
+    words += f"; {case['kernels_in_short']}"
     if case["unplanned"]:
         ran = ", ".join(case["unplanned"])
         words += f"; ran instead: {textwrap.shorten(ran, 300, placeholder=' ...')}"
@@ -317,20 +325,6 @@ def _scenario_words(scenario: dict[str, Any]) -> str:
 
 def _passes(passed: bool) -> str:
     return "it passes" if passed else "it fails, too"
-
-
-def _short(case: dict[str, Any]) -> str:
-    """The kernels, with what their instantiations have in common said once."""
-    names = case["kernels"]
-    walking = next((name for name in names if name.endswith(("_Rows", "_Columns"))), None)
-    if walking is None:
-        return " ".join(names)
-    element, width, pattern = walking.split("_")[-3:]
-    plain = [
-        name.removesuffix(f"_{element}_{width}_{pattern}").removesuffix(f"_{element}")
-        for name in names
-    ]
-    return f"{element}_{width}_{pattern}: {' '.join(plain)}"
 
 
 def _number(value: float | str) -> str:

@@ -16,7 +16,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 import mlx_welford as mw
-from mlx_welford.dispatches import DTYPES, Layer, normalization_plans, traffic
+from mlx_welford._plans import DTYPES, Layer, normalization_plans, traffic
 
 __all__ = ["LAYERS", "QUICK_LAYERS", "measure"]
 

@@ -28,7 +28,7 @@ from pathlib import Path
 
 import llvmlite.binding as llvm
 
-from ..loader import Library, check_system
+from ..loader import HEADERS, Library, check_system
 
 DIRECTORY = Path(__file__).resolve().parent
 SIMULATOR = DIRECTORY.parent
@@ -391,7 +391,7 @@ def link(translations: Sequence[Translation], cache: Path) -> Library:
     sources = [DIRECTORY / "air_runtime.cpp", SIMULATOR / "executor.cpp"]
     table = tables(translations)
     digest = hashlib.sha256(table.encode())
-    for source in [*sources, SIMULATOR / "executor.h"]:
+    for source in [*sources, *HEADERS]:
         digest.update(source.read_bytes())
     for translation in translations:
         digest.update(translation.object_code)

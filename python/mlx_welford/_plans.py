@@ -1,9 +1,7 @@
-"""Which dispatches of the shaders solve a problem: the launch plan, readable and ready for JSON."""
+"""Launch plans: the dispatches of the shaders that solve a problem, ready for JSON."""
 
-import re
 from collections.abc import Collection, Sequence
-from functools import cache
-from typing import Literal, NotRequired, TypedDict
+from typing import Any, Literal, NotRequired, TypedDict
 
 import mlx.core as mx
 
@@ -14,6 +12,7 @@ __all__ = [
     "Dispatch",
     "Layer",
     "Plan",
+    "dispatches",
     "kernels",
     "moments_plans",
     "normalization_plans",
@@ -24,12 +23,12 @@ __all__ = [
 
 Layer = Literal["batch", "instance"]
 
-DTYPES = {"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16}
+DTYPES: dict[str, mx.Dtype] = {name: getattr(mx, name) for name, *_ in _ext.element_types()}
 """The types that there are shaders for, by name."""
 
 
 class Buffer(TypedDict):
-    """A buffer of a kernel, and the array bound to it: another one where its own is absent."""
+    """A buffer of a kernel, and the array bound to it: a different one if the own is absent."""
 
     name: str
     array: str
@@ -38,6 +37,10 @@ class Buffer(TypedDict):
 
 class Dispatch(TypedDict):
     kernel: str  # its host name
+    function: str  # its name in metal/, without template arguments
+    element: str | None  # these three where its template takes them
+    vector: int | None
+    pattern: Literal["rows", "columns"] | None
     threadgroups: int
     threads: int  # of each threadgroup
     buffers: list[Buffer]
@@ -75,8 +78,8 @@ def normalization_plans(
         weight: Whether there is one. Default: ``True``.
         bias: Whether there is one. Default: ``True``.
         given: Whether mean and variance are given, as in evaluation. Default: ``False``.
-        wanted: Differentiated arguments, of x, weight, bias, and statistics (given ones). Those
-            that are absent count for nothing. Default: x, weight and bias.
+        wanted: Differentiated arguments: x, weight, bias, statistics (given ones). Absent ones are
+            ignored. Default: x, weight and bias.
         aligned: Whether x begins at a multiple of 16 bytes, as all but some views do. Default:
             ``True``.
 
@@ -89,7 +92,7 @@ def normalization_plans(
     x = mx.zeros(shape, _dtype(dtype))  # never evaluated
     channels = _ext.count_channels(x, axis, statistics, f"{layer}_norm")
     kept = {axis % x.ndim, *([0] if of_instance else [])}
-    order = _readable(shape, [a for a in range(x.ndim) if a not in kept], last=axis % x.ndim)
+    order = _order(shape, [a for a in range(x.ndim) if a not in kept], [axis % x.ndim])
     shape = [shape[a] for a in order]
     axes = [i for i, a in enumerate(order) if a not in kept]
     grads = (
@@ -132,7 +135,7 @@ def moments_plans(
 
     Raises ValueError if there are no shaders for the dtype or nothing to reduce.
     """
-    order = _readable(shape, axes)
+    order = _order(shape, axes, axes)
     shape = [shape[a] for a in order]
     places = [i for i, a in enumerate(order) if a in axes]
     return {
@@ -144,7 +147,7 @@ def moments_plans(
 def share_plans(
     shape: Sequence[int], axis: int, *, dtype: str = "float32", weight: bool = True
 ) -> Plans:
-    """The dispatches of a rank's part in ``SyncBatchNorm``, besides those of ``given`` statistics.
+    """What a rank of ``SyncBatchNorm`` dispatches, besides the plans of ``given`` statistics.
 
     Raises ValueError if there are no shaders for the dtype or nothing to reduce.
     """
@@ -160,7 +163,7 @@ def share_plans(
 
 
 def running_plans(instances: int, channels: int, *, dtype: str = "float32") -> Plans:
-    """The dispatch that brings running statistics of a dtype up to date.
+    """The dispatch that updates running statistics of a dtype.
 
     A batch counts as one instance. Raises ValueError if there are no shaders for the dtype or
     nothing to update.
@@ -171,16 +174,20 @@ def running_plans(instances: int, channels: int, *, dtype: str = "float32") -> P
     }
 
 
+def dispatches(plans: Plans) -> list[Dispatch]:
+    """Those of the forward plan, then those of the backward plan if there is one."""
+    backward = plans["backward"]["dispatches"] if "backward" in plans else []
+    return plans["forward"]["dispatches"] + backward
+
+
 def kernels(plans: Plans) -> list[str]:
     """Host names of the kernels that the plans dispatch, each once, in order."""
-    parts = [plans["forward"], *([plans["backward"]] if "backward" in plans else [])]
-    return list(dict.fromkeys(d["kernel"] for part in parts for d in part["dispatches"]))
+    return list(dict.fromkeys(d["kernel"] for d in dispatches(plans)))
 
 
 def traffic(plans: Plans, x_bytes: int) -> int:
     """Bytes that the plans read and write in arrays of the size of x; all others are small."""
-    parts = [plans["forward"], *([plans["backward"]] if "backward" in plans else [])]
-    bound = [b["name"] for part in parts for d in part["dispatches"] for b in d["buffers"]]
+    bound = [b["name"] for d in dispatches(plans) for b in d["buffers"]]
     return x_bytes * sum(name in ("x", "g", "out") for name in bound)
 
 
@@ -190,21 +197,11 @@ def _dtype(name: str) -> mx.Dtype:
     return DTYPES[name]
 
 
-def _readable(shape: Sequence[int], axes: Sequence[int], last: int | None = None) -> list[int]:
-    """The order in which the operation brings the axes of x before a kernel sees it.
-
-    That is as they are wherever kernels can walk over them (csrc/geometry.h), else with the channel
-    axis last, or for moments with all reduced axes behind the others.
-    """
+def _order(shape: Sequence[int], axes: Sequence[int], last: Sequence[int]) -> list[int]:
+    """The order in which kernels take the axes of x, as ``_ext.axis_order``."""
     if 0 in shape:
         raise ValueError(f"There is nothing to dispatch for an empty array of shape {shape}.")
-    order = list(range(len(shape)))
-    try:
-        _ext.launch_plan("moments", shape, axes, mx.float32)
-    except ValueError:
-        behind = axes if last is None else [last]
-        return [a for a in order if a not in behind] + list(behind)
-    return order
+    return _ext.axis_order(shape, axes, last)
 
 
 def _plan(
@@ -213,49 +210,27 @@ def _plan(
     axes: Sequence[int],
     dtype: str,
     aligned: bool,
-    *,
-    channels: int = 1,
-    given: bool = False,
-    weight: bool = False,
-    bias: bool = False,
-    wanted: Sequence[bool] = (False, False, False, False),
+    **options: Any,
 ) -> Plan:
-    dispatches, partials_bytes, sums_bytes = _ext.launch_plan(
-        operation,
-        shape,
-        axes,
-        _dtype(dtype),
-        channels=channels,
-        given=given,
-        weight=weight,
-        bias=bias,
-        wanted=wanted,
-        aligned=aligned,
-    )
-    names = _buffer_names()
+    """``_ext.launch_plan`` with its options."""
+    _dtype(dtype)
+    rows, temporaries = _ext.launch_plan(operation, shape, axes, dtype, aligned=aligned, **options)
     return {
         "dispatches": [
             {
                 "kernel": d["host_name"],
+                "function": d["kernel"],
+                "element": d["element"],
+                "vector": d["vector"],
+                "pattern": d["pattern"],
                 "threadgroups": d["groups"],
                 "threads": d["threads"],
                 "buffers": [
-                    {"name": names[index], "array": names[array], "written": written}
-                    for index, array, written in d["buffers"]
+                    {"name": name, "array": array, "written": written}
+                    for name, array, written in d["buffers"]
                 ],
             }
-            for d in dispatches
+            for d in rows
         ],
-        "temporary_bytes": partials_bytes + sums_bytes,
-    }
-
-
-@cache
-def _buffer_names() -> dict[int, str]:
-    """Names of the buffers by index, read from the header that shaders and host share."""
-    enum = re.search(r"enum BufferIndex \{(.*?)\};", _ext.shader_source, re.DOTALL)
-    assert enum is not None, "the shaders declare no BufferIndex"
-    entries = re.findall(r"\bk(\w+) = (\d+),", enum[1])
-    return {
-        int(index): re.sub(r"(?<=[a-z])(?=[A-Z])", "_", name).lower() for name, index in entries
+        "temporary_bytes": sum(temporaries.values()),
     }
