@@ -302,116 +302,133 @@ def dtype_of(name: str, dtype: str) -> str:
     return dtype if name in OF_ELEMENTS else "float32"
 
 
+def per_statistic(v: Array) -> Array:
+    """The sums over each statistic of an array like x."""
+    sums: Array = v.sum((0, 2)).ravel()
+    return sums
+
+
 class Example:
     """A problem with arrays for it, and what its outputs should be."""
 
     def __init__(self, problem: Problem, seed: int = 0) -> None:
         self.problem = problem
-        rng = np.random.default_rng(seed)
-        p = problem
-        merge, outer, reduce, inner = p.geometry
         self.inputs: Arrays = {}
         self.truth: Arrays = {}
         self.terms: dict[str, float] = {}  # the largest that an output adds up, if larger than it
+        self._rng = np.random.default_rng(seed)
+        if problem.operation != "running_statistics":
+            self._read()
+        getattr(self, f"_{problem.operation}")()
 
-        def put(name: str, values: Array) -> Array:
-            a = rounded(np.asarray(values), dtype_of(name, p.dtype))
-            self.inputs[name] = a
-            return exact(a, dtype_of(name, p.dtype))
+    def _put(self, name: str, values: Array) -> Array:
+        """Makes an input. Returns the values that its type holds."""
+        dtype = dtype_of(name, self.problem.dtype)
+        self.inputs[name] = rounded(np.asarray(values), dtype)
+        return exact(self.inputs[name], dtype)
 
-        def per_statistic(v: Array) -> Array:
-            """(statistics) as a factor of x."""
-            factor: Array = v.reshape(1, outer, 1, inner)
-            return factor
+    def _put_normal(self, name: str, scale: float = 1.0) -> Array:
+        """An input with a value per statistic, as a factor of x."""
+        return self._factor(self._put(name, scale * self._rng.normal(size=self.problem.statistics)))
 
-        def of_channel(v: Array) -> Array:
-            """(channels) as a factor of x."""
-            return per_statistic(np.resize(v, p.statistics))
+    def _factor(self, v: Array) -> Array:
+        """A vector over statistics as a factor of x."""
+        _, outer, _, inner = self.problem.geometry
+        factor: Array = v.reshape(1, outer, 1, inner)
+        return factor
 
-        def add_up(v: Array) -> Array:
-            """The sums over each statistic of an array like x."""
-            sums: Array = v.sum((0, 2)).ravel()
-            return sums
+    def _per_channel(self, v: Array) -> Array:
+        """The sums over each channel of an array like x."""
+        sums: Array = per_statistic(v).reshape(-1, self.problem.channels).sum(0)
+        return sums
 
-        def per_channel(v: Array) -> Array:
-            """The sums over each channel of an array like x."""
-            sums: Array = add_up(v).reshape(-1, p.channels).sum(0)
-            return sums
+    def _running_statistics(self) -> None:
+        p, rng = self.problem, self._rng
+        momentum = rng.uniform(0.1, 0.9)
+        update = self._put("update", np.array([1 - momentum, momentum, rng.uniform(1, 2)]))
+        for name, unbiased in (("mean", 1.0), ("var", update[2])):
+            batch = self._put(name, rng.uniform(0.5, 2, size=p.statistics))
+            running = self._put(f"running_{name}", rng.uniform(0.5, 2, size=p.channels))
+            batch = batch.reshape(-1, p.channels).mean(0) * unbiased
+            self.truth[f"next_{name}"] = update[0] * running + update[1] * batch
 
-        if p.operation == "running_statistics":
-            momentum = rng.uniform(0.1, 0.9)
-            update = put("update", np.array([1 - momentum, momentum, rng.uniform(1, 2)]))
-            for name, unbiased in (("mean", 1.0), ("var", update[2])):
-                batch = put(name, rng.uniform(0.5, 2, size=p.statistics))
-                running = put(f"running_{name}", rng.uniform(0.5, 2, size=p.channels))
-                batch = batch.reshape(-1, p.channels).mean(0) * unbiased
-                self.truth[f"next_{name}"] = update[0] * running + update[1] * batch
-            return
-
-        count = merge * reduce
-        gradient = p.operation.endswith("_gradient")
-        given = p.given or p.operation == "input_gradient"
-        reads_x = p.operation != "normalize_gradient" or p.wanted != "x" or not p.given
-        x = put("x", 3 + 2 * rng.normal(size=p.geometry))
-        if not reads_x:
+    def _read(self) -> None:
+        """What operations on x read: x, and its statistics and parameters where they are inputs."""
+        p, rng = self.problem, self._rng
+        merge, _, reduce, _ = p.geometry
+        self._count = merge * reduce
+        x = self._put("x", 3 + 2 * rng.normal(size=p.geometry))
+        if p.operation == "normalize_gradient" and p.wanted == "x" and p.given:
             del self.inputs["x"]  # grad x of g alone
-        mean = add_up(x) / count
-        var = add_up((x - per_statistic(mean)) ** 2) / count
+        self._mean = per_statistic(x) / self._count
+        self._var = per_statistic((x - self._factor(self._mean)) ** 2) / self._count
+        given = p.given or p.operation == "input_gradient"
         if given:
-            mean = mean + rng.normal(size=p.statistics)
-            var = rng.uniform(0.5, 2, size=p.statistics)
-        if gradient or given:
-            mean = put("mean", mean)
-            var = put("var", var)
-        weight = bias = per_statistic(np.ones(p.statistics))
+            self._mean = self._mean + rng.normal(size=p.statistics)
+            self._var = rng.uniform(0.5, 2, size=p.statistics)
+        if given or p.operation.endswith("_gradient"):
+            self._mean = self._put("mean", self._mean)
+            self._var = self._put("var", self._var)
+        weight, bias = np.ones(p.channels), np.zeros(p.channels)
         if p.weight:
-            weight = of_channel(put("weight", rng.uniform(0.5, 2, size=p.channels)))
+            weight = self._put("weight", rng.uniform(0.5, 2, size=p.channels))
         if p.bias:
-            bias = of_channel(put("bias", rng.normal(size=p.channels)))
+            bias = self._put("bias", rng.normal(size=p.channels))
+        self._weight, self._bias = (
+            self._factor(np.resize(v, p.statistics)) for v in (weight, bias)
+        )
+        self._d = x - self._factor(self._mean)
+        self._r = 1 / np.sqrt(self._factor(self._var) + p.eps)
 
-        d = x - per_statistic(mean)
-        r = 1 / np.sqrt(per_statistic(var) + p.eps)
-        if p.operation == "moments":
-            self.truth = {"mean": mean, "var": var}
-        elif p.operation == "partial_moments":
-            self.truth = {"moments": np.stack([np.full(p.statistics, count), mean, var], 1)}
-        elif p.operation == "input_gradient":
-            gmean = put("grad_mean", rng.normal(size=p.statistics))
-            gvar = put("grad_var", rng.normal(size=p.statistics))
-            direct = r * weight * put("g", 0.5 + rng.normal(size=p.geometry))
-            through = per_statistic(gmean) + 2 * per_statistic(gvar) * d
-            self.truth = {"out": direct + through}
-            self.terms["out"] = float(max(np.abs(direct).max(), np.abs(through).max()))
-        elif p.operation == "normalize":
-            self.truth = {"out": d * r * weight + (bias if p.bias else 0)}
+    def _moments(self) -> None:
+        self.truth |= {"mean": self._mean, "var": self._var}
+
+    def _partial_moments(self) -> None:
+        count = np.full(self.problem.statistics, self._count)
+        self.truth["moments"] = np.stack([count, self._mean, self._var], 1)
+
+    def _normalize(self) -> None:
+        self.truth["out"] = self._d * self._r * self._weight + self._bias
+        if not self.problem.given:
+            self._moments()
+
+    def _input_gradient(self) -> None:
+        gmean, gvar = self._put_normal("grad_mean"), self._put_normal("grad_var")
+        g = self._put("g", 0.5 + self._rng.normal(size=self.problem.geometry))
+        direct = self._r * self._weight * g
+        through = gmean + 2 * gvar * self._d
+        self.truth["out"] = direct + through
+        self.terms["out"] = float(max(np.abs(direct).max(), np.abs(through).max()))
+
+    def _moments_gradient(self) -> None:
+        # Cotangents as large as what a sum over x would bring about
+        gmean, gvar = (self._put_normal(f"grad_{name}", self._count) for name in ("mean", "var"))
+        self.truth["out"] = (gmean + 2 * gvar * self._d) / self._count
+
+    def _normalize_gradient(self) -> None:
+        p = self.problem
+        from_statistics: Array | float = 0.0
+        if not p.given:
+            self._moments_gradient()
+            from_statistics = self.truth.pop("out")
+        g = self._put("g", 0.5 + self._rng.normal(size=p.geometry))
+        d, r, weight = self._d, self._r, self._weight
+        if p.wants["x"]:
+            gx = r * weight * g
+            self.terms["out"] = float(np.abs(gx).max())
             if not p.given:
-                self.truth |= {"mean": mean, "var": var}
-        else:
-            # As large as what a sum over x would bring about
-            gmean = gvar = per_statistic(np.zeros(p.statistics))
-            if not p.given:
-                gmean = per_statistic(put("grad_mean", count * rng.normal(size=p.statistics)))
-                gvar = per_statistic(put("grad_var", count * rng.normal(size=p.statistics)))
-            from_statistics = (gmean + 2 * gvar * d) / count
-            if p.operation == "moments_gradient":
-                self.truth = {"out": from_statistics}
-            else:
-                g = put("g", 0.5 + rng.normal(size=p.geometry))
-                sums = add_up(g), add_up(g * d * r)
-                gx = r * weight * g
-                if not p.given:
-                    mean_g, mean_gn = (per_statistic(s) / count for s in sums)
-                    gx = gx - r * weight * (mean_g + d * r * mean_gn) + from_statistics
-                if p.wants["x"]:
-                    self.truth["out"] = gx
-                    self.terms["out"] = float(np.abs(r * weight * g).max())
-                if p.wants["statistics"]:
-                    self.truth["grad_mean"] = -add_up(g * r * weight)
-                    self.truth["grad_var"] = -add_up(g * weight * d * r**3) / 2
-                if p.wants["weight"]:
-                    self.truth["grad_weight"] = per_channel(g * d * r)
-                if p.wants["bias"]:
-                    self.truth["grad_bias"] = per_channel(g)
+                mean_g, mean_gn = (
+                    self._factor(per_statistic(v)) / self._count for v in (g, g * d * r)
+                )
+                gx = gx - r * weight * (mean_g + d * r * mean_gn) + from_statistics
+            self.truth["out"] = gx
+        if p.wants["statistics"]:
+            self.truth["grad_mean"] = -per_statistic(g * r * weight)
+            self.truth["grad_var"] = -per_statistic(g * weight * d * r**3) / 2
+        if p.wants["weight"]:
+            self.truth["grad_weight"] = self._per_channel(g * d * r)
+        if p.wants["bias"]:
+            self.truth["grad_bias"] = self._per_channel(g)
 
     def arrays(self) -> Arrays:
         """Copies of the inputs, and outputs that are NaN so far."""
