@@ -6,6 +6,19 @@ from dataclasses import replace
 
 from plans import DTYPES, Problem
 
+# A core with registers for any fused group leaves the numbers of threads as the only limit.
+FIXED = {
+    "sweep_threads": 256,
+    "core_registers": 1 << 20,
+    "fused_groups": 1,
+    "fused_forward_threads": 1024,
+    "fused_backward_threads": 512,
+    "enough_groups": 512,
+    "least_vectors": 16,
+    "apply_vectors": 16,
+    "least_run": 64,
+}
+
 # Geometries that a threadgroup holds, that it does not, and of several parts; and their alignment.
 ACCESSES: dict[str, tuple[list[tuple[int, int, int, int]], bool]] = {
     "columns of vectors": ([(1, 2, 19, 16), (1, 1, 403, 16), (2, 2, 19, 8)], True),
