@@ -36,8 +36,8 @@ from .results import Report, Row, rows
 from .tables import table
 from .workloads import CASES, DTYPES, MODELS, Case
 
-# What a process needs for each element of x at most, inputs and the copy included. In
-# forward+backward mlx.nn holds 14 numbers per element in float32, 25 in 16 bits.
+# Upper bounds of the memory per element of x, including inputs and the copy. In forward+backward
+# mlx.nn holds 14 numbers per element in float32, 25 in 16 bits.
 BYTES_PER_ELEMENT = {
     BASELINE: 72,
     COMPILED: 72,

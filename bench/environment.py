@@ -1,4 +1,4 @@
-"""Where figures were taken: without this they mean nothing."""
+"""Machine, versions and settings of a measurement, without which its figures mean nothing."""
 
 import os
 import platform
@@ -42,14 +42,14 @@ def environment() -> Environment:
 
 
 def cores() -> int:
-    """The cores this process may use; macOS knows no affinity and gives all."""
+    """The cores this process may use; macOS has no affinity, so all of them."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
 
 
 def cache_limit_bytes() -> int:
-    """MLX tells the limit of its buffer cache only while changing it."""
+    """The limit of MLX's buffer cache, which MLX returns only when it is changed."""
     limit = mx.set_cache_limit(0)
     mx.set_cache_limit(limit)
     return limit
@@ -63,7 +63,7 @@ def _version(distribution: str) -> str | None:
 
 
 def _output(*command: str) -> str | None:
-    """What a command prints, run in this repository; None where it cannot be run or fails."""
+    """The output of a command in this repository; None if it cannot be run or fails."""
     try:
         result = subprocess.run(
             command, cwd=Path(__file__).parent, capture_output=True, text=True, check=True

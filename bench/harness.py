@@ -1,7 +1,7 @@
-"""Time and memory of steps that compete with each other in one process.
+"""Measures the time and memory of several steps in one process, in turns.
 
 A step is a piece of work, from the call to its complete result. The harness knows nothing about
-normalisation, nor about the libraries that compete; README.md says what its figures mean.
+normalisation or the libraries that are compared. README.md says what its figures mean.
 """
 
 import time
@@ -13,7 +13,7 @@ import mlx.core as mx
 import numpy as np
 
 Run = Callable[[], object]
-"""Does the work, and returns its results when they are complete."""
+"""Does the work and returns its complete results."""
 
 Name = TypeVar("Name")
 
@@ -21,20 +21,20 @@ PAUSE = 0.002
 """Seconds between implementations: threads of the last one may still spin and wait for work."""
 
 SLOW = 0.2
-"""Seconds of a run before which no untimed one is needed: it would change little."""
+"""Seconds. A slower run needs no untimed run before it: warm buffers would change little."""
 
 
 @dataclass(frozen=True)
 class Step:
-    """A piece of work and the means to count the memory that it takes."""
+    """A piece of work, and how to count the memory that it takes."""
 
     run: Run
-    peak: Callable[[Run], int | None]  # runs it
-    every_round: bool = True  # whether counting memory costs next to nothing
+    peak: Callable[[Run], int | None]  # runs it, and returns the bytes at the highest point
+    every_round: bool = True  # count memory in every round; False where that is slow
 
 
 def mlx_step(build: Callable[[], Sequence[mx.array]]) -> Step:
-    """Of a function that builds a graph and returns every array that must be evaluated."""
+    """A step from a function that builds a graph and returns all arrays to evaluate."""
 
     def run() -> Sequence[mx.array]:
         results = build()
@@ -46,7 +46,7 @@ def mlx_step(build: Callable[[], Sequence[mx.array]]) -> Step:
 
 @dataclass(frozen=True)
 class Figures:
-    """What was measured of one step, or computed from what was."""
+    """The figures of one step, measured or computed from measured ones."""
 
     milliseconds: float  # median
     low: float  # 20th percentile
@@ -78,7 +78,7 @@ class Samples:
 
 
 def net(whole: Samples, part: Samples) -> Figures:
-    """What `whole` takes beyond `part`: differences within each round that has both."""
+    """The time of `whole` minus that of `part`, in each round that has both."""
     pairs = list(zip(whole.times, part.times, strict=False))
     return Figures.of([with_it - alone for with_it, alone in pairs])
 
@@ -86,21 +86,21 @@ def net(whole: Samples, part: Samples) -> Figures:
 def peak_above_inputs(run: Run) -> int:
     """Bytes by which `run` raises MLX's allocated memory at its highest point.
 
-    Allocations that live on from before (the inputs) do not count, the results do.
+    What was allocated before (the inputs) does not count, the results do.
     """
-    # A buffer from the cache may be larger than what was asked for, and would count as it is.
+    # A cached buffer may be larger than the request, and would count in full.
     mx.clear_cache()
     before = mx.get_active_memory()
     mx.reset_peak_memory()
     results = run()
     mx.synchronize()
     del results
-    # The peak is only brought up to date by allocations: a step without any leaves it at zero.
+    # Only allocations update the peak: a step without any leaves it at zero.
     return max(mx.get_peak_memory() - before, 0)
 
 
 def milliseconds(run: Run) -> float:
-    """The time from the call to the complete results; freeing them is not in it."""
+    """The time from the call to the complete results, without freeing them."""
     mx.synchronize()
     start = time.perf_counter()
     results = run()
@@ -117,13 +117,12 @@ def measure(
     most_rounds: int = 50,
     pause: float = PAUSE,
 ) -> dict[Name, Samples]:
-    """Measure all steps by turns, each until it has taken `seconds`.
+    """Measure all steps in turns, each until it has taken `seconds`.
 
-    In a round every step runs twice in a row, the first time for its memory, the second for its
-    time, so that it finds its own buffers in the caches, as in a training loop, and none of its
-    competitors'. (Once slower than `SLOW`, it runs once a round.) The step that begins moves on
-    with each round. A step that has had its seconds sits out, but not in the first `least_rounds`;
-    after `most_rounds` all are done.
+    In a round every step runs twice in a row, first for its memory, then for its time. So it finds
+    its own buffers in the caches, as in a training loop, and not those of the other steps. (A step
+    slower than `SLOW` runs once a round.) Each round begins with another step. A step that has used
+    up its seconds is skipped, but not in the first `least_rounds`. `most_rounds` is the maximum.
     """
     if not steps:
         raise ValueError("[measure] expected at least one step.")
@@ -151,7 +150,7 @@ def measure(
 
 
 def _first_run(step: Step, samples: Samples) -> None:
-    """Compile, start threads and create constants, before anything else is measured."""
+    """The first call: compiles, starts threads and creates constants."""
     times: list[float] = []
 
     def timed() -> object:
@@ -177,7 +176,7 @@ def _round(step: Step, samples: Samples) -> None:
 
 
 def _note_peak(step: Step, run: Run, samples: Samples) -> None:
-    # It varies a little: MLX allocates ahead of the thread that computes and frees.
+    # It varies a little, since MLX allocates ahead of the thread that computes and frees.
     peak = step.peak(run)
     if peak is not None:
         samples.peaks.append(peak)

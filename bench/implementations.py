@@ -1,4 +1,4 @@
-"""What competes: the same work by mlx.nn and by us, under mx.compile too, by torch; and a copy."""
+"""What is compared: mlx.nn and mlx_welford, each also under mx.compile; torch; and a copy."""
 
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -39,7 +39,7 @@ Key = tuple[str, str]
 
 
 def note(case: Case, implementation: str) -> str:
-    """What is special about this implementation in this case; empty for most."""
+    """How the input differs for this implementation in this case; empty for most."""
     if implementation not in OF_MLX_NN:
         return ""
     if not case.channels_last:
@@ -48,12 +48,12 @@ def note(case: Case, implementation: str) -> str:
 
 
 def modes_of(case: Case) -> tuple[str, ...]:
-    """What is measured of a case. An InstanceNorm does the same in evaluation as in forward."""
+    """The modes to measure. InstanceNorm does the same work in evaluation as in forward."""
     return (FORWARD, BOTH, EVALUATION) if case.norm == "BatchNorm" else (FORWARD, BOTH)
 
 
 def absent(wanted: Sequence[str]) -> dict[str, str]:
-    """Those of the implementations that cannot take part here, and why."""
+    """The implementations that cannot run here, and why."""
     checks: dict[str, Callable[[], str | None]] = {
         COMPILED: compiler_error,
         OURS_COMPILED: compiler_error,
@@ -83,9 +83,9 @@ def steps(
 ) -> dict[Key, Step]:
     """The steps of every implementation in every mode, all on the same input, and the copy.
 
-    A step gives every result that a training loop would go on with: y, the gradients of x, weight
-    and bias in forward+backward (against a given cotangent, so that no loss is timed), and in
-    training the new running statistics.
+    A step returns every result that a training loop needs: y, in forward+backward the gradients of
+    x, weight and bias (for a given cotangent, so that no loss is timed), and in training the new
+    running statistics.
     """
     x, cotangent = (_values(case, seed) for seed in (0, 1))
     mlx = MlxImplementations(case, dtype, x, cotangent)
@@ -152,8 +152,8 @@ class MlxImplementations:
     def copy(self, threads: int) -> Step:
         """The memcpy baseline on the CPU; on a GPU, MLX's own copy."""
         if mx.default_device() == mx.gpu:
-            # Asked for an array of an array, mx.array makes a copy, into a buffer of its own since
-            # x lives on. (mx.contiguous, astype and copy.copy give x itself; x + 0 computes.)
+            # mx.array of an array copies, into a new buffer since x stays alive. (mx.contiguous,
+            # astype and copy.copy return x itself; x + 0 computes.)
             return mlx_step(lambda: [mx.array(self._x)])
         return Step(ThreadedCopy(self._x.nbytes, threads).run, peak_above_inputs)
 
@@ -170,7 +170,7 @@ class MlxImplementations:
 
 
 def _views(case: Case) -> tuple[View, View]:
-    """How mlx.nn's layers get x, and how their y becomes what was asked for."""
+    """Views of x for mlx.nn's layers, and of their y in the shape of the case."""
     if not case.channels_last:
         return lambda x: mx.moveaxis(x, case.axis, -1), lambda y: mx.moveaxis(y, -1, case.axis)
     if _must_reshape(case):
@@ -192,7 +192,7 @@ def _must_reshape(case: Case) -> bool:
 
 
 def _values(case: Case, seed: int) -> Values:
-    """Normal values; a block of them over and over in a large array."""
+    """Normal values; a large array repeats one block of them."""
     generator = np.random.default_rng(seed)
     block = generator.standard_normal(min(case.elements, BLOCK), dtype=np.float32)
     return np.resize(block, case.shape)

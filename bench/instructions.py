@@ -17,7 +17,7 @@ from .implementations import BOTH, FORWARD, OURS, PEERS, modes_of, steps
 from .workloads import CASES, DTYPES
 
 CALLS = (1, 3)
-"""Of two runs, whose difference is free of imports, inputs and the first call's work."""
+"""Calls in two runs. Their difference has no imports, no inputs and no first call in it."""
 
 CASE = "ibn-stage1"
 

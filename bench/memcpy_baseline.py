@@ -5,7 +5,7 @@ from concurrent.futures import ThreadPoolExecutor, wait
 import numpy as np
 
 LEAST_SHARE = 2**20
-"""Bytes from which on a second thread pays for being woken, which takes some 20 microseconds."""
+"""Bytes for each thread: fewer are not worth waking it, which takes some 20 microseconds."""
 
 PAGE = 4096
 
@@ -13,8 +13,8 @@ PAGE = 4096
 class ThreadedCopy:
     """Copies `size` bytes, each thread a contiguous share of whole pages.
 
-    Both buffers have been written before the first run. NumPy gives up Python's lock for the copy,
-    which is one call of memmove for each share.
+    Both buffers are written before the first run. NumPy releases the GIL during the copy, which is
+    one call of memmove for each share.
     """
 
     def __init__(self, size: int, threads: int) -> None:

@@ -1,4 +1,4 @@
-"""The plots of docs/performance.md, of figures that suite.py wrote."""
+"""The plots of docs/performance.md, from the results of bench.suite."""
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Make plots and tables of what suite.py measured.
+"""Make plots and tables of what bench.suite measured.
 
     python -m bench.report                              plots in build/bench
     python -m bench.report --write docs/performance.md README.md

@@ -1,4 +1,4 @@
-"""The figures of a comparison with their ratios, and the file that keeps them."""
+"""The figures of a comparison, their ratios, and the JSON file with both."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -13,7 +13,7 @@ from .implementations import BACKWARD, BASELINE, BOTH, COPY, EVALUATION, FORWARD
 from .workloads import DTYPES, Case
 
 SCHEMA = 3
-"""Of the file; another number means that fields have other names or meanings."""
+"""Version of the file format; changes when fields change their names or meanings."""
 
 
 @dataclass(frozen=True)
@@ -30,21 +30,21 @@ class Row:
     implementation: str
     figures: Figures
     x_bytes: int
-    copies: float  # time in copies of x
-    speed: float | None  # how many times as fast as mlx.nn, where that takes part
-    memory: float | None  # peak above the inputs in sizes of x, where it is known
-    moved_bytes: int  # that the operation reads and writes of arrays of the size of x
-    gigabytes_per_second: float  # those, by the time
+    copies: float  # time, relative to copying x
+    speed: float | None  # mlx.nn's time by this time, if mlx.nn was measured
+    memory: float | None  # peak above the inputs in sizes of x, if known
+    moved_bytes: int  # bytes of arrays of the size of x that the operation reads and writes
+    gigabytes_per_second: float  # moved_bytes by the time
     note: str
 
     @property
     def limit(self) -> float:
-        """The copies that this traffic takes at the speed of a copy."""
+        """The least time, in copies of x: this traffic at the bandwidth of a copy."""
         return self.moved_bytes / (2 * self.x_bytes)
 
 
 def rows(case: Case, dtype: str, samples: Mapping[Key, Samples], modes: Sequence[str]) -> list[Row]:
-    """All implementations by turns of the modes, the copy last, with their ratios."""
+    """A row for each mode and implementation, with ratios; the copy is the last."""
     figures = {key: of_key.figures() for key, of_key in samples.items()}
     for name in dict.fromkeys(name for name, _ in samples):
         if (name, FORWARD) in samples and (name, BOTH) in samples:
@@ -81,7 +81,7 @@ def rows(case: Case, dtype: str, samples: Mapping[Key, Samples], modes: Sequence
 
 
 def moved_bytes(case: Case, dtype: str, mode: str) -> int:
-    """Bytes that the launch plan of the operation reads and writes, small arrays left out."""
+    """Bytes that the operation's launch plan reads and writes, without small arrays."""
     if mode == BACKWARD:
         return moved_bytes(case, dtype, BOTH) - moved_bytes(case, dtype, FORWARD)
     plans = normalization_plans(
@@ -101,7 +101,7 @@ def moved_bytes(case: Case, dtype: str, mode: str) -> int:
 class Report:
     environment: Environment
     rows: list[Row]
-    left_out: tuple[str, ...] = ()  # what did not take part, and why
+    left_out: tuple[str, ...] = ()  # what was not measured, and why
 
     def write(self, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)

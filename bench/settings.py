@@ -1,6 +1,6 @@
-"""What is tuned, and for whom: as found nothing is, tuned the memory of freed arrays is kept.
+"""Two settings of memory: "as found", and "tuned", where freed memory stays with the process.
 
-The C library reads its settings when a process starts, so they need a process of their own.
+The C library reads its settings when a process starts, so each setting needs a new process.
 """
 
 import os
@@ -14,15 +14,15 @@ from mlx_welford._machine import memory_bytes
 AS_FOUND, TUNED = "as found", "tuned"
 SETTINGS = (AS_FOUND, TUNED)
 
-# Freed memory stays with the process, and new arrays come from it. MLX on the CPU, torch and NumPy
-# all allocate through malloc. Other C libraries than GNU's do not know these.
+# malloc keeps freed memory for new arrays. MLX on the CPU, torch and NumPy all allocate through it.
+# Only GNU's C library knows these variables.
 MALLOC = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**40)}
 
 # Read when the first parallel work is done, by us and by torch.
 THREADS = ("MLX_WELFORD_NUM_THREADS", "OMP_NUM_THREADS")
 
 CACHE_SHARE = 0.25
-"""Of the machine's memory, what MLX may keep of freed arrays when tuned; by default 32 MiB."""
+"""Share of the machine's memory that MLX's cache may keep when tuned; MLX's default is 32 MiB."""
 
 
 def description(setting: str) -> str:
@@ -33,7 +33,7 @@ def description(setting: str) -> str:
 
 
 def needed(setting: str, threads: int | None) -> dict[str, str | None]:
-    """Environment variables of a process that measures with this setting; None: to be absent."""
+    """Environment variables of a process with this setting; None means unset."""
     result: dict[str, str | None] = {
         name: value if setting == TUNED else None for name, value in MALLOC.items()
     }
@@ -43,7 +43,7 @@ def needed(setting: str, threads: int | None) -> dict[str, str | None]:
 
 
 def is_entered(setting: str, threads: int | None) -> bool:
-    """Whether this process has the environment that it needs."""
+    """True if this process has the environment of the setting."""
     return all(os.environ.get(name) == value for name, value in needed(setting, threads).items())
 
 

@@ -1,6 +1,6 @@
-"""Every measurement of docs/performance.md, each in a process of its own, into build/bench.
+"""Runs every measurement of docs/performance.md, each in a new process, into build/bench.
 
-`report.py` makes the tables and plots of what this writes.
+`bench.report` makes tables and plots of the results.
 """
 
 import argparse
@@ -28,7 +28,7 @@ SCALED = (2**24, 2**26, 2**28)  # bytes, for which threads are varied
 
 @dataclass(frozen=True)
 class Job:
-    """One call of compare.py."""
+    """One run of bench.compare."""
 
     name: str
     cases: Sequence[str]
@@ -36,7 +36,7 @@ class Job:
     setting: str
     dtypes: Sequence[str] = ("float32",)
     modes: Sequence[str] = (FORWARD, BOTH, EVALUATION)
-    implementations: Sequence[str] = ()  # all but what takes too long
+    implementations: Sequence[str] = ()  # by default all, except what takes too long
     threads: int | None = None
 
     def arguments(self, results: Path) -> list[str]:
@@ -57,7 +57,7 @@ class Job:
 
 
 def jobs() -> list[Job]:
-    """All measurements, those first whose figures depend most on a quiet machine."""
+    """All measurements; first those that depend most on an idle machine."""
     result = []
     for setting in (TUNED, AS_FOUND):
         suffix = setting.replace(" ", "-")
@@ -90,12 +90,12 @@ def jobs() -> list[Job]:
 
 
 def _compiled() -> Job:
-    """A few cases: compiled, mlx.nn is about as slow, and the compiler takes its time."""
+    """Only a few cases: mx.compile hardly changes mlx.nn's time, and compiling takes long."""
     return Job("compiled", [*SOME, *_names(SMALL)], 0.1, TUNED, implementations=OF_MLX)
 
 
 def _fewer_threads() -> list[Job]:
-    """1, 2, 4, ... threads, as far as there are fewer than cores; a GPU has nothing to vary."""
+    """1, 2, 4, ... threads, fewer than there are cores; none on a GPU."""
     if mx.default_device() == mx.gpu:
         return []
     counts = [2**i for i in range(cores().bit_length()) if 2**i < cores()]
@@ -134,7 +134,7 @@ def _names(cases: Sequence[Case]) -> list[str]:
 
 
 def run(job: Job, results: Path) -> int:
-    """Its exit status. mx.compile keeps on disk what it compiled: here it starts with nothing."""
+    """Returns its exit status. mx.compile caches on disk; here it starts with an empty cache."""
     with tempfile.TemporaryDirectory() as directory:
         return settings.run_in_child(
             "bench.compare",

@@ -1,4 +1,4 @@
-"""torch's layers as implementations, where torch is installed: `pip install '.[torch]'`."""
+"""torch's layers, if torch is installed: `pip install '.[torch]'`."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ if TYPE_CHECKING:
 
 
 def missing(device: str = "cpu") -> str | None:
-    """Why torch cannot take part, None if it can."""
-    os.environ.setdefault("KINETO_LOG_LEVEL", "9")  # its profiler talks
+    """Why torch cannot run here, None if it can."""
+    os.environ.setdefault("KINETO_LOG_LEVEL", "9")  # its profiler prints messages
     try:
         import torch
     except ImportError:
@@ -32,10 +32,10 @@ def set_threads(count: int) -> None:
 
 
 class TorchImplementation:
-    """A layer of torch.nn on a device, given x and the cotangent as they lie in memory.
+    """A layer of torch.nn on a device, with x and the cotangent in the case's memory layout.
 
-    Torch's arrays are channels first; where the case is channels last they are views whose strides
-    say so, which torch calls the memory format `channels_last`.
+    Torch's arrays are channels first. If the case is channels last, they have the strides that
+    torch calls the memory format `channels_last`.
     """
 
     def __init__(
@@ -75,7 +75,7 @@ class TorchImplementation:
         array = torch.from_numpy(values)
         if self._case.channels_last:
             array = array.movedim(-1, 1)
-        # A copy, so that nothing is shared with NumPy, in the order that the values have in memory.
+        # A copy that keeps the memory layout and shares nothing with NumPy.
         return torch.empty_like(array, dtype=self._dtype, device=self._device).copy_(array)
 
     def _layer(self) -> torch.nn.Module:
@@ -88,9 +88,9 @@ class TorchImplementation:
 
 
 def peak_above_inputs(run: Run) -> int:
-    """Bytes by which `run` raises what torch has allocated on the CPU at its highest point.
+    """Bytes by which `run` raises torch's allocated CPU memory at its highest point.
 
-    Runs it twice: first as it is, and then with torch's profiler, which slows it down.
+    Runs it twice: once to warm up, then under torch's profiler, which is slow.
     """
     from torch.profiler import ProfilerActivity, profile
 
@@ -98,7 +98,7 @@ def peak_above_inputs(run: Run) -> int:
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         results = run()
     del results
-    # The profiler's public list leaves out what is allocated within an operation.
+    # The profiler's public list omits allocations within an operation.
     events: list[Any] = list(profiler.profiler.kineto_results.events())
     changes = [
         event.nbytes()
