@@ -91,7 +91,7 @@ class Comparison:
         wanted: Sequence[str] = self._options.implementations or PEERS
         reasons = absent(wanted)
         for name, reason in reasons.items():
-            # Where MLX runs on the CPU, nobody expects torch on a Mac's GPU.
+            # torch on a Mac's GPU is not missed where MLX runs on the CPU.
             if name != TORCH_MPS or mx.default_device() == mx.gpu:
                 self._leave_out(f"{name}: {reason}")
         return [name for name in wanted if name not in reasons]

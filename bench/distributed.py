@@ -43,24 +43,24 @@ TIMEOUT = 240  # seconds for all measurements of one number of ranks
 
 
 def forward_bytes(channels: int) -> int:
-    """Of a rank to the forward pass: count, mean, tail and m2, after a row about it."""
+    """Bytes that a rank sends in the forward pass: a header row, then (count, mean, tail, m2)."""
     return 4 * FLOATS * (1 + channels)
 
 
 def backward_bytes(channels: int) -> int:
-    """Of a rank to the backward pass: the gradients of mean and var."""
+    """Bytes that a rank sends in the backward pass: the gradients of mean and var."""
     return 4 * 2 * channels
 
 
 @dataclass(frozen=True)
 class Network:
-    """Of neighbours in the ring."""
+    """The link between neighbours in the ring."""
 
     latency: float  # seconds of a step
     per_byte: float  # seconds
 
     def gather(self, ranks: int, size: int) -> float:
-        """Seconds: in each of p - 1 steps a rank passes on what one rank has contributed."""
+        """Seconds: in each of p - 1 steps a rank forwards the part of one rank."""
         return (ranks - 1) * (self.latency + size * self.per_byte)
 
     def sum(self, ranks: int, size: int) -> float:
@@ -68,7 +68,7 @@ class Network:
         return 2 * (ranks - 1) * (self.latency + size / ranks * self.per_byte)
 
     def layer(self, ranks: int, channels: int) -> float:
-        """Seconds of both directions."""
+        """Seconds of the forward and the backward pass."""
         forward = self.gather(ranks, forward_bytes(channels))
         return forward + self.sum(ranks, backward_bytes(channels))
 
@@ -84,7 +84,7 @@ class Collective:
 
 
 def fit(measured: Sequence[Collective]) -> Network:
-    """The network whose times have the least squares of relative errors."""
+    """The network with the least squares of relative errors in its times."""
     units = (Network(1.0, 0.0), Network(0.0, 1.0))
     of_units = [[getattr(u, c.kind)(c.ranks, c.bytes) for u in units] for c in measured]
     seconds = np.array([c.milliseconds / 1e3 for c in measured])
@@ -116,7 +116,7 @@ class Measured:
 
 
 def median(step: Run, rounds: int) -> float:
-    """Of a fixed number of rounds, since ranks have to agree about it. The first does not count."""
+    """Milliseconds, without the first round. All ranks must run the same number of rounds."""
     return statistics.median([milliseconds(step) for _ in range(rounds + 1)][1:])
 
 
@@ -202,7 +202,7 @@ def run_ranks(ranks: int, rounds: int) -> Measured:
 
 @contextmanager
 def quiet_input() -> Iterator[int]:
-    """An input that neither has anything nor ends: mlx.launch keeps a core busy reading an end."""
+    """A standard input that stays open and empty: at its end mlx.launch would spin on a core."""
     read, write = os.pipe()
     try:
         yield read

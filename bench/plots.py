@@ -26,7 +26,7 @@ STYLE: Any = {"svg.fonttype": "path", "svg.hashsalt": "bench", "font.size": 8, "
 
 
 def draw(reports: Reports, directory: Path) -> list[Path]:
-    """Those plots for which there are figures."""
+    """Draws the plots for which there are figures."""
     wanted: dict[str, tuple[Callable[[Reports], Figure], tuple[str, ...]]] = {
         "cases": (cases, ("cases-tuned", "cases-as-found")),
         "memory": (memory, ("cases-tuned",)),
@@ -187,7 +187,7 @@ def _curve(panel: Axes, rows: Sequence[Row], value: Callable[[Row], float], **st
 
 
 def _cases(report: Report) -> list[str]:
-    """Those whose time is not that of calls: of 1 MiB and more."""
+    """Cases of 1 MiB and more, where the overhead of calls is small."""
     return list(dict.fromkeys(row.case for row in report.rows if row.x_bytes >= MEBIBYTE))
 
 

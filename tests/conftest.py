@@ -12,9 +12,9 @@ In the simulator the seed that orders the threads and whether denormals are flus
 to test, unless MLX_WELFORD_SIM_SEED and MLX_WELFORD_SIM_FTZ are set.
 
 Three profiles, chosen by MLX_WELFORD_TEST_PROFILE and by targets of the Makefile: `quick` runs a
-few rows of each test, the dear tests not at all; `default` runs everything, tables marked
-`pairwise` thinned; `nightly` runs whole tables, with many more random problems. All random numbers
-begin with MLX_WELFORD_TEST_SEED (0 unless set); a test that fails says which seeds it ran with.
+few rows of each test and leaves out slow tests; `default` runs everything, with tables marked
+`pairwise` thinned; `nightly` runs whole tables and many more random problems. All random numbers
+follow from MLX_WELFORD_TEST_SEED (default 0); a failing test prints its seeds.
 """
 
 import os
@@ -38,9 +38,9 @@ SIMULATOR_SEEDS = 3
 PROFILE = os.environ.get("MLX_WELFORD_TEST_PROFILE", "default")
 EXAMPLES = {"quick": 4, "default": 60, "nightly": 1000}  # of each test with random problems
 
-# Their fixtures or processes are so dear that they should not be what the others wait for in the
-# end; the rest follows in order of names. Only the order, not what is run.
-DEAR_FIRST = (
+# Files with slow fixtures or processes run first, so that the other workers do not wait for them at
+# the end. The others follow by name.
+SLOW_FIRST = (
     "test_wheel.py",
     "test_simulator_fidelity.py",
     "test_backward.py",
@@ -137,11 +137,11 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         rng.shuffle(items)
         items.sort(key=lambda item: place[item.path])
     else:
-        items.sort(key=lambda item: dearness(item.path.name))
+        items.sort(key=lambda item: slowness(item.path.name))
 
 
-def dearness(name: str) -> int:
-    return DEAR_FIRST.index(name) if name in DEAR_FIRST else len(DEAR_FIRST)
+def slowness(name: str) -> int:
+    return SLOW_FIRST.index(name) if name in SLOW_FIRST else len(SLOW_FIRST)
 
 
 def keep(config: pytest.Config, items: list[pytest.Item], wanted: set[pytest.Item]) -> None:

@@ -28,7 +28,7 @@ def x() -> mx.array:
 
 
 def peak(*arrays: mx.array) -> int:
-    """Of evaluating arrays whose graph nobody else holds."""
+    """Peak of evaluating arrays of which this holds the only references."""
     return peak_above_inputs(mlx_step(lambda: arrays).run)
 
 
@@ -108,11 +108,11 @@ def test_a_step_sits_out_once_it_has_had_its_time(monkeypatch: pytest.MonkeyPatc
 
         return Step(run, not_counted)
 
-    steps = {"dear": takes(0.25), "cheap": takes(0.0625)}
+    steps = {"slow": takes(0.25), "fast": takes(0.0625)}
     samples = measure(steps, seconds=1.5, least_rounds=2, most_rounds=20, pause=0)
     # Two runs a round, the untimed one counts.
-    assert samples["dear"].times == [250.0] * 3
-    assert samples["cheap"].times == [62.5] * 12
+    assert samples["slow"].times == [250.0] * 3
+    assert samples["fast"].times == [62.5] * 12
 
 
 def test_slow_steps_are_not_run_untimed(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -128,7 +128,7 @@ def test_slow_steps_are_not_run_untimed(monkeypatch: pytest.MonkeyPatch) -> None
     assert count == 1 + 2 + 1 + 1  # the first round does not know yet
 
 
-def test_memory_is_counted_once_where_that_is_dear() -> None:
+def test_memory_is_counted_once_where_that_is_slow() -> None:
     counted = 0
 
     def peak(run: harness.Run) -> int:
