@@ -36,8 +36,6 @@ nb::dict to_dict(const Sweep& s) {
   d["reduce"] = s.reduce;
   d["inner"] = s.inner;
   d["channels"] = s.channels;
-  d["blocks"] = s.blocks;
-  d["wraps"] = s.wraps;
   d["piece"] = s.piece;
   d["pieces"] = s.pieces;
   d["strips"] = s.strips;
@@ -48,7 +46,6 @@ nb::dict to_dict(const Sweep& s) {
   d["has_sums"] = s.has_sums;
   d["count"] = s.count;
   d["eps"] = s.eps;
-  d["padding"] = s.padding;
   return d;
 }
 

@@ -69,34 +69,52 @@ struct Elements<T, 8> : Vector<T> {
 
 // ---- Access patterns ---------------------------------------------------------------------------
 
-/// What one thread reads: vectors at first, first + step, ..., and perhaps one element by itself,
-/// from before the first or after the last place where a vector is aligned. Places but the first are
-/// relative to it, and of 32 bits: 64-bit arithmetic takes Apple's GPUs several times as long.
-struct Walk {
-  long first;
-  uint step;
-  uint vectors;
-  int edge;  // the single element, if any
-  bool has_edge;
-  bool inside;     // the array; if not, there is nothing to read and no statistic
-  long statistic;  // of the first column
-  long channel;    // likewise
-  long part;       // its place among the partial results
+/// What the values of one column belong to. Statistic and channel are maps of their own: of several
+/// slots in a row, take the first from slot_at and the others from next.
+struct Slot {
+  long statistic;
+  long channel;
 };
 
-/// a % b. A division of 64 bits takes as long as a hundred additions, and is hardly ever needed.
+/// a % b for a >= 0. Beyond 32 bits, which is hardly ever needed, bit by bit: a division of 64 bits is
+/// so long a piece of code that kernels take more registers for its sake.
 inline long remainder(long a, long b) {
   if (a < b) {
     return a;
   }
-  return a <= 0xffffffff ? long(uint(a) % uint(b)) : a % b;
+  if (a <= 0xffffffff) {
+    return long(uint(a) % uint(b));
+  }
+  long r = 0;
+  for (int bit = 62; bit >= 0; --bit) {
+    r = 2 * r + (a >> bit & 1);
+    r -= r < b ? 0 : b;
+  }
+  return r;
 }
 
-/// The channel of a column, where `outer` is the segment's place among those of the array's end.
-inline long channel_of(constant Sweep& sweep, long outer, long column) {
-  const long channel = remainder(outer, sweep.blocks) * sweep.inner + column;
-  return sweep.wraps ? remainder(channel, sweep.channels) : channel;
+inline Slot slot_at(constant Sweep& sweep, long index) {
+  return Slot{index, remainder(index, sweep.channels)};
 }
+
+/// Without a division, since every thread takes this step for each of its columns.
+inline Slot next(constant Sweep& sweep, Slot s) {
+  return Slot{s.statistic + 1, s.channel + 1 == sweep.channels ? 0 : s.channel + 1};
+}
+
+/// What one thread reads: vectors at first, first + step, ..., and perhaps a single element from before
+/// the first or after the last aligned vector. Offsets from `first` have 32 bits: 64-bit arithmetic
+/// takes Apple's GPUs several times as long.
+struct Walk {
+  long first;
+  uint step;
+  uint vectors;
+  int edge;  // offset of the single element
+  bool has_edge;
+  bool inside;  // the array; if not, there is nothing to read or write
+  long slot;    // of the first column
+  long part;    // index of its partial result
+};
 
 /// Which piece of which strip a threadgroup works on. The second pass over an array takes the
 /// threadgroups in the reverse order of the first: what it reads first is what is still in cache.
@@ -142,8 +160,7 @@ struct Columns {
         w.inside && p.along < positions ? (positions - p.along + sweep.along - 1) / sweep.along : 0;
     w.edge = 0;
     w.has_edge = false;
-    w.statistic = outer * sweep.inner + column;
-    w.channel = channel_of(sweep, outer, column);
+    w.slot = outer * sweep.inner + column;
     w.part = (long(at.piece) * sweep.segments + at.segment) * sweep.inner + column;
     return w;
   }
@@ -188,8 +205,7 @@ struct Rows {
     const uint single = p.along < head ? p.along : p.along + vectors * V;
     w.edge = int(single) - int(head + p.along * V);
     w.has_edge = p.along < head + tail;
-    w.statistic = outer;
-    w.channel = channel_of(sweep, outer, 0);
+    w.slot = outer;
     w.part = long(at.piece) * sweep.segments + segment;
     return w;
   }

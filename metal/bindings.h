@@ -1,11 +1,15 @@
-// What shaders and host agree on: parameter structs, buffer indices, limits. Included by both.
+// What shaders and host share: parameter structs, layouts of results, buffer indices, limits.
 //
-//   position   an index along a reduction
-//   column     an index across neighbouring statistics of a segment
-//   segment    one (merge, outer) index of an array that lies as (merge, outer, reduce, inner)
-//   statistic  one (outer, inner) index: what a mean and a variance belong to
-//   piece      some positions in a row, of a strip that threads take side by side
-//   part       a partial result for a statistic: of one piece of one segment
+// An array lies as (merge, outer, reduce, inner); see csrc/geometry.h.
+//
+//   position   an index along the reduction
+//   column     an inner index
+//   segment    one (merge, outer) index: reduce x inner neighbouring elements
+//   slot       one (outer, inner) index: the values that share a channel and a statistic
+//   statistic  what a mean and a variance belong to
+//   strip      columns, or segments, that a threadgroup processes side by side
+//   piece      a contiguous range of reduction positions of a strip, processed by one threadgroup
+//   part       a partial result of a slot: of one piece of one segment
 #pragma once
 
 #ifdef __METAL_VERSION__
@@ -19,14 +23,38 @@ typedef std::uint32_t shared_uint;
 #endif
 
 enum Limit {
-  kSimd = 32,      // threads of a simdgroup, on every Apple GPU
-  kEntries = 256,  // of threadgroup memory: simdgroups * across (columns), simdgroups (rows)
-  kKept = 4,       // vectors that a thread of a fused kernel keeps in registers
-  kSpan = 1 << 30  // elements, within which a thread counts in 32 bits
+  kSimd = 32,           // threads of a simdgroup, on every Apple GPU
+  kEntries = 256,       // of threadgroup memory: simdgroups * across (columns), simdgroups (rows)
+  kKept = 4,            // vectors that a thread of a fused kernel keeps in registers
+  kSpan = 1 << 30,      // elements, within which a thread counts in 32 bits
+  kLargestHalf = 65504  // the largest finite float16
 };
 
-/// Buffer indices, the same in every kernel that has the buffer. An absent weight or bias, or absent
-/// sums, are bound to var and never read.
+namespace shared {
+
+/// Moments of a set of values: how many they are, their mean, and the sum of squared deviations from
+/// it, m2. The identity of a merge has count 0.
+///
+/// The mean is mean + tail: the tail is what one float cannot hold of it. Without it the rounding of
+/// large means would end up in the variance when sets are merged.
+struct Moments {
+  float count;
+  float mean;
+  float tail;
+  float m2;
+};
+
+/// What the gradients need of a set of values: the sums of g and of g * d, where g is the cotangent
+/// of y and d = x - mean. The identity of a merge is zero.
+struct Sums {
+  float g;
+  float gd;
+};
+
+}  // namespace shared
+
+/// Buffer indices, the same in every kernel that has the buffer. In place of an absent weight, bias or
+/// sums, var is bound and never read.
 enum BufferIndex {
   kParameters = 0,    // Sweep or Merge
   kX = 1,             // x
@@ -38,8 +66,8 @@ enum BufferIndex {
   kG = 7,             // cotangent of y
   kGradMean = 8,      // float, per statistic: cotangent of mean, or gradient of the given mean
   kGradVar = 9,       // float, per statistic: likewise of var
-  kPartials = 10,     // Moments or Sums, (part, statistic)
-  kSums = 11,         // Sums, per statistic
+  kPartials = 10,     // Moments or Sums, (part, slot)
+  kSums = 11,         // Sums, per slot
   kGradWeight = 12,   // per channel
   kGradBias = 13,     // per channel
   kMoments = 14,      // Moments, per statistic
@@ -51,21 +79,19 @@ enum BufferIndex {
   kBuffers = 20,
 };
 
-/// A walk over an array that is row-contiguous as (segments = merge * outer, reduce, inner).
+/// A walk over an array.
 ///
-/// A threadgroup takes one piece of the positions of one strip. Its threads stand `across`
-/// statistics and `along` the reduction; a strip is `across` vectors of columns of one segment
-/// (columns), or `across` segments (rows).
+/// A threadgroup takes one piece of one strip. Its threads stand `across` slots and `along` the
+/// reduction; a strip is `across` vectors of columns of one segment (columns), or `across` segments
+/// (rows).
 struct Sweep {
-  shared_long segments;
-  shared_long outer;  // statistic of a column: segment % outer * inner + column
+  shared_long segments;  // merge * outer
+  shared_long outer;
   shared_long reduce;
   shared_long inner;
   shared_long channels;
-  shared_long blocks;  // channel of a column: segment % outer % blocks * inner + column,
-  shared_uint wraps;   // modulo channels
   shared_uint piece;   // positions of a piece; a thread's own are within kSpan elements
-  shared_uint pieces;
+  shared_uint pieces;  // of a strip
   shared_uint strips;  // of a segment (columns) or in all (rows)
   shared_uint across;  // a power of two, up to kSimd (columns)
   shared_uint along;   // a multiple of kSimd (rows)
@@ -74,7 +100,6 @@ struct Sweep {
   shared_uint has_sums;
   float count;  // values per statistic
   float eps;
-  shared_uint padding;  // to whole words of 8 bytes, so that every byte is a defined one
 };
 
 /// A merge of `parts` partial results of each of `columns`, which lie as (part, column).
@@ -86,7 +111,7 @@ struct Merge {
   shared_uint has_weight;
   shared_uint has_bias;
   float eps;
-  shared_uint padding;  // as in Sweep
+  shared_uint padding;  // to whole words of 8 bytes, so that every byte is a defined one
 };
 
 #ifndef __METAL_VERSION__

@@ -1,5 +1,5 @@
 // The kernels: normalisation and its gradient in as few passes over memory as there can be. What they
-// compute is in affine.h.
+// compute is in maps.h.
 //
 // T is the type of the elements, V how many make a vector, A the access pattern. The host appends
 // an instantiation for the problem at hand (csrc/gpu/launch.cpp).
@@ -8,6 +8,35 @@
 using namespace metal;  // before our headers: uint is metal::uint to Apple's compiler
 
 #include "stages.h"
+
+// ---- What belongs to a slot, and may be absent -----------------------------------------------------
+
+template <typename T>
+inline float weight_of(uint present, const device T* weight, long channel) {
+  return present ? float(weight[channel]) : 1.0f;
+}
+
+template <typename T>
+inline float bias_of(uint present, const device T* bias, long channel) {
+  return present ? float(bias[channel]) : 0.0f;
+}
+
+/// As floats: what stands in for absent sums may be smaller than one of these.
+inline Sums sums_of(uint present, const device float* sums, long slot) {
+  return present ? Sums{sums[2 * slot], sums[2 * slot + 1]} : Sums{0.0f, 0.0f};
+}
+
+/// The means of a thread's slots.
+template <int S>
+inline void load_means(constant Sweep& sweep, Walk w, const device float* mean,
+                       thread float* means) {
+  Slot slot = slot_at(sweep, w.slot);
+  WELFORD_UNROLL
+  for (int i = 0; i < S; ++i) {
+    means[i] = w.inside ? mean[slot.statistic] : 0.0f;
+    slot = next(sweep, slot);
+  }
+}
 
 // ---- First pass: moments of x, sums of g -------------------------------------------------------
 
@@ -27,11 +56,13 @@ template <typename T, int V, typename A>
   find_moments<T, V, S>(x + w.first, w, found);
   merge_along<Moments, S, false>(found, p, entries);
   if (p.along == 0 && w.inside) {
+    Slot slot = slot_at(sweep, w.slot);
     WELFORD_UNROLL
     for (int i = 0; i < S; ++i) {
-      const Moments m = settled(found[i]);
-      mean[w.statistic + i] = m.mean;
-      var[w.statistic + i] = m.m2 / m.count;
+      const Moments m = finalized(found[i]);
+      mean[slot.statistic] = m.mean;
+      var[slot.statistic] = m.m2 / m.count;
+      slot = next(sweep, slot);
     }
   }
 }
@@ -54,7 +85,7 @@ template <typename T, int V, typename A>
   if (p.along == 0 && w.inside) {
     WELFORD_UNROLL
     for (int i = 0; i < S; ++i) {
-      partials[w.part + i] = settled(found[i]);
+      partials[w.part + i] = finalized(found[i]);
     }
   }
 }
@@ -73,10 +104,7 @@ template <typename T, int V, typename A>
   const Place p = A::place(sweep, thread_index);
   const Walk w = A::template walk<V>(sweep, A::locate(sweep, group, groups, false), p);
   float means[S];
-  WELFORD_UNROLL
-  for (int i = 0; i < S; ++i) {
-    means[i] = w.inside ? mean[w.statistic + i] : 0.0f;
-  }
+  load_means<S>(sweep, w, mean, means);
   Sums found[S];
   find_sums<T, V, S>(x + w.first, g + w.first, w, means, found);
   merge_along<Sums, S, false>(found, p, entries);
@@ -126,7 +154,7 @@ inline M merge_parts(constant Merge& merging, const device M* partials, M identi
   threadgroup Moments entries[kEntries];
   const Place p = place_across(thread_index, merging.across, merging.along);
   const long column = long(group) * merging.across + p.across;
-  const Moments all = settled(merge_parts(merging, partials, no_moments(), column, p, entries));
+  const Moments all = finalized(merge_parts(merging, partials, no_moments(), column, p, entries));
   if (p.along == 0 && column < merging.columns) {
     mean[column] = all.mean;
     var[column] = all.m2 / all.count;
@@ -142,7 +170,7 @@ inline M merge_parts(constant Merge& merging, const device M* partials, M identi
   threadgroup Moments entries[kEntries];
   const Place p = place_across(thread_index, merging.across, merging.along);
   const long column = long(group) * merging.across + p.across;
-  const Moments all = settled(merge_parts(merging, partials, no_moments(), column, p, entries));
+  const Moments all = finalized(merge_parts(merging, partials, no_moments(), column, p, entries));
   if (p.along == 0 && column < merging.columns) {
     moments[column] = all;
   }
@@ -180,8 +208,8 @@ template <typename T>
     for (long part = p.along; part < merging.parts; part += merging.along) {
       const long i = part * merging.columns + channel;
       const Sums of_part = sums[i];
-      const float r = inverse_deviation(var[i], merging.eps);
-      all[0] = merge(all[0], Sums{of_part.g, sum_of_normalized(of_part, r)});
+      const float rstd = rstd_of(var[i], merging.eps);
+      all[0] = merge(all[0], Sums{of_part.g, sum_of_normalized(of_part, rstd)});
     }
   }
   merge_along<Sums, 1, false>(all, p, entries);
@@ -208,11 +236,11 @@ template <typename T>
   const Place p = place_across(thread_index, merging.across, merging.along);
   const long channel = long(group) * merging.across + p.across;
   if (p.along == 0 && channel < merging.columns) {
-    const float r = inverse_deviation(var[channel], merging.eps);
-    const float rw = r * (merging.has_weight ? float(weight[channel]) : 1.0f);
+    const float rstd = rstd_of(var[channel], merging.eps);
+    const float scale = rstd * weight_of(merging.has_weight, weight, channel);
     const Sums all = sums[channel];
-    grad_mean[channel] = -rw * all.g;
-    grad_var[channel] = -0.5f * rw * r * sum_of_normalized(all, r);
+    grad_mean[channel] = -scale * all.g;
+    grad_var[channel] = -0.5f * scale * rstd * sum_of_normalized(all, rstd);
   }
 }
 
@@ -224,7 +252,7 @@ inline T storable(float v) {
 
 template <>
 inline half storable<half>(float v) {
-  const float largest = 65504.0f;  // comparisons let NaN through; clamp need not
+  const float largest = kLargestHalf;  // comparisons let NaN through; clamp need not
   return half(v > largest ? largest : (v < -largest ? -largest : v));
 }
 
@@ -259,29 +287,6 @@ template <typename T>
   }
 }
 
-// ---- What may be absent, and channels ------------------------------------------------------------
-
-template <typename T>
-inline float weight_of(constant Sweep& sweep, const device T* weight, long channel) {
-  return sweep.has_weight ? float(weight[channel]) : 1.0f;
-}
-
-template <typename T>
-inline float bias_of(constant Sweep& sweep, const device T* bias, long channel) {
-  return sweep.has_bias ? float(bias[channel]) : 0.0f;
-}
-
-/// As floats: what stands in for absent sums may be smaller than one of these.
-inline Sums sums_of(constant Sweep& sweep, const device float* sums, long statistic) {
-  if (sweep.has_sums) {
-    return Sums{sums[2 * statistic], sums[2 * statistic + 1]};
-  }
-  return Sums{0.0f, 0.0f};
-}
-
-/// The channel of the next statistic; a division for each of them would take longer.
-inline long after(long channel, long channels) { return channel + 1 == channels ? 0 : channel + 1; }
-
 // ---- Second pass: y, grad x --------------------------------------------------------------------
 
 /// y of x and the statistics.
@@ -296,16 +301,16 @@ template <typename T, int V, typename A>
   const Place p = A::place(sweep, thread_index);
   const Walk w = A::template walk<V>(sweep, A::locate(sweep, group, groups, true), p);
   if (w.inside) {
-    Affine f[S];
-    long channel = w.channel;
+    MapX f[S];
+    Slot slot = slot_at(sweep, w.slot);
     WELFORD_UNROLL
     for (int i = 0; i < S; ++i) {
-      const long j = w.statistic + i;
-      f[i] = forward(sweep, mean[j], var[j], weight_of(sweep, weight, channel),
-                     bias_of(sweep, bias, channel));
-      channel = after(channel, sweep.channels);
+      const long j = slot.statistic;
+      f[i] = forward_map(sweep, mean[j], var[j], weight_of(sweep.has_weight, weight, slot.channel),
+                         bias_of(sweep.has_bias, bias, slot.channel));
+      slot = next(sweep, slot);
     }
-    apply<T, V, S>(x + w.first, w, f, y + w.first);
+    apply<T, V, S>(x + w.first, x + w.first, w, f, y + w.first);
   }
 }
 
@@ -325,14 +330,15 @@ template <typename T, int V, typename A>
   const Walk w = A::template walk<V>(sweep, A::locate(sweep, group, groups, true), p);
   if (w.inside) {
     const float per_value = 1.0f / sweep.count;
-    Affine f[S];
-    long channel = w.channel;
+    MapXG f[S];
+    Slot slot = slot_at(sweep, w.slot);
     WELFORD_UNROLL
     for (int i = 0; i < S; ++i) {
-      const long j = w.statistic + i;
-      f[i] = backward(sweep, per_value, mean[j], var[j], weight_of(sweep, weight, channel),
-                      sums_of(sweep, sums, j), grad_mean[j], grad_var[j]);
-      channel = after(channel, sweep.channels);
+      const long j = slot.statistic;
+      f[i] = backward_map(sweep, per_value, mean[j], var[j],
+                          weight_of(sweep.has_weight, weight, slot.channel),
+                          sums_of(sweep.has_sums, sums, j), grad_mean[j], grad_var[j]);
+      slot = next(sweep, slot);
     }
     apply<T, V, S>(x + w.first, g + w.first, w, f, grad_x + w.first);
   }
@@ -349,15 +355,15 @@ template <typename T, int V, typename A>
   const Place p = A::place(sweep, thread_index);
   const Walk w = A::template walk<V>(sweep, A::locate(sweep, group, groups, true), p);
   if (w.inside) {
-    Affine f[S];
-    long channel = w.channel;
+    MapX f[S];
+    Slot slot = slot_at(sweep, w.slot);
     WELFORD_UNROLL
     for (int i = 0; i < S; ++i) {
-      const float r = inverse_deviation(var[w.statistic + i], sweep.eps);
-      f[i] = Affine{0.0f, r * weight_of(sweep, weight, channel), 0.0f, 0.0f};
-      channel = after(channel, sweep.channels);
+      const float rstd = rstd_of(var[slot.statistic], sweep.eps);
+      f[i] = MapX{0.0f, rstd * weight_of(sweep.has_weight, weight, slot.channel), 0.0f};
+      slot = next(sweep, slot);
     }
-    apply<T, V, S>(g + w.first, w, f, grad_x + w.first);
+    apply<T, V, S>(g + w.first, g + w.first, w, f, grad_x + w.first);
   }
 }
 
@@ -373,14 +379,16 @@ template <typename T, int V, typename A>
   const Place p = A::place(sweep, thread_index);
   const Walk w = A::template walk<V>(sweep, A::locate(sweep, group, groups, true), p);
   if (w.inside) {
-    Affine f[S];
+    MapX f[S];
+    Slot slot = slot_at(sweep, w.slot);
     WELFORD_UNROLL
     for (int i = 0; i < S; ++i) {
-      const long j = w.statistic + i;
+      const long j = slot.statistic;
       const float per_value = 1.0f / sweep.count;
-      f[i] = Affine{mean[j], 2.0f * grad_var[j] * per_value, grad_mean[j] * per_value, 0.0f};
+      f[i] = MapX{mean[j], 2.0f * grad_var[j] * per_value, grad_mean[j] * per_value};
+      slot = next(sweep, slot);
     }
-    apply<T, V, S>(x + w.first, w, f, grad_x + w.first);
+    apply<T, V, S>(x + w.first, x + w.first, w, f, grad_x + w.first);
   }
 }
 
@@ -404,22 +412,23 @@ template <typename T, int V, typename A>
   merge_along<Moments, S, true>(found, p, entries);
   if (w.inside) {
     const float per_value = 1.0f / sweep.count;  // before the stores, or each would need its own
-    Affine f[S];
-    long channel = w.channel;
+    MapX f[S];
+    Slot slot = slot_at(sweep, w.slot);
     WELFORD_UNROLL
     for (int i = 0; i < S; ++i) {
-      const long j = w.statistic + i;
-      const Moments of_x = settled(found[i]);
+      const long j = slot.statistic;
+      const Moments of_x = finalized(found[i]);
       const float m = of_x.mean;
       const float v = of_x.m2 * per_value;
-      f[i] = forward(sweep, m, v, weight_of(sweep, weight, channel), bias_of(sweep, bias, channel));
-      channel = after(channel, sweep.channels);
+      f[i] = forward_map(sweep, m, v, weight_of(sweep.has_weight, weight, slot.channel),
+                         bias_of(sweep.has_bias, bias, slot.channel));
+      slot = next(sweep, slot);
       if (p.along == 0) {
         mean[j] = m;
         var[j] = v;
       }
     }
-    apply<T, V, S>(kept, w, f, y + w.first);
+    apply<T, V, S>(kept, kept, w, f, y + w.first);
   }
 }
 
@@ -440,23 +449,21 @@ template <typename T, int V, typename A>
   const Kept<T, V> kept_x = keep<T, V>(x + w.first, w);
   const Kept<T, V> kept_g = keep<T, V>(g + w.first, w);
   float means[S];
-  WELFORD_UNROLL
-  for (int i = 0; i < S; ++i) {
-    means[i] = w.inside ? mean[w.statistic + i] : 0.0f;
-  }
+  load_means<S>(sweep, w, mean, means);
   Sums found[S];
   find_sums<T, V, S>(kept_x, kept_g, w, means, found);
   merge_along<Sums, S, true>(found, p, entries);
   if (w.inside) {
     const float per_value = 1.0f / sweep.count;
-    Affine f[S];
-    long channel = w.channel;
+    MapXG f[S];
+    Slot slot = slot_at(sweep, w.slot);
     WELFORD_UNROLL
     for (int i = 0; i < S; ++i) {
-      const long j = w.statistic + i;
-      f[i] = backward(sweep, per_value, means[i], var[j], weight_of(sweep, weight, channel),
-                      found[i], grad_mean[j], grad_var[j]);
-      channel = after(channel, sweep.channels);
+      const long j = slot.statistic;
+      f[i] = backward_map(sweep, per_value, means[i], var[j],
+                          weight_of(sweep.has_weight, weight, slot.channel), found[i], grad_mean[j],
+                          grad_var[j]);
+      slot = next(sweep, slot);
       if (p.along == 0) {
         sums[j] = found[i];
       }

@@ -7,16 +7,8 @@
 /// which could not stay in registers then.
 #define WELFORD_UNROLL _Pragma("clang loop unroll(full)")
 
-/// Count, mean and sum of squared deviations of a set of values. The identity has count 0.
-///
-/// The mean is mean + tail; the tail is what one float cannot hold of it. Without it the rounding
-/// of large means would end up in the variance when sets are merged.
-struct Moments {
-  float count;
-  float mean;
-  float tail;
-  float m2;
-};
+using shared::Moments;
+using shared::Sums;
 
 inline Moments no_moments() { return Moments{0.0f, 0.0f, 0.0f, 0.0f}; }
 
@@ -63,19 +55,12 @@ inline Moments merge(Moments a, Moments b) {
 /// Welford's step: the merge with a single value.
 inline Moments push(Moments a, float x) { return merge(a, Moments{1.0f, x, 0.0f, 0.0f}); }
 
-/// Moments as they are told to others. What one value that is not finite leaves in a mean depends on
-/// where it stood: inf, or nan when more values came after it. All of it becomes nan.
-inline Moments settled(Moments m) {
+/// Moments ready to leave the kernel. A value that is not finite leaves inf in the mean, or nan if more
+/// values came after it; here all of it becomes nan, so that results do not depend on the order.
+inline Moments finalized(Moments m) {
   const float zero = m.mean - m.mean;  // or nan
   return Moments{m.count, m.mean + zero, m.tail + zero, m.m2 + zero};
 }
-
-/// What the gradients need of a set of values: the sums of g and of g * d, where g is the cotangent
-/// of y and d = x - mean. The identity is zero.
-struct Sums {
-  float g;
-  float gd;
-};
 
 inline Sums merge(Sums a, Sums b) { return Sums{a.g + b.g, a.gd + b.gd}; }
 

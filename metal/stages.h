@@ -2,7 +2,7 @@
 #pragma once
 
 #include "access.h"
-#include "affine.h"
+#include "maps.h"
 
 /// Moments of the values that went through one lane of a thread's vectors; how many they are, the
 /// thread knows. The mean is origin + offset, and the origin is the first value.
@@ -184,82 +184,56 @@ inline void find_sums(const device T* x, const device T* g, Walk w, const thread
   }
 }
 
-/// Applies f to a thread's elements. Each is read before it is written, so out may be x.
-template <typename T, int V, int S>
-inline void apply(const device T* x, Walk w, const thread Affine* f, device T* out) {
+/// Maps one vector of x, and one of g if F takes it, to a vector of out.
+template <typename T, int V, int S, typename F>
+inline void map_vector(typename Elements<T, V>::Raw x, typename Elements<T, V>::Raw g,
+                       const thread F* f, device T* out, uint i) {
   typedef Elements<T, V> E;
-  uint i = 0;
-  for (; i + 4 <= w.vectors; i += 4) {
-    typename E::Raw raw[4];
-    WELFORD_UNROLL
-    for (int r = 0; r < 4; ++r) {
-      raw[r] = E::load(x, (i + r) * w.step);
-    }
-    WELFORD_UNROLL
-    for (int r = 0; r < 4; ++r) {
-      float v[V];
-      E::unpack(raw[r], v);
-      WELFORD_UNROLL
-      for (int c = 0; c < V; ++c) {
-        v[c] = Affine::of_x(f[S == 1 ? 0 : c], v[c]);
-      }
-      E::store(out, (i + r) * w.step, E::pack(v));
-    }
+  float vx[V];
+  float vg[V];
+  E::unpack(x, vx);
+  E::unpack(g, vg);
+  WELFORD_UNROLL
+  for (int c = 0; c < V; ++c) {
+    vx[c] = F::of(f[S == 1 ? 0 : c], vx[c], vg[c]);
   }
-  for (; i < w.vectors; ++i) {
-    float v[V];
-    E::unpack(E::load(x, i * w.step), v);
-    WELFORD_UNROLL
-    for (int c = 0; c < V; ++c) {
-      v[c] = Affine::of_x(f[S == 1 ? 0 : c], v[c]);
-    }
-    E::store(out, i * w.step, E::pack(v));
-  }
-  if (w.has_edge) {
-    out[w.edge] = T(Affine::of_x(f[0], float(x[w.edge])));
-  }
+  E::store(out, i, E::pack(vx));
 }
 
-/// Applies f to a thread's elements of x and g. out may be either.
-template <typename T, int V, int S>
-inline void apply(const device T* x, const device T* g, Walk w, const thread Affine* f,
-                  device T* out) {
+/// Maps a thread's elements by f, of which it has one for each of its S slots. Without an input g, g is
+/// x and not read. All elements are read before they are written, so out may be x or g.
+template <typename T, int V, int S, typename F>
+inline void apply(const device T* x, const device T* g, Walk w, const thread F* f, device T* out) {
   typedef Elements<T, V> E;
+  enum { two = F::inputs == 2, loads = two ? 2 : 4 };  // vectors of an input in flight
   uint i = 0;
-  for (; i + 2 <= w.vectors; i += 2) {
-    typename E::Raw raw_x[2];
-    typename E::Raw raw_g[2];
+  for (; i + loads <= w.vectors; i += loads) {
+    typename E::Raw raw_x[loads];
+    typename E::Raw raw_g[loads];
     WELFORD_UNROLL
-    for (int r = 0; r < 2; ++r) {
+    for (int r = 0; r < loads; ++r) {
       raw_x[r] = E::load(x, (i + r) * w.step);
-      raw_g[r] = E::load(g, (i + r) * w.step);
+      raw_g[r] = raw_x[r];
+      if (two) {
+        raw_g[r] = E::load(g, (i + r) * w.step);
+      }
     }
     WELFORD_UNROLL
-    for (int r = 0; r < 2; ++r) {
-      float vx[V];
-      float vg[V];
-      E::unpack(raw_x[r], vx);
-      E::unpack(raw_g[r], vg);
-      WELFORD_UNROLL
-      for (int c = 0; c < V; ++c) {
-        vx[c] = Affine::of_both(f[S == 1 ? 0 : c], vx[c], vg[c]);
-      }
-      E::store(out, (i + r) * w.step, E::pack(vx));
+    for (int r = 0; r < loads; ++r) {
+      map_vector<T, V, S>(raw_x[r], raw_g[r], f, out, (i + r) * w.step);
     }
   }
   for (; i < w.vectors; ++i) {
-    float vx[V];
-    float vg[V];
-    E::unpack(E::load(x, i * w.step), vx);
-    E::unpack(E::load(g, i * w.step), vg);
-    WELFORD_UNROLL
-    for (int c = 0; c < V; ++c) {
-      vx[c] = Affine::of_both(f[S == 1 ? 0 : c], vx[c], vg[c]);
+    const typename E::Raw raw_x = E::load(x, i * w.step);
+    typename E::Raw raw_g = raw_x;
+    if (two) {
+      raw_g = E::load(g, i * w.step);
     }
-    E::store(out, i * w.step, E::pack(vx));
+    map_vector<T, V, S>(raw_x, raw_g, f, out, i * w.step);
   }
   if (w.has_edge) {
-    out[w.edge] = T(Affine::of_both(f[0], float(x[w.edge]), float(g[w.edge])));
+    const float edge = float(x[w.edge]);
+    out[w.edge] = T(F::of(f[0], edge, two ? float(g[w.edge]) : edge));
   }
 }
 
@@ -351,42 +325,15 @@ inline void find_sums(Kept<T, V> x, Kept<T, V> g, Walk w, const thread float* me
   }
 }
 
-template <typename T, int V, int S>
-inline void apply(Kept<T, V> x, Walk w, const thread Affine* f, device T* out) {
+template <typename T, int V, int S, typename F>
+inline void apply(Kept<T, V> x, Kept<T, V> g, Walk w, const thread F* f, device T* out) {
   WELFORD_UNROLL
   for (int k = 0; k < kKept; ++k) {
     if (k < w.vectors) {
-      float v[V];
-      Elements<T, V>::unpack(x.vectors[k], v);
-      WELFORD_UNROLL
-      for (int c = 0; c < V; ++c) {
-        v[c] = Affine::of_x(f[S == 1 ? 0 : c], v[c]);
-      }
-      Elements<T, V>::store(out, k * w.step, Elements<T, V>::pack(v));
+      map_vector<T, V, S>(x.vectors[k], g.vectors[k], f, out, k * w.step);
     }
   }
   if (w.has_edge) {
-    out[w.edge] = T(Affine::of_x(f[0], x.edge));
-  }
-}
-
-template <typename T, int V, int S>
-inline void apply(Kept<T, V> x, Kept<T, V> g, Walk w, const thread Affine* f, device T* out) {
-  WELFORD_UNROLL
-  for (int k = 0; k < kKept; ++k) {
-    if (k < w.vectors) {
-      float vx[V];
-      float vg[V];
-      Elements<T, V>::unpack(x.vectors[k], vx);
-      Elements<T, V>::unpack(g.vectors[k], vg);
-      WELFORD_UNROLL
-      for (int c = 0; c < V; ++c) {
-        vx[c] = Affine::of_both(f[S == 1 ? 0 : c], vx[c], vg[c]);
-      }
-      Elements<T, V>::store(out, k * w.step, Elements<T, V>::pack(vx));
-    }
-  }
-  if (w.has_edge) {
-    out[w.edge] = T(Affine::of_both(f[0], x.edge, g.edge));
+    out[w.edge] = T(F::of(f[0], x.edge, g.edge));
   }
 }

@@ -35,7 +35,6 @@ constexpr int64_t kFewRepeats = 8;          // make a partial result small besid
 constexpr int64_t kTaskElements = 1 << 15;  // less work than this is not worth a task of its own
 // Outputs from here on are written past the caches: they would not stay in them.
 constexpr size_t kStreamBytes = size_t{16} << 20;
-constexpr double kLargestHalf = 65504;
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
@@ -438,21 +437,19 @@ void moments(const Problem& problem, BoundArrays& a) {
               .apply = nullptr});
 }
 
-/// As the shaders' Moments: count, mean, what a float cannot hold of the mean, m2.
 void partial_moments(const Problem& problem, BoundArrays& a) {
   const Tiling tiling(problem.geometry);
   const Kernels& k = kernels(a[kX].dtype());
-  auto* moments = a[kMoments].data<float>();
+  auto* moments = a[kMoments].data<shared::Moments>();
   const auto count = static_cast<float>(problem.geometry.count());
   auto settle = [&](Workspace& w, int64_t first, int64_t last) {
     merge_moments(tiling, w, first, last);
     for_statistics(tiling, 1, first, last, [&](int64_t i, int64_t, int64_t merged) {
       const auto mean = static_cast<float>(*w.first(merged));
-      float* of_statistic = moments + 4 * i;
-      of_statistic[0] = count;
-      of_statistic[1] = mean;
-      of_statistic[2] = static_cast<float>(*w.first(merged) - mean);
-      of_statistic[3] = static_cast<float>(*w.second(merged));
+      moments[i] = {.count = count,
+                    .mean = mean,
+                    .tail = static_cast<float>(*w.first(merged) - mean),
+                    .m2 = static_cast<float>(*w.second(merged))};
     });
   };
   run_stages(tiling,
@@ -609,7 +606,7 @@ void running_statistics(const Problem& problem, BoundArrays& a) {
       const double batch = values[c] * channels / statistics * factor;
       values[c] = update[0] * old[c] + update[1] * batch;
       if (out.dtype() == mx::float16) {  // inf would stay for ever
-        values[c] = std::clamp(values[c], -kLargestHalf, kLargestHalf);
+        values[c] = std::clamp<double>(values[c], -kLargestHalf, kLargestHalf);
       }
     }
     store(values, out);

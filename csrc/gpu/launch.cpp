@@ -59,15 +59,11 @@ struct Shape {
 
 Sweep describe(const Problem& p) {
   const Geometry& g = p.geometry;
-  const bool whole = p.channels % g.inner == 0;
   return {.segments = g.segments(),
           .outer = g.outer,
           .reduce = g.reduce,
           .inner = g.inner,
           .channels = p.channels,
-          // As a rule the channels are the columns of one segment, or of several
-          .blocks = whole ? std::max<int64_t>(1, p.channels / g.inner) : g.outer,
-          .wraps = !whole,
           .piece = 0,  // see arrange
           .pieces = 1,
           .strips = 1,
@@ -78,8 +74,7 @@ Sweep describe(const Problem& p) {
           .has_sums = p.operation == Operation::normalize_gradient,
           // If the statistics are not x's own, their cotangents are per value already.
           .count = p.operation == Operation::input_gradient ? 1.0f : static_cast<float>(g.count()),
-          .eps = p.eps,
-          .padding = 0};
+          .eps = p.eps};
 }
 
 /// Splits the reduction into up to `pieces` pieces and fills in what follows from across and along.
@@ -187,9 +182,6 @@ class Planner {
   }
 
  private:
-  static constexpr int64_t kMomentsBytes = 4 * sizeof(float);
-  static constexpr int64_t kSumsBytes = 2 * sizeof(float);
-
   void moments() {
     const Shape shape = first_pass(p_, access_, limits_);
     const int64_t parts = parts_of(shape);
@@ -197,14 +189,14 @@ class Planner {
       sweep(Kernel::moments, shape, {in(kX), out(kMean), out(kVar)});
       return;
     }
-    temporary(kPartials, parts * statistics() * kMomentsBytes);
+    temporary(kPartials, parts * statistics() * sizeof(shared::Moments));
     sweep(Kernel::partial_moments, shape, {in(kX), out(kPartials)});
     merge(Kernel::merge_moments, {in(kPartials), out(kMean), out(kVar)}, statistics(), parts);
   }
 
   void partial_moments() {
     reduce(Kernel::partial_moments, {in(kX)}, Kernel::merge_partial_moments, kMoments,
-           kMomentsBytes);
+           sizeof(shared::Moments));
   }
 
   void moments_gradient() {
@@ -228,7 +220,7 @@ class Planner {
   void normalize_gradient() {
     const Wanted& wanted = p_.wanted;
     if (!p_.given || wanted.statistics || wanted.weight || wanted.bias) {
-      temporary(kSums, statistics() * kSumsBytes);
+      temporary(kSums, statistics() * sizeof(shared::Sums));
       auto shape = fused(p_, access_, limits_, Fused::backward);
       if (shape && wanted.x && !p_.given) {
         sweep(Kernel::fused_gradient, *shape,
@@ -236,7 +228,7 @@ class Planner {
                out(kSums), out(kOut)});
       } else {
         reduce(Kernel::partial_sums, {in(kX), in(kG), in(kMean)}, Kernel::merge_sums, kSums,
-               kSumsBytes);
+               sizeof(shared::Sums));
         if (wanted.x && !p_.given) {
           input_gradient_from(kSums);
         }

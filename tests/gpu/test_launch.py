@@ -1159,7 +1159,7 @@ def test_buffers_have_the_names_that_the_shaders_give_them() -> None:
 # ---- The model of the walks is what the shaders do -----------------------------------------------
 
 PROBE = """
-/// (thread, 8): the walks of the threads of some threadgroups.
+/// (thread, 11): the walks of the threads of some threadgroups, each with two slots.
 template <int V, typename A>
 [[kernel]] void probe(constant Sweep& s [[buffer(0)]],
                       constant uint& groups [[buffer(1)]],
@@ -1171,15 +1171,19 @@ template <int V, typename A>
                       uint thread_index [[thread_position_in_threadgroup]]) {
   const Place p = A::place(s, thread_index);
   const Walk w = A::template walk<V>(s, A::locate(s, which[group], groups, reverse != 0), p);
-  device long* row = found + (long(group) * threads + thread_index) * 8;
+  device long* row = found + (long(group) * threads + thread_index) * 11;
   row[0] = w.first;
   row[1] = w.step;
   row[2] = w.vectors;
   row[3] = w.has_edge ? w.first + w.edge : -1;
   row[4] = w.inside;
-  row[5] = w.statistic;
-  row[6] = w.part;
-  row[7] = p.along == 0;
+  row[5] = w.part;
+  row[6] = p.along == 0;
+  Slot slot = slot_at(s, w.slot);
+  for (int i = 0; i < 2; ++i, slot = next(s, slot)) {
+    row[7 + 2 * i] = slot.statistic;
+    row[8 + 2 * i] = slot.channel;
+  }
 }
 """
 
@@ -1190,6 +1194,9 @@ PROBED = [
     *(batch_first(3, 5, s, dtype=dtype) for dtype in DTYPES for s in (8, 15, 1001)),
     instances_first(1, 3, 40007, max_threads=192),
     Problem("moments_gradient", (3, 5, 4099, 7), max_threads=448),
+    # More slots than 32 bits can count
+    Problem("normalize", (1, 3 << 31, 4, 1), channels=3),
+    Problem("normalize", (1, 5 << 22, 4, 1536), channels=1536),
 ]
 
 
@@ -1212,7 +1219,7 @@ def test_shaders_walk_as_the_model_does(probe: Library, problem: Problem) -> Non
             continue
         rng = np.random.default_rng(0)
         which = np.unique([0, d.groups - 1, *rng.integers(0, d.groups, size=14)]).astype(np.uint32)
-        found = np.zeros((which.size, d.threads, 8), np.int64)
+        found = np.zeros((which.size, d.threads, 11), np.int64)
         probe.dispatch(
             f"probe_{d.vector}_{'Columns' if d.columns else 'Rows'}",
             {3: which, 4: found},
@@ -1225,7 +1232,7 @@ def test_shaders_walk_as_the_model_does(probe: Library, problem: Problem) -> Non
             grid=(which.size, 1, 1),
             group=(d.threads, 1, 1),
         )
-        first, step, vectors, edge, inside, statistic, partial, leads = np.moveaxis(found, 2, 0)
+        first, step, vectors, edge, inside, partial, leads, *slots = np.moveaxis(found, 2, 0)
         w = walks(d, which.astype(np.int64))
         np.testing.assert_array_equal(vectors, w.vectors)
         np.testing.assert_array_equal(edge, w.edge)
@@ -1234,7 +1241,10 @@ def test_shaders_walk_as_the_model_does(probe: Library, problem: Problem) -> Non
         some = w.vectors > 0
         np.testing.assert_array_equal(first[some], w.first[some])
         np.testing.assert_array_equal(step[some], w.step[some])
-        np.testing.assert_array_equal(statistic[w.inside], w.statistic[w.inside])
+        for i, (statistic, channel) in enumerate(zip(slots[::2], slots[1::2], strict=True)):
+            at = w.statistic[w.inside] + i
+            np.testing.assert_array_equal(statistic[w.inside], at)
+            np.testing.assert_array_equal(channel[w.inside], at % d["channels"])
         np.testing.assert_array_equal(partial[w.inside], w.partial[w.inside])
         assert max(first[some].max(initial=0), edge.max()) < problem.size
 
