@@ -8,6 +8,7 @@
 #include <type_traits>
 
 #include "cpu/kernels.h"
+#include "cpu/maps.h"
 #include "cpu/vector.h"
 
 namespace mlx_welford::cpu {
@@ -16,7 +17,7 @@ namespace {
 constexpr int64_t kBlockRows = 128;  // between two merges
 constexpr int64_t kGroupRows = 8;    // in a sum of which a block's is made
 constexpr int64_t kFirstRows = 16;   // whose mean is the first origin
-constexpr int64_t kAffineRows = 4;   // that share their coefficients
+constexpr int64_t kMappedRows = 4;   // that share their coefficients
 constexpr int64_t kNarrow = 1024;    // columns whose coefficients fit the first-level cache
 
 constexpr int kBundleVectors = 4;
@@ -378,23 +379,31 @@ void column_reduce(const T* x, const T* g, const Panel& panel, const float* pane
   f.gather(total_gd, panel.width, sum_gd);
 }
 
-/// y = slope * (x - mean) + level [+ scale * g]: where it lies, and what it takes per column.
-template <typename T>
-struct Affine {
+/// What a map is applied to, and its coefficients, an array over columns each.
+template <typename Map, typename T>
+struct Mapped {
   const T* x;
-  const T* g;
+  const T* g;  // if the map takes it
   T* y;
-  const float* mean;
-  const float* slope;
-  const float* level;
-  const float* scale;
+  const float* coefficients[Map::kCoefficients];
+
+  /// The vector of y at element e, and where it is stored.
+  template <bool kStream, typename B, typename V>
+  inline __attribute__((always_inline)) void at(const B& bundle, const V* c, int64_t e) const {
+    const V from_x = bundle.load(x + e);
+    V from_g = from_x;
+    if constexpr (Map::kTakesG) {
+      from_g = bundle.load(g + e);
+    }
+    bundle.template store<kStream>(y + e, Map::of(c, from_x, from_g));
+  }
 };
 
-/// For some rows, which are aligned alike if there are several and y is streamed.
-template <bool kAdd, bool kStream, typename T>
-void affine_rows(const Affine<T> a, int64_t rows, int64_t stride, int64_t width) {
+/// Applies a map to some rows. If there are several and y is streamed, all are aligned alike.
+template <bool kStream, typename Map, typename T>
+void map_rows(const Mapped<Map, T> a, int64_t rows, int64_t stride, int64_t width) {
   auto ahead = [&, next = rows * stride] {
-    if constexpr (kAdd) {
+    if constexpr (Map::kTakesG) {
       return AheadOfTwo<T>(a.x + next, a.g + next, stride, width);
     } else {
       return Ahead<T>(a.x + next, stride, width);
@@ -402,25 +411,16 @@ void affine_rows(const Affine<T> a, int64_t rows, int64_t stride, int64_t width)
   }();
   auto down = [&](auto bundle, int64_t first, auto streamed) __attribute__((always_inline)) {
     using V = typename decltype(bundle)::Value;
-    V mean[bundle.kCount], slope[bundle.kCount], level[bundle.kCount], scale[bundle.kCount];
+    V c[bundle.kCount][Map::kCoefficients];
     for (int i = 0; i < bundle.kCount; ++i) {
-      const int64_t j = first + i * kLanes;
-      mean[i] = bundle.load(a.mean + j);
-      slope[i] = bundle.load(a.slope + j);
-      level[i] = bundle.load(a.level + j);
-      if constexpr (kAdd) {
-        scale[i] = bundle.load(a.scale + j);
+      for (int k = 0; k < Map::kCoefficients; ++k) {
+        c[i][k] = bundle.load(a.coefficients[k] + first + i * kLanes);
       }
     }
     for (int64_t r = 0; r < rows; ++r) {
       ahead.fetch(bundle.columns());
       for (int i = 0; i < bundle.kCount; ++i) {
-        const int64_t e = r * stride + first + i * kLanes;
-        V v = slope[i] * (bundle.load(a.x + e) - mean[i]) + level[i];
-        if constexpr (kAdd) {
-          v += scale[i] * bundle.load(a.g + e);
-        }
-        bundle.template store<streamed>(a.y + e, v);
+        a.template at<streamed>(bundle, c[i], r * stride + first + i * kLanes);
       }
     }
   };
@@ -430,20 +430,19 @@ void affine_rows(const Affine<T> a, int64_t rows, int64_t stride, int64_t width)
             [&](auto bundle, int64_t j) { down(bundle, j, std::bool_constant<kStream>{}); });
 }
 
-/// For one run of memory. Vectors go on across the ends of rows: the columns come again after
-/// `period`, and what is per column goes on for kLanes more.
-template <bool kAdd, bool kStream, typename T>
-void affine_run(const Affine<T> a, int64_t size, int64_t period) {
-  int64_t c = 0;
+/// Applies a map to one run of memory. Vectors cross the ends of rows: the columns repeat after
+/// `period`, and arrays over columns are kLanes longer than that.
+template <bool kStream, typename Map, typename T>
+void map_run(const Mapped<Map, T> a, int64_t size, int64_t period) {
+  int64_t column = 0;
   auto along = [&](auto bundle, int64_t e, auto streamed) __attribute__((always_inline)) {
-    auto v = bundle.load(a.slope + c) * (bundle.load(a.x + e) - bundle.load(a.mean + c)) +
-             bundle.load(a.level + c);
-    if constexpr (kAdd) {
-      v += bundle.load(a.scale + c) * bundle.load(a.g + e);
+    typename decltype(bundle)::Value c[Map::kCoefficients];
+    for (int k = 0; k < Map::kCoefficients; ++k) {
+      c[k] = bundle.load(a.coefficients[k] + column);
     }
-    bundle.template store<streamed>(a.y + e, v);
-    c += bundle.columns();
-    c -= c < period ? 0 : period;
+    a.template at<streamed>(bundle, c, e);
+    column += bundle.columns();
+    column -= column < period ? 0 : period;
   };
   const int64_t head = kStream ? elements_to_multiple(a.y, kLineBytes, size) : 0;
   by_vector(0, head, [&](auto bundle, int64_t e) { along(bundle, e, std::false_type{}); });
@@ -451,34 +450,30 @@ void affine_run(const Affine<T> a, int64_t size, int64_t period) {
             [&](auto bundle, int64_t e) { along(bundle, e, std::bool_constant<kStream>{}); });
 }
 
-/// y may be x or g: element by element they are read before they are written.
-template <typename T, bool kAdd, bool kStream>
-void column_affine(const T* x, const T* g, const Panel& panel, const float* mean,
-                   const float* slope, const float* level, const float* scale, T* y) {
-  // Rows in turns: then each must be streamed in whole lines, and more than one at a time.
-  const bool share = !kStream || (panel.stride * sizeof(T) % kLineBytes == 0 &&
-                                  kBundleColumns * sizeof(T) > kLineBytes);
-  if (panel.stride == panel.width && (panel.width <= kNarrow || !share)) {
+/// y may be x or g: each element is read before it is written.
+template <typename Map, bool kStream, typename T>
+void column_apply(Mapped<Map, T> a, const Panel& panel) {
+  // Several rows at a time: if streamed, each in whole cache lines, and more than one at a time.
+  const bool together = !kStream || (panel.stride * sizeof(T) % kLineBytes == 0 &&
+                                     kBundleColumns * sizeof(T) > kLineBytes);
+  if (panel.stride == panel.width && (panel.width <= kNarrow || !together)) {
     const int64_t period = times_to_whole(panel.width, kLanes) * panel.width;
-    float buffer[4][kMaxPanelWidth + kLanes];
-    auto repeat = [&](const float* values, float* repeated) {
+    float repeated[Map::kCoefficients][kMaxPanelWidth + kLanes];
+    for (int k = 0; k < Map::kCoefficients; ++k) {
       for (int64_t j = 0; j < period + kLanes; ++j) {
-        repeated[j] = j < panel.width ? values[j] : repeated[j - panel.width];
+        repeated[k][j] = j < panel.width ? a.coefficients[k][j] : repeated[k][j - panel.width];
       }
-      return repeated;
-    };
-    return affine_run<kAdd, kStream>(
-        Affine<T>{x, g, y, repeat(mean, buffer[0]), repeat(slope, buffer[1]),
-                  repeat(level, buffer[2]), kAdd ? repeat(scale, buffer[3]) : nullptr},
-        panel.positions * panel.width, period);
+      a.coefficients[k] = repeated[k];
+    }
+    return map_run<kStream>(a, panel.positions * panel.width, period);
   }
-  const int64_t at_once = share ? kAffineRows : 1;
+  const int64_t at_once = together ? kMappedRows : 1;
   for (int64_t r = 0; r < panel.positions; r += at_once) {
     const int64_t rows = panel.positions - r < at_once ? panel.positions - r : at_once;
-    const int64_t e = r * panel.stride;
-    affine_rows<kAdd, kStream>(
-        Affine<T>{x + e, kAdd ? g + e : nullptr, y + e, mean, slope, level, scale}, rows,
-        panel.stride, panel.width);
+    map_rows<kStream>(a, rows, panel.stride, panel.width);
+    a.x += at_once * panel.stride;
+    a.g += Map::kTakesG ? at_once * panel.stride : 0;
+    a.y += at_once * panel.stride;
   }
 }
 

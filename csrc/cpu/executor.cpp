@@ -409,8 +409,8 @@ Stages::OfTile apply_affine(const array& x, const float* mean, const array& out,
   return [&, mean, past = past_caches(out, {&x})](Workspace& w, const Strip& strip, int64_t piece) {
     const int64_t e = tiling.first_element(strip, piece);
     const int64_t i = tiling.first_statistic(strip);
-    k.affine(elements(x) + e, tiling.panel(strip, piece), mean + i, w.slope(i), w.level(i),
-             elements(out) + e, past);
+    k.apply(elements(x) + e, nullptr, tiling.panel(strip, piece),
+            {mean + i, w.slope(i), w.level(i)}, elements(out) + e, past);
   };
 }
 
@@ -420,8 +420,8 @@ Stages::OfTile apply_gradient(const BoundArrays& a, const Tiling& tiling, const 
              Workspace& w, const Strip& strip, int64_t piece) {
     const int64_t e = tiling.first_element(strip, piece);
     const int64_t i = tiling.first_statistic(strip);
-    k.affine_add(elements(a[kX]) + e, elements(a[kG]) + e, tiling.panel(strip, piece), mean + i,
-                 w.slope(i), w.level(i), w.scale(i), elements(a[kOut]) + e, past);
+    k.apply(elements(a[kX]) + e, elements(a[kG]) + e, tiling.panel(strip, piece),
+            {mean + i, w.slope(i), w.level(i), w.scale(i)}, elements(a[kOut]) + e, past);
   };
 }
 
@@ -564,8 +564,8 @@ void normalize_gradient(const Problem& problem, BoundArrays& a) {
                                                           int64_t piece) {
       const int64_t e = tiling.first_element(strip, piece);
       const int64_t i = tiling.first_statistic(strip);
-      k.affine(elements(g) + e, tiling.panel(strip, piece), w.slope(i), w.scale(i), w.level(i),
-               elements(a[kOut]) + e, past);
+      k.apply(elements(g) + e, nullptr, tiling.panel(strip, piece),
+              {w.slope(i), w.scale(i), w.level(i)}, elements(a[kOut]) + e, past);
     };
   }
   run_stages(tiling, stages);

@@ -97,25 +97,24 @@ void reduce(const void* x_, const void* g_, Panel panel, const float* mean, doub
   }
 }
 
-template <typename T, bool kAdd, bool kStream>
-void affine_panels(const T* x, const T* g, const Panel& panel, const float* mean,
-                   const float* slope, const float* level, const float* scale, T* y) {
+template <typename Map, bool kStream, typename T>
+void apply_to_panels(const T* x, const T* g, const Panel& panel, const Coefficients& of, T* y) {
+  const float* const coefficients[] = {of.mean, of.slope, of.shift, of.scale};
   if (panel.stride == 1) {
-    auto line = [&](int64_t i) {
-      return Line{broadcast(mean[i]), broadcast(slope[i]), broadcast(level[i]),
-                  broadcast(kAdd ? scale[i] : 0)};
-    };
     for (int64_t r = panel.repeats; r-- > 0;) {
       const int64_t e = r * panel.apart;
-      line_affine<T, kAdd, kStream>(x + e, kAdd ? g + e : nullptr, panel.count, panel.positions,
-                                    line, y + e);
+      line_apply<Map, kStream>(x + e, Map::kTakesG ? g + e : nullptr, panel.count, panel.positions,
+                               coefficients, y + e);
     }
   } else {
     for (int64_t i = panel.count; i-- > 0;) {
       const int64_t c = i * panel.width;
       const int64_t e = c * panel.positions;
-      column_affine<T, kAdd, kStream>(x + e, kAdd ? g + e : nullptr, panel, mean + c, slope + c,
-                                      level + c, kAdd ? scale + c : nullptr, y + e);
+      Mapped<Map, T> a{x + e, Map::kTakesG ? g + e : nullptr, y + e, {}};
+      for (int k = 0; k < Map::kCoefficients; ++k) {
+        a.coefficients[k] = coefficients[k] + c;
+      }
+      column_apply<Map, kStream>(a, panel);
     }
   }
   if (kStream) {
@@ -124,22 +123,19 @@ void affine_panels(const T* x, const T* g, const Panel& panel, const float* mean
 }
 
 template <typename T>
-void affine(const void* x, Panel panel, const float* mean, const float* slope, const float* level,
-            void* y, bool past_caches) {
-  auto run = past_caches ? affine_panels<T, false, true> : affine_panels<T, false, false>;
-  run(static_cast<const T*>(x), nullptr, panel, mean, slope, level, nullptr, static_cast<T*>(y));
+void apply(const void* x, const void* g, Panel panel, Coefficients of, void* y, bool past_caches) {
+  auto run = [&](auto map, auto stream) {
+    apply_to_panels<decltype(map), stream>(static_cast<const T*>(x), static_cast<const T*>(g),
+                                           panel, of, static_cast<T*>(y));
+  };
+  auto with = [&](auto map) {
+    past_caches ? run(map, std::true_type{}) : run(map, std::false_type{});
+  };
+  g == nullptr ? with(MapX{}) : with(MapXG{});
 }
 
 template <typename T>
-void affine_add(const void* x, const void* g, Panel panel, const float* mean, const float* slope,
-                const float* level, const float* scale, void* y, bool past_caches) {
-  auto run = past_caches ? affine_panels<T, true, true> : affine_panels<T, true, false>;
-  run(static_cast<const T*>(x), static_cast<const T*>(g), panel, mean, slope, level, scale,
-      static_cast<T*>(y));
-}
-
-template <typename T>
-constexpr Kernels kTable{moments<T>, reduce<T>, affine<T>, affine_add<T>};
+constexpr Kernels kTable{moments<T>, reduce<T>, apply<T>};
 
 }  // namespace
 

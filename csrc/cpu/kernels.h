@@ -32,6 +32,14 @@ inline constexpr int64_t kMaxRepeatedLines = 512;
 inline constexpr int64_t kMaxRepeatedPositions = 256;
 inline constexpr int64_t kMaxRepeats = 16;
 
+/// Of y = slope * (x - mean) + shift [+ scale * g]: vectors over columns.
+struct Coefficients {
+  const float* mean;
+  const float* slope;
+  const float* shift;
+  const float* scale = nullptr;
+};
+
 /// Pointers are to the panel's first element or, for vectors over columns, to its first column.
 /// What is going to be merged with other panels' results is double: a mean rounded to float32 would
 /// put its rounding into the merged variance.
@@ -43,14 +51,9 @@ struct Kernels {
   void (*reduce)(const void* x, const void* g, Panel, const float* mean, double* sum_g,
                  double* sum_gd);
 
-  /// y = slope * (x - mean) + level. y may be x.
+  /// y = slope * (x - mean) + shift [+ scale * g], without g if it is null. y may be x or g.
   /// With `past_caches` y is written to memory without being read into the caches first.
-  void (*affine)(const void* x, Panel, const float* mean, const float* slope, const float* level,
-                 void* y, bool past_caches);
-
-  /// y = scale * g + slope * (x - mean) + level, likewise. y may be x or g.
-  void (*affine_add)(const void* x, const void* g, Panel, const float* mean, const float* slope,
-                     const float* level, const float* scale, void* y, bool past_caches);
+  void (*apply)(const void* x, const void* g, Panel, Coefficients, void* y, bool past_caches);
 };
 
 /// The kernels for float32, float16 or bfloat16 in the best instruction set that this processor

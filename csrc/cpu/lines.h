@@ -3,6 +3,7 @@
 #pragma once
 
 #include "cpu/kernels.h"
+#include "cpu/maps.h"
 #include "cpu/vector.h"
 
 namespace mlx_welford::cpu {
@@ -259,42 +260,45 @@ void line_reduce(const T* x, const T* g, const Panel& panel, const float* mean, 
   }
 }
 
-/// The coefficients of y = slope * (x - mean) + level [+ scale * g] for one line.
+/// The coefficients of a map for one line, in all lanes.
+template <typename Map>
 struct Line {
-  Vector mean, slope, level, scale;
+  Vector c[Map::kCoefficients];
 
-  template <bool kAdd>
-  Vector operator()(Vector x, Vector g) const {
-    const Vector y = slope * (x - mean) + level;
-    return kAdd ? y + scale * g : y;
+  Line(const float* const* coefficients, int64_t line) {
+    for (int k = 0; k < Map::kCoefficients; ++k) {
+      c[k] = broadcast(coefficients[k][line]);
+    }
   }
 
-  /// These in the first n lanes, those of `next` in the others.
-  Line until(int64_t n, const Line& next) const {
+  /// Replaces all but the first n lanes by those of `next`.
+  void end_after(int64_t n, const Line& next) {
     const auto here = lanes_before(n);
-    return {here ? mean : next.mean, here ? slope : next.slope, here ? level : next.level,
-            here ? scale : next.scale};
+    for (int k = 0; k < Map::kCoefficients; ++k) {
+      c[k] = here ? c[k] : next.c[k];
+    }
   }
 };
 
-/// `count` lines of n elements as one run of memory: a vector may hold the end of a line and the
-/// beginning of others, so that all but the first and the last of them are whole and, where they are
-/// streamed, aligned. y may be x or g.
-template <typename T, bool kAdd, bool kStream, typename LineOf>
-void line_affine(const T* x, const T* g, int64_t count, int64_t n, const LineOf& line_of, T* y) {
+/// Applies a map to `count` lines of n elements as one run of memory: a vector may hold the end of a line
+/// and the beginning of others, so that all but the first and the last of them are whole and, where they
+/// are streamed, aligned. Coefficients are arrays over lines. y may be x or g.
+template <typename Map, bool kStream, typename T>
+void line_apply(const T* x, const T* g, int64_t count, int64_t n, const float* const* coefficients,
+                T* y) {
   int64_t l = 0;
-  Line line = line_of(0);  // that of the next element
+  Line<Map> line(coefficients, 0);  // that of the next element
   auto across_lines = [&](int64_t i, int64_t lanes) {
-    Line mixed = line;
+    Line<Map> mixed = line;
     for (int64_t end = (l + 1) * n; end < i + lanes; end += n) {
-      line = line_of(++l);
-      mixed = mixed.until(end - i, line);
+      line = Line<Map>(coefficients, ++l);
+      mixed.end_after(end - i, line);
     }
     return mixed;
   };
-  auto whole = [&](int64_t i, const Line& c) {
+  auto whole = [&](int64_t i, const Line<Map>& line) {
     const Vector v =
-        c.template operator()<kAdd>(load<Vector>(x + i), kAdd ? load<Vector>(g + i) : Vector{});
+        Map::of(line.c, load<Vector>(x + i), Map::kTakesG ? load<Vector>(g + i) : Vector{});
     if constexpr (kStream) {
       stream(y + i, v);
     } else {
@@ -303,10 +307,10 @@ void line_affine(const T* x, const T* g, int64_t count, int64_t n, const LineOf&
   };
   auto part = [&](int64_t i, int64_t lanes) {
     if (lanes > 0) {
-      const Line c = across_lines(i, lanes);
+      const Line<Map> mixed = across_lines(i, lanes);
       store_first(y + i, lanes,
-                  c.template operator()<kAdd>(load_first(x + i, lanes),
-                                              kAdd ? load_first(g + i, lanes) : Vector{}));
+                  Map::of(mixed.c, load_first(x + i, lanes),
+                          Map::kTakesG ? load_first(g + i, lanes) : Vector{}));
     }
   };
 

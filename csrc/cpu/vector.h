@@ -7,6 +7,8 @@
 
 #if defined(__x86_64__)
 #include <immintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
 #endif
 
 namespace mlx_welford::cpu {
@@ -233,6 +235,27 @@ void store_first(T* p, int64_t n, Vector v) {
 }
 
 // ---- Arithmetic ---------------------------------------------------------------------------------
+
+/// a * b + c, rounded once where the instruction set can. Left to the compiler, the same expression
+/// might be fused in one kernel and not in another, and parts of an array would differ from the whole.
+inline float multiply_add(float a, float b, float c) {
+#if defined(__FMA__) || defined(__aarch64__)
+  return __builtin_fmaf(a, b, c);
+#else
+  return a * b + c;
+#endif
+}
+inline Vector multiply_add(Vector a, Vector b, Vector c) {
+#if defined(__AVX512F__)
+  return _mm512_fmadd_ps(a, b, c);
+#elif defined(__FMA__)
+  return _mm256_fmadd_ps(a, b, c);
+#elif defined(__aarch64__)
+  return vfmaq_f32(c, a, b);
+#else
+  return a * b + c;
+#endif
+}
 
 inline Vector broadcast(float f) { return f - Vector{}; }  // unlike a sum, leaves -0 as it is
 
