@@ -10,11 +10,11 @@ PY := $(VENV)/bin/python
 TESTS_PATH := tests:tests/support
 PACKAGE := python/mlx_welford
 # Written by the build, and copied here for mypy and editors.
-GENERATED := $(PACKAGE)/_build.py $(PACKAGE)/_ext.pyi
+GENERATED := $(PACKAGE)/_build.py $(PACKAGE)/_core.pyi $(PACKAGE)/_ext.pyi
 
 SOURCES := CMakeLists.txt pyproject.toml README.md LICENSE \
 	$(sort $(shell find $(wildcard cmake csrc metal python) -type f \
-	-not -name '*.pyc' -not -name _build.py -not -name _ext.pyi -not -name '.*'))
+	-not -name '*.pyc' -not -name _build.py -not -name '*.pyi' -not -name '.*'))
 CXX_SOURCES = $(shell find $(wildcard csrc metal tests) -name '*.cpp' -o -name '*.h' -o -name '*.metal')
 
 PIP := $(PY) -m pip --disable-pip-version-check --quiet
@@ -28,7 +28,7 @@ SITE_PACKAGES = $(abspath $(wildcard $(VENV)/lib/python3*/site-packages))
 BUILD_WHEEL = PYTHONPATH=$(SITE_PACKAGES) $$python -m pip --disable-pip-version-check --quiet wheel \
 	--no-build-isolation --no-deps --no-index \
 	--config-settings=cmake.define.MLX_WELFORD_WERROR=$(WERROR) \
-	--config-settings=cmake.define.MLX_WELFORD_STUB=$(CURDIR)/$(PACKAGE)/_ext.pyi \
+	--config-settings=cmake.define.MLX_WELFORD_STUBS=$(CURDIR)/$(PACKAGE) \
 	$(if $(LAUNCHER),--config-settings=cmake.define.CMAKE_CXX_COMPILER_LAUNCHER='$(LAUNCHER)')
 # Finds out on which releases of Linux wheels run; libmlx is there with mlx-cpu or mlx-cuda.
 AUDITWHEEL = PATH="$(abspath $(VENV)/bin):$$PATH" $(PY) -m auditwheel repair --exclude libmlx.so --wheel-dir $(DIST)
@@ -71,7 +71,7 @@ $(VENV)/package.stamp: $(SOURCES) $(VENV)/sources.txt $(VENV)/requirements.stamp
 	@$(PIP) install --no-build-isolation --no-deps --no-index --force-reinstall \
 		--config-settings=cmake.define.MLX_WELFORD_WERROR=$(WERROR) \
 		--config-settings=cmake.define.MLX_WELFORD_SIMULATOR=ON .
-	@cd $(VENV)/lib/python3*/site-packages/mlx_welford && cp _build.py _ext.pyi $(CURDIR)/$(PACKAGE)
+	@cd $(VENV)/lib/python3*/site-packages/mlx_welford && cp _build.py _core.pyi _ext.pyi $(CURDIR)/$(PACKAGE)
 	@ln -sf $$(ls -t build/cp*/compile_commands.json | head -1) compile_commands.json
 	@mv $@.started $@
 

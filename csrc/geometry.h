@@ -35,10 +35,6 @@ struct Geometry {
   bool operator==(const Geometry&) const = default;
 };
 
-/// Where the statistics of a normalisation come from. Those of a batch and those given are one per
-/// channel.
-enum class Statistics { of_instance, of_batch, given };
-
 /// Which gradients are asked for; the others are not computed.
 struct Wanted {
   bool x = false;
@@ -48,10 +44,6 @@ struct Wanted {
 
   bool operator==(const Wanted&) const = default;
 };
-
-/// The axes that share a statistic: all but `channel_axis`, and for instances all but the first
-/// too.
-std::vector<int> reduced_axes(int ndim, int channel_axis, Statistics statistics);
 
 /// The geometry of a reduction over `axes` (unique, non-negative) of a row-contiguous array, or
 /// nothing when its kept and reduced axes alternate too often for (merge, outer, reduce, inner).
