@@ -9,6 +9,8 @@
 
 namespace mlx_welford {
 
+inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
 /// A row-contiguous array seen as (merge, outer, reduce, inner), with statistics over merge and
 /// reduce.
 ///
@@ -17,9 +19,8 @@ namespace mlx_welford {
 ///   batch norm, channels last       (1, 1, N*S, C)
 ///   batch norm, channels first      (N, C, S, 1)
 ///
-/// A *slot* is one (merge, outer, inner) index: the moments of its `reduce` values are found in one
-/// sweep. A *statistic* merges the slots that share (outer, inner): slot % statistics() is its
-/// index. The channel axis is the last axis that is kept, so statistic % C is the channel.
+/// A *slot* is one (outer, inner) index: merge * reduce values that share a statistic and a channel.
+/// Slots says which.
 struct Geometry {
   int64_t merge = 1;
   int64_t outer = 1;
@@ -33,6 +34,27 @@ struct Geometry {
   int64_t size() const { return merge * outer * reduce * inner; }
 
   bool operator==(const Geometry&) const = default;
+};
+
+/// What a slot belongs to.
+struct Slot {
+  int64_t index;
+  int64_t statistic;
+  int64_t channel;
+};
+
+/// The maps from the slots of a geometry to statistics and to channels. The channel axis is the last
+/// axis that is kept, so the channels repeat in their order.
+struct Slots {
+  int64_t count;
+  int64_t channels;
+
+  Slot at(int64_t index) const { return {index, index, index % channels}; }
+  /// The slot behind s, without a division.
+  Slot next(const Slot& s) const {
+    return {s.index + 1, s.statistic + 1, s.channel + 1 == channels ? 0 : s.channel + 1};
+  }
+  int64_t per_channel() const { return count / channels; }
 };
 
 /// Which gradients are asked for; the others are not computed.
