@@ -9,15 +9,16 @@
 namespace mlx_welford::cpu {
 namespace {
 
-constexpr int64_t kChunk = 4096;       // elements of a line between two merges
+constexpr int64_t kChunk = kLanes < 8 ? 1024 : 4096;  // elements of a line between two merges
 constexpr int64_t kShortLine = 128;    // lines up to here are taken several at a time
 constexpr int64_t kManyVectors = 8;    // from here on additions would wait for each other
 constexpr int64_t kAheadBytes = 2048;  // to be fetched while accumulators take up the cache
 
-/// So many first elements' mean is the first origin of a line of n: one of them that lies far off
-/// must not cost digits, and neither should they be a large part of the work.
+/// Number of leading elements averaged for the first origin of a line of n: enough to resist an outlier,
+/// few enough to be cheap. No fewer than 8 where vectors are shorter: digits would be lost.
 constexpr int64_t first_elements(int64_t n) {
-  return n < kLanes ? n : n <= 32 * kLanes ? kLanes : 8 * kLanes;
+  constexpr int64_t few = kLanes < 8 ? 8 : kLanes;
+  return n < few ? n : n <= 32 * few ? few : 8 * few;
 }
 
 /// A vector that holds the elements [i, i + lanes) of a line. An incomplete one, lanes < kLanes, has
