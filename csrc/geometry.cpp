@@ -38,8 +38,4 @@ std::vector<int> axis_order(const mlx::core::Shape& shape, const std::vector<int
   return order;
 }
 
-bool has_geometry_in_any_shape(int ndim, const std::vector<int>& axes) {
-  return find_geometry(mlx::core::Shape(ndim, 2), axes).has_value();
-}
-
 }  // namespace mlx_welford

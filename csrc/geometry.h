@@ -76,8 +76,4 @@ std::optional<Geometry> find_geometry(const mlx::core::Shape& shape, const std::
 std::vector<int> axis_order(const mlx::core::Shape& shape, const std::vector<int>& axes,
                             const std::vector<int>& last);
 
-/// True if arrays of all shapes with so many axes have a geometry, and not only those in which some
-/// axes have length 1.
-bool has_geometry_in_any_shape(int ndim, const std::vector<int>& axes);
-
 }  // namespace mlx_welford

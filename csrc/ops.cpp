@@ -71,11 +71,12 @@ array update_coefficients(const Number& momentum, const Number& count, mx::Dtype
   return mx::stack({keep(), take(), unbiased()}, s);
 }
 
-/// True if kernels can read x without moving axes; while MLX traces for any shape, if they can read
-/// every array with so many axes.
-bool is_walkable(const array& x, const std::vector<int>& axes, mx::Stream s) {
-  return traced_for_any_shape(x, s) ? has_geometry_in_any_shape(static_cast<int>(x.ndim()), axes)
-                                    : find_geometry(x.shape(), axes).has_value();
+/// The order in which kernels take the axes of x. In a graph that MLX traces for any shape, one that
+/// fits all shapes: without axes of length 1, which could belong to any level.
+std::vector<int> order_of(const array& x, const std::vector<int>& axes,
+                          const std::vector<int>& last, mx::Stream s) {
+  const mx::Shape no_ones(x.ndim(), 2);
+  return axis_order(traced_for_any_shape(x, s) ? no_ones : x.shape(), axes, last);
 }
 
 }  // namespace
@@ -112,10 +113,11 @@ std::tuple<array, array, array> normalize(const array& x_, const std::optional<a
   const int ndim = static_cast<int>(x.ndim());
   // Kernels read channels first or last; channels on another axis are moved to the end and back.
   auto axes = reduced_axes(ndim, channel_axis, statistics);
-  const bool moved = !is_walkable(x, axes, s);
+  const auto order = order_of(x, axes, {channel_axis}, s);
+  const bool moved = !std::is_sorted(order.begin(), order.end());
   const int home = channel_axis;
   if (moved) {
-    x = mx::moveaxis(x, channel_axis, -1, s);
+    x = mx::transpose(x, order, s);
     channel_axis = ndim - 1;
     axes = reduced_axes(ndim, channel_axis, statistics);
   }
@@ -202,19 +204,10 @@ std::pair<array, array> moments(const array& x_, std::vector<int> axes, bool kee
   const auto s = mx::to_stream(s_);
   array x = x_;
   auto kernel_axes = axes;
-  if (!is_walkable(x, axes, s)) {  // bring the kept axes together, in front
-    std::vector<int> order;
-    for (int axis = 0; axis < ndim; ++axis) {
-      if (!std::binary_search(axes.begin(), axes.end(), axis)) {
-        order.push_back(axis);
-      }
-    }
-    const int kept = static_cast<int>(order.size());
-    order.insert(order.end(), axes.begin(), axes.end());
+  const auto order = order_of(x, axes, axes, s);
+  if (!std::is_sorted(order.begin(), order.end())) {
     x = mx::transpose(x, order, s);
-    for (int i = 0; i < ndim - kept; ++i) {
-      kernel_axes[i] = kept + i;
-    }
+    std::iota(kernel_axes.begin(), kernel_axes.end(), ndim - static_cast<int>(axes.size()));
   }
   const BoundArrays outputs =
       compute(s, {.operation = Operation::moments, .axes = kernel_axes}, {{kX, x}});
