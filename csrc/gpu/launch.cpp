@@ -5,6 +5,7 @@
 #include <limits>
 #include <optional>
 #include <stdexcept>
+#include <string>
 #include <utility>
 
 namespace mlx_welford::gpu {
@@ -50,6 +51,7 @@ int64_t columns_across(const Access& a, Element element, const Tuning& tuning, i
   return best;
 }
 
+/// A sweep's parameters, threadgroups, and threads of each.
 struct Shape {
   Sweep sweep;
   uint32_t groups;
