@@ -1,8 +1,8 @@
 // The kernels for panels of several columns: lanes go across columns, so no sum is reassociated.
 //
-// Columns are taken in bundles of a few vectors, whose sums or coefficients stay in registers on the
-// way down some rows. For sums narrow panels are folded: with fewer columns than a bundle, `fold`
-// positions are taken as one wider row, and its columns are merged at the end.
+// Columns are taken in bundles of a few vectors, whose sums or coefficients stay in registers on
+// the way down some rows. For sums narrow panels are folded: with fewer columns than a bundle,
+// `fold` positions are taken as one wider row, and its columns are merged at the end.
 #pragma once
 
 #include <type_traits>
@@ -148,7 +148,8 @@ struct Fold {
 };
 
 /// Fetches rows into the second-level cache, in the order of memory, a part with each step of the
-/// work on the rows before them: going down bundles of columns, the processor would not foresee them.
+/// work on the rows before them: going down bundles of columns, the processor would not foresee
+/// them.
 template <typename T>
 class Ahead {
  public:
