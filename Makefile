@@ -10,11 +10,11 @@ PY := $(VENV)/bin/python
 TESTS_PATH := tests:tests/support
 PACKAGE := python/mlx_welford
 # Written by the build, and copied here for mypy and editors.
-GENERATED := $(PACKAGE)/_build.py $(PACKAGE)/_ext.pyi
+GENERATED := $(PACKAGE)/_build.py $(PACKAGE)/_core.pyi $(PACKAGE)/_ext.pyi
 
 SOURCES := CMakeLists.txt pyproject.toml README.md LICENSE \
 	$(sort $(shell find $(wildcard cmake csrc metal python) -type f \
-	-not -name '*.pyc' -not -name _build.py -not -name _ext.pyi -not -name '.*'))
+	-not -name '*.pyc' -not -name _build.py -not -name '*.pyi' -not -name '.*'))
 CXX_SOURCES = $(shell find $(wildcard csrc metal tests) -name '*.cpp' -o -name '*.h' -o -name '*.metal')
 
 PIP := $(PY) -m pip --disable-pip-version-check --quiet
@@ -28,7 +28,7 @@ SITE_PACKAGES = $(abspath $(wildcard $(VENV)/lib/python3*/site-packages))
 BUILD_WHEEL = PYTHONPATH=$(SITE_PACKAGES) $$python -m pip --disable-pip-version-check --quiet wheel \
 	--no-build-isolation --no-deps --no-index \
 	--config-settings=cmake.define.MLX_WELFORD_WERROR=$(WERROR) \
-	--config-settings=cmake.define.MLX_WELFORD_STUB=$(CURDIR)/$(PACKAGE)/_ext.pyi \
+	--config-settings=cmake.define.MLX_WELFORD_STUBS=$(CURDIR)/$(PACKAGE) \
 	$(if $(LAUNCHER),--config-settings=cmake.define.CMAKE_CXX_COMPILER_LAUNCHER='$(LAUNCHER)')
 # Finds out on which releases of Linux wheels run; libmlx is there with mlx-cpu or mlx-cuda.
 AUDITWHEEL = PATH="$(abspath $(VENV)/bin):$$PATH" $(PY) -m auditwheel repair --exclude libmlx.so --wheel-dir $(DIST)
@@ -38,7 +38,7 @@ DIST ?= dist
 # What wheels are made of: this checkout, or an unpacked source distribution.
 SOURCE ?= .
 
-.PHONY: help build demo test test-quick test-nightly test-macos mutants bench lint format \
+.PHONY: help build demo test test-quick test-nightly test-macos sanitize mutants bench lint format \
 	sdist wheels wheel-macos wheel-aarch64 try-mlx cuda cuda-pack clean force
 .DEFAULT_GOAL := help
 
@@ -71,7 +71,7 @@ $(VENV)/package.stamp: $(SOURCES) $(VENV)/sources.txt $(VENV)/requirements.stamp
 	@$(PIP) install --no-build-isolation --no-deps --no-index --force-reinstall \
 		--config-settings=cmake.define.MLX_WELFORD_WERROR=$(WERROR) \
 		--config-settings=cmake.define.MLX_WELFORD_SIMULATOR=ON .
-	@cd $(VENV)/lib/python3*/site-packages/mlx_welford && cp _build.py _ext.pyi $(CURDIR)/$(PACKAGE)
+	@cd $(VENV)/lib/python3*/site-packages/mlx_welford && cp _build.py _core.pyi _ext.pyi $(CURDIR)/$(PACKAGE)
 	@ln -sf $$(ls -t build/cp*/compile_commands.json | head -1) compile_commands.json
 	@mv $@.started $@
 
@@ -90,6 +90,44 @@ test-quick: export MLX_WELFORD_TEST_PROFILE = quick
 test-quick: test ## a few rows of every test, in a minute
 test-nightly: export MLX_WELFORD_TEST_PROFILE = nightly
 test-nightly: test ## whole tables and many random problems, for hours
+
+# The CPU's kernels and the layers under GCC's sanitizers, each in a build of its own (Linux).
+# - address, with undefined behaviour: all tests of the CPU backend. Leaks are not looked for, since
+#   CPython and MLX keep memory until the process ends.
+# - thread: the tests that share work among threads. libmlx and CPython are not instrumented, so
+#   only accesses from this project's code count. ThreadSanitizer cannot start threads in a forked
+#   process, so those tests are left out.
+# A Debug build, since the check of the instruction sets needs full optimisation. With pytest's
+# default capture the report would be lost, since a finding ends the process.
+SANITIZERS := address thread
+SANITIZE_address = -fsanitize=address,undefined -fno-sanitize-recover=undefined
+SANITIZE_thread = -fsanitize=thread
+RUNTIME_address := libasan.so
+RUNTIME_thread := libtsan.so
+SANITIZED_address := tests/numerics tests/graph tests/layers tests/cpu
+SANITIZED_thread := tests/cpu tests/graph/test_scheduling.py -m 'not slow' -k 'not forked'
+sanitize-address: export ASAN_OPTIONS = detect_leaks=0
+sanitize-address: export UBSAN_OPTIONS = print_stacktrace=1
+sanitize-thread: export TSAN_OPTIONS = halt_on_error=1:ignore_noninstrumented_modules=1
+sanitize-thread: export MLX_WELFORD_NUM_THREADS = 4
+
+sanitize: $(SANITIZERS:%=sanitize-%) ## run the CPU's tests with AddressSanitizer, UBSan and ThreadSanitizer
+
+.PHONY: $(SANITIZERS:%=sanitize-%)
+$(SANITIZERS:%=sanitize-%): sanitize-%: build/sanitize/%/stamp
+	LD_PRELOAD="$$($(CXX) -print-file-name=$(RUNTIME_$*)) $$($(CXX) -print-file-name=libstdc++.so)" \
+		PYTHONPATH=build/sanitize/$*/layout:tests/support \
+		$(PYTEST) --capture=sys -p uncached --backend cpu $(SANITIZED_$*) $(PYTEST_ARGS)
+
+build/sanitize/%/stamp: $(VENV)/package.stamp
+	@echo '==> building the extension with -fsanitize=$*'
+	@export PATH="$(abspath $(VENV)/bin):$$PATH" && \
+		cmake --log-level=WARNING -S . -B $(@D) -G Ninja -DCMAKE_BUILD_TYPE=Debug \
+			-DPython_EXECUTABLE=$(abspath $(PY)) -DCMAKE_CXX_COMPILER=$(CXX) \
+			-DCMAKE_CXX_FLAGS='-O1 -fno-omit-frame-pointer $(SANITIZE_$*)' && \
+		cmake --build $(@D) --target _ext -- --quiet
+	@cp -r $(PACKAGE) $(@D)/layout
+	@touch $@
 
 # In build/mutants, a copy of the checkout. What has a verdict of this commit is not run again.
 mutants: build ## plant faults, see which tests notice: MUTANTS_ARGS="--only NAME"

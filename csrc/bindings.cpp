@@ -1,5 +1,5 @@
-// The extension module mlx_welford._ext. Documentation for users is in the Python functions that
-// call it.
+// The extension module mlx_welford._ext. The Python functions that call it are documented for
+// users.
 
 #include <nanobind/nanobind.h>
 #include <nanobind/stl/optional.h>
@@ -29,17 +29,7 @@ NB_MODULE(_ext, m) {
 
   m.attr("mlx_version") = MLX_WELFORD_MLX_VERSION;
 
-  nb::register_exception_translator([](const std::exception_ptr& error, void*) {
-    try {
-      std::rethrow_exception(error);
-    } catch (const mw::DtypeError& e) {
-      PyErr_SetString(PyExc_TypeError, e.what());
-    }
-  });
-
-  nb::enum_<mw::Statistics>(m, "Statistics", "Where the statistics of a normalisation come from.")
-      .value("of_instance", mw::Statistics::of_instance)
-      .value("of_batch", mw::Statistics::of_batch);
+  mw::bind_rules(m);
 
   m.def(
       "count_channels",
@@ -56,9 +46,8 @@ NB_MODULE(_ext, m) {
          const std::string& caller, const std::optional<mx::array>& mean,
          const std::optional<mx::array>& var, int axis, std::optional<int> channels,
          bool several_values, bool running, mx::StreamOrDevice s) {
-        auto out = mw::normalize(x, weight, bias, eps, mean, var, axis, statistics,
-                                 {caller, channels, several_values, running}, s);
-        return std::make_tuple(out.y, out.mean, out.var);
+        return mw::normalize(x, weight, bias, eps, mean, var, axis, statistics,
+                             {caller, channels, several_values, running}, s);
       },
       "x"_a, "weight"_a.none(), "bias"_a.none(), "eps"_a, "statistics"_a, "caller"_a,
       "mean"_a.none() = nb::none(), "var"_a.none() = nb::none(), "axis"_a = -1,
@@ -107,15 +96,14 @@ NB_MODULE(_ext, m) {
   m.def(
       "merge_ranks",
       [](const mx::array& messages, int ranks, int rank, const std::string& caller) {
-        auto out = mw::merge_ranks(messages, ranks, rank, {caller});
-        return std::make_tuple(out.mean, out.var, out.count);
+        return mw::merge_ranks(messages, ranks, rank, {caller});
       },
       "messages"_a, "ranks"_a, "rank"_a, "caller"_a);
 
   m.def(
       "is_differentiated", [](const mx::array& a) { return a.is_tracer() && a.has_primitive(); },
       "array"_a,
-      "Whether a transformation such as mx.grad traces this array; mx.compile alone does not "
+      "True if a transformation such as mx.grad traces this array; mx.compile alone does not "
       "count.");
   m.def(
       "backend", [](mx::StreamOrDevice s) { return mw::backend_name(mx::to_stream(s)); },
@@ -131,9 +119,11 @@ NB_MODULE(_ext, m) {
         "The product of the lengths of these axes; a node of the graph while MLX traces for any "
         "shape.");
   m.def("use_fallback", &mw::use_fallback, "always"_a,
-        "From now on, or no longer, compose every operation of MLX's own.");
-  m.def("simulate_with", &mw::gpu::simulate_with, "library"_a.none(),
-        "Run the shaders compiled into this library in place of the CPU's kernels; None: no more.");
+        "Turns the use of fallbacks in place of all kernels on or off.");
+  m.def(
+      "simulate_with", &mw::gpu::simulate_with, "library"_a.none(),
+      "Run the shaders compiled into this library in place of the CPU's kernels, or with None the "
+      "CPU's kernels again.");
   mw::bind_launch(m);
   mw::bind_record(m);
   m.def("num_threads", &mw::cpu::num_threads);

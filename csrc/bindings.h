@@ -1,4 +1,4 @@
-// The parts of the extension module.
+// The parts of the extension modules.
 #pragma once
 
 #include <nanobind/nanobind.h>
@@ -7,5 +7,8 @@ namespace mlx_welford {
 
 void bind_launch(nanobind::module_& m);
 void bind_record(nanobind::module_& m);
+
+/// What every module needs that checks arguments.
+void bind_rules(nanobind::module_& m);
 
 }  // namespace mlx_welford

@@ -66,7 +66,7 @@ Arrays FallbackPrimitive::vjp(const Arrays& primals, const Arrays& cotangents,
 
 std::pair<Arrays, std::vector<int>> FallbackPrimitive::vmap(const Arrays& inputs,
                                                             const std::vector<int>& axes) {
-  // Mapped axes go first: MLX's own expand_dims loses count of those behind the axes that it adds.
+  // Move mapped axes to the front: MLX's expand_dims miscounts those behind the axes that it adds.
   Arrays mapped_first = inputs;
   std::vector<int> first_axes = axes;
   for (size_t i = 0; i < inputs.size(); ++i) {
@@ -84,8 +84,7 @@ namespace {
 
 std::atomic<bool> always_fallback{false};
 
-/// Whether an array is row-contiguous, or will be: what is not known to be goes through mx::contiguous,
-/// which costs a node in the graph where there is nothing to copy.
+/// True if `a` is, or will evaluate to, row-contiguous. False only costs an extra node.
 bool known_contiguous(const array& a) {
   if (a.is_available()) {
     return a.flags().row_contiguous;
@@ -93,12 +92,12 @@ bool known_contiguous(const array& a) {
   if (!a.has_primitive()) {
     return false;
   }
-  // By name: a dynamic_cast would need type information across libraries.
+  // By name: dynamic_cast does not work across libraries that hide their type information.
   const std::string_view name = a.primitive().name();
-  if (name == "Copy") {  // shares its input's memory: what mx::vjp makes of its arguments
+  if (name == "Copy") {  // shares its input's memory; mx::vjp wraps its arguments in it
     return known_contiguous(a.inputs()[0]);
   }
-  if (name == "Full") {  // of a number: what mx::vjp hands to outputs that nothing was made of
+  if (name == "Full") {  // of a number: the cotangents that mx::vjp makes for unused outputs
     const array& broadcast = a.inputs()[0];
     return broadcast.has_primitive() && broadcast.inputs().size() == 1 &&
            broadcast.inputs()[0].size() == 1;
@@ -106,8 +105,8 @@ bool known_contiguous(const array& a) {
   return name.starts_with("Welford");
 }
 
-/// mx::contiguous of an input, as it stands in a graph that MLX traces. It is the first of this
-/// library's nodes there, and so the one that mx.export_function names when it refuses to write it.
+/// mx::contiguous for an input that is traced. mx.export_function stops at the first node that it
+/// cannot write, which is this one, and prints its name: the name tells users what to do.
 class ExportHint : public mx::Primitive {
  public:
   ExportHint(std::shared_ptr<mx::Primitive> contiguous, const char* operation)
@@ -148,7 +147,7 @@ class ExportHint : public mx::Primitive {
   std::string name_;
 };
 
-/// `a` in row-contiguous memory, for an operation.
+/// `a` in row-contiguous memory, as an input of an operation.
 array contiguous(const array& a, FallbackPrimitive& operation) {
   array made = mx::contiguous(a, false, operation.stream());
   if (!a.is_tracer()) {
@@ -158,8 +157,8 @@ array contiguous(const array& a, FallbackPrimitive& operation) {
   return array(made.shape(), made.dtype(), hint, {a});
 }
 
-/// Evaluates a graph within the evaluation of one of its users, where mx::eval cannot be called: calls
-/// the primitives one after another, and keeps all arrays until they have run.
+/// Evaluates a graph during the evaluation of a node that depends on it, where mx::eval cannot be
+/// called. Evaluates the primitives one after another, and keeps all arrays until they have run.
 class Interpreter {
  public:
   Interpreter(mx::Stream s, const Arrays& evaluated) : stream_(s) {
@@ -209,17 +208,17 @@ void FallbackPrimitive::evaluate_fallback(const Arrays& inputs, Arrays& outputs)
   }
 }
 
-Arrays outputs_of(const std::shared_ptr<FallbackPrimitive>& primitive, const Arrays& inputs) {
+Arrays outputs_of(const std::shared_ptr<FallbackPrimitive>& primitive, Arrays inputs) {
   if (!primitive->can_evaluate(inputs)) {
     return primitive->fallback(inputs);
   }
-  Arrays in_rows;
-  in_rows.reserve(inputs.size());
-  for (const array& input : inputs) {
-    in_rows.push_back(known_contiguous(input) ? input : contiguous(input, *primitive));
+  for (array& input : inputs) {
+    if (!known_contiguous(input)) {
+      input = contiguous(input, *primitive);
+    }
   }
   return array::make_arrays(primitive->output_shapes(inputs), primitive->output_dtypes(inputs),
-                            primitive, in_rows);
+                            primitive, inputs);
 }
 
 void use_fallback(bool always) { always_fallback = always; }

@@ -16,7 +16,7 @@ namespace mlx_welford {
 using mlx::core::array;
 using Arrays = std::vector<array>;
 
-/// A call of a function of python/mlx_welford/_fallback.py, which hands back arrays by name.
+/// A call of a function of python/mlx_welford/_fallback.py, which returns arrays by name.
 struct FallbackCall {
   using Argument = std::variant<array, std::vector<int>, int, double>;
 
@@ -51,16 +51,15 @@ class FallbackPrimitive : public mlx::core::Primitive {
 };
 
 /// The outputs of a primitive for these inputs, which need not be contiguous.
-Arrays outputs_of(const std::shared_ptr<FallbackPrimitive>& primitive, const Arrays& inputs);
+Arrays outputs_of(const std::shared_ptr<FallbackPrimitive>& primitive, Arrays inputs);
 
-/// From now on, or no longer, use fallbacks alone: for mx.export_function, since MLX can only write
-/// its own primitives.
+/// Turns the use of fallbacks in place of all primitives on or off: for mx.export_function, which
+/// can only write MLX's own.
 void use_fallback(bool always);
 bool uses_fallback();
 
-/// True while MLX traces a function of which `a` is a part for arrays of any shape: mx.compile or
-/// mx.export_function with shapeless=True. Numbers taken from the shapes at hand do not belong in
-/// such a graph.
+/// True if `a` is traced for any shape, by mx.compile or mx.export_function with shapeless=True.
+/// Such a graph must not contain numbers taken from the shapes at hand.
 bool traced_for_any_shape(const array& a, mlx::core::Stream s);
 
 }  // namespace mlx_welford

@@ -6,16 +6,6 @@
 
 namespace mlx_welford {
 
-std::vector<int> reduced_axes(int ndim, int channel_axis, Statistics statistics) {
-  std::vector<int> axes;
-  for (int axis = statistics == Statistics::of_instance ? 1 : 0; axis < ndim; ++axis) {
-    if (axis != channel_axis) {
-      axes.push_back(axis);
-    }
-  }
-  return axes;
-}
-
 std::optional<Geometry> find_geometry(const mlx::core::Shape& shape, const std::vector<int>& axes) {
   // Walk from the fastest axis to the slowest; a level ends where reduced and kept axes change
   // over.
@@ -46,10 +36,6 @@ std::vector<int> axis_order(const mlx::core::Shape& shape, const std::vector<int
     order.insert(order.end(), last.begin(), last.end());
   }
   return order;
-}
-
-bool has_geometry_in_any_shape(int ndim, const std::vector<int>& axes) {
-  return find_geometry(mlx::core::Shape(ndim, 2), axes).has_value();
 }
 
 }  // namespace mlx_welford

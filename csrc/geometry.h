@@ -9,6 +9,8 @@
 
 namespace mlx_welford {
 
+inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
 /// A row-contiguous array seen as (merge, outer, reduce, inner), with statistics over merge and
 /// reduce.
 ///
@@ -17,9 +19,8 @@ namespace mlx_welford {
 ///   batch norm, channels last       (1, 1, N*S, C)
 ///   batch norm, channels first      (N, C, S, 1)
 ///
-/// A *slot* is one (merge, outer, inner) index: the moments of its `reduce` values are found in one
-/// sweep. A *statistic* merges the slots that share (outer, inner): slot % statistics() is its
-/// index. The channel axis is the last axis that is kept, so statistic % C is the channel.
+/// A *slot* is one (outer, inner) index: merge * reduce values that share a statistic and a channel.
+/// Slots says which.
 struct Geometry {
   int64_t merge = 1;
   int64_t outer = 1;
@@ -35,9 +36,26 @@ struct Geometry {
   bool operator==(const Geometry&) const = default;
 };
 
-/// Where the statistics of a normalisation come from. Those of a batch and those given are one per
-/// channel.
-enum class Statistics { of_instance, of_batch, given };
+/// What a slot belongs to.
+struct Slot {
+  int64_t index;
+  int64_t statistic;
+  int64_t channel;
+};
+
+/// The maps from the slots of a geometry to statistics and to channels. The channel axis is the last
+/// axis that is kept, so the channels repeat in their order.
+struct Slots {
+  int64_t count;
+  int64_t channels;
+
+  Slot at(int64_t index) const { return {index, index, index % channels}; }
+  /// The slot behind s, without a division.
+  Slot next(const Slot& s) const {
+    return {s.index + 1, s.statistic + 1, s.channel + 1 == channels ? 0 : s.channel + 1};
+  }
+  int64_t per_channel() const { return count / channels; }
+};
 
 /// Which gradients are asked for; the others are not computed.
 struct Wanted {
@@ -49,10 +67,6 @@ struct Wanted {
   bool operator==(const Wanted&) const = default;
 };
 
-/// The axes that share a statistic: all but `channel_axis`, and for instances all but the first
-/// too.
-std::vector<int> reduced_axes(int ndim, int channel_axis, Statistics statistics);
-
 /// The geometry of a reduction over `axes` (unique, non-negative) of a row-contiguous array, or
 /// nothing when its kept and reduced axes alternate too often for (merge, outer, reduce, inner).
 std::optional<Geometry> find_geometry(const mlx::core::Shape& shape, const std::vector<int>& axes);
@@ -61,9 +75,5 @@ std::optional<Geometry> find_geometry(const mlx::core::Shape& shape, const std::
 /// with those in `last` behind the others.
 std::vector<int> axis_order(const mlx::core::Shape& shape, const std::vector<int>& axes,
                             const std::vector<int>& last);
-
-/// True if arrays of all shapes with so many axes have a geometry, and not only those in which some
-/// axes have length 1.
-bool has_geometry_in_any_shape(int ndim, const std::vector<int>& axes);
 
 }  // namespace mlx_welford

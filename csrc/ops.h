@@ -1,83 +1,62 @@
-// The operations as users call them: validation, dtypes and layouts. Nothing is computed here.
-//
-// Errors are std::invalid_argument, or DtypeError, with a text of the form "[caller] what is
-// wrong".
+// The operations behind the Python functions: they check arguments, cast them to the dtype of the
+// result, and move axes to where the kernels can read them.
 #pragma once
 
 #include <optional>
-#include <stdexcept>
-#include <string>
+#include <tuple>
 #include <utility>
 #include <variant>
 #include <vector>
 
-#include "geometry.h"
 #include "mlx/array.h"
 #include "mlx/utils.h"
+#include "rules.h"
 
 namespace mlx_welford {
 
 using mlx::core::array;
 
-/// An argument of the wrong dtype; a TypeError in Python.
-struct DtypeError : std::invalid_argument {
-  using std::invalid_argument::invalid_argument;
-};
-
-/// Whose arguments are checked, and what more than the operation itself it asks of them.
-struct Caller {
-  std::string name;
-  std::optional<int> channels = std::nullopt;  // the number of channels that x must have
-  bool several_values = false;                 // statistics of a single value are refused
-  bool running = false;  // given statistics are a layer's running_mean, running_var
-};
-
 /// The number of channels of x, after checking its dtype, its dimensions and `axis`.
 int count_channels(const array& x, int axis, Statistics statistics, const Caller& caller);
 
-struct Normalized {
-  array y;     // shape of x, dtype result_type(x, weight, bias)
-  array mean;  // float32; (N, C) per instance, (C) per batch
-  array var;   // likewise; biased
-};
+/// (y, mean, var) with y = (x - mean) / sqrt(var + eps) * weight + bias, and the statistics of x or
+/// the given ones (C). y has the dtype result_type(x, weight, bias); mean and biased var are float32,
+/// (N, C) per instance or (C) per batch.
+std::tuple<array, array, array> normalize(const array& x, const std::optional<array>& weight,
+                                          const std::optional<array>& bias, double eps,
+                                          const std::optional<array>& mean,
+                                          const std::optional<array>& var, int axis,
+                                          Statistics statistics, const Caller& caller,
+                                          mlx::core::StreamOrDevice s = {});
 
-/// y = (x - mean) / sqrt(var + eps) * weight + bias with x's own statistics, or those given (C).
-Normalized normalize(const array& x, const std::optional<array>& weight,
-                     const std::optional<array>& bias, double eps, const std::optional<array>& mean,
-                     const std::optional<array>& var, int axis, Statistics statistics,
-                     const Caller& caller, mlx::core::StreamOrDevice s = {});
-
-/// The gradient of x of `normalize` with given statistics that x has a part in. `grad_mean` and
-/// `grad_var` (C) are their cotangents, divided by the number of values that they are of. All are of
-/// the dtypes that `normalize` has given them.
+/// The gradient with respect to x of `normalize` with given statistics that depend on x, as those
+/// of a batch do of which x is a shard. `grad_mean` and `grad_var` (C) are the cotangents of the
+/// statistics, divided by the number of values per statistic. Arguments have the dtypes that
+/// `normalize` casts to.
 array input_gradient(const array& x, const array& g, const array& mean, const array& var,
                      const std::optional<array>& weight, double eps, const array& grad_mean,
                      const array& grad_var, int axis, const Caller& caller,
                      mlx::core::StreamOrDevice s = {});
 
-/// What a rank tells the others about its share x of a batch, (1 + C, 4).
+/// The message (1 + C, 4) that a rank sends to the others about its shard x of a batch.
 array rank_moments(const array& x, int axis, const Caller& caller,
                    mlx::core::StreamOrDevice s = {});
 
-struct Merged {
-  array mean;   // (C)
-  array var;    // (C); biased
-  array count;  // (); values per channel
-};
+/// (mean, var, count) of the whole batch, of shape (C), (C) and (), from the messages of all ranks,
+/// (ranks * (1 + C), 4). The variance is biased.
+std::tuple<array, array, array> merge_ranks(const array& messages, int ranks, int rank,
+                                            const Caller& caller, mlx::core::StreamOrDevice s = {});
 
-/// The moments of the whole batch from the messages of all ranks, (ranks * (1 + C), 4).
-Merged merge_ranks(const array& messages, int ranks, int rank, const Caller& caller,
-                   mlx::core::StreamOrDevice s = {});
-
-/// A number that is known, or an array of one that is not yet.
+/// A number, or an array of one element.
 using Number = std::variant<double, array>;
 
-/// How many elements x has: known, or a float32 node of the graph while MLX traces for any shape.
+/// The number of elements of x; while MLX traces for any shape, a float32 node of the graph.
 Number size_of(const array& x, mlx::core::StreamOrDevice s = {});
 
-/// (1 - momentum) * running + momentum * batch, for the mean and the unbiased variance of a batch
-/// from what `normalize` or `merge_ranks` has found: `mean` and biased `var` of `count` values each.
-/// Those of instances (N, C) are averaged first. What float16 cannot hold becomes its largest number.
+/// (1 - momentum) * running + momentum * batch, for the mean and the unbiased variance of a batch.
+/// `mean` and `var` (biased) are the results of `normalize` or `merge_ranks`, each of `count`
+/// values; those of instances (N, C) are averaged first. Results that float16 cannot hold are
+/// clipped.
 std::pair<array, array> next_running_statistics(const array& running_mean, const array& running_var,
                                                 const array& mean, const array& var,
                                                 const Number& momentum, const Number& count,

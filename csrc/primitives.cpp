@@ -54,9 +54,9 @@ std::vector<mx::Dtype> KernelPrimitive::output_dtypes(const Arrays& inputs) {
   return dtypes;
 }
 
-/// Throws unless all inputs have the shapes that they must have beside the first. ops.cpp has checked
-/// those of the first call; a graph that was traced for any shape meets others, and kernels would read
-/// past the end of what is too short.
+/// Throws if an input does not have the shape that follows from the first input. ops.cpp has
+/// checked the inputs of the trace; a graph that was traced for any shape is called with others,
+/// and kernels would read past the end of an array that is too short.
 std::vector<mx::Shape> KernelPrimitive::output_shapes(const Arrays& inputs) {
   for (size_t i = 1; i < inputs.size(); ++i) {
     const mx::Shape shape = shape_of(signature_.inputs[i], attributes_, inputs);
@@ -159,13 +159,7 @@ Arrays KernelPrimitive::vjp(const Arrays& primals, const Arrays& cotangents,
   for (size_t i = 0; i < outputs.size(); ++i) {
     known.set(gradient_of(signature_.outputs[i].buffer), cotangents[i]);
   }
-  const auto primitive = std::make_shared<KernelPrimitive>(stream(), gradient);
-  Arrays inputs;
-  for (const Operand& operand : primitive->signature_.inputs) {
-    inputs.push_back(known[operand.buffer]);
-  }
-  BoundArrays found;
-  bind_operands(primitive->signature_.outputs, outputs_of(primitive, inputs), found);
+  const BoundArrays found = compute(stream(), gradient, std::move(known));
   Arrays gradients;
   for (int argnum : argnums) {
     gradients.push_back(found[gradient_of(signature_.inputs[argnum].buffer)]);
@@ -173,8 +167,28 @@ Arrays KernelPrimitive::vjp(const Arrays& primals, const Arrays& cotangents,
   return gradients;
 }
 
-Arrays outputs_of(mx::Stream s, Attributes attributes, const Arrays& inputs) {
-  return outputs_of(std::make_shared<KernelPrimitive>(s, std::move(attributes)), inputs);
+BoundArrays compute(mx::Stream s, Attributes attributes, BoundArrays inputs) {
+  const auto primitive = std::make_shared<KernelPrimitive>(s, std::move(attributes));
+  Arrays in_order;
+  in_order.reserve(primitive->signature().inputs.size());
+  for (const Operand& operand : primitive->signature().inputs) {
+    in_order.push_back(std::move(inputs[operand.buffer]));
+  }
+  BoundArrays outputs;
+  bind_operands(primitive->signature().outputs, outputs_of(primitive, std::move(in_order)),
+                outputs);
+  return outputs;
+}
+
+BoundArrays compute(mx::Stream s, Attributes attributes,
+                    std::initializer_list<std::pair<BufferIndex, std::optional<array>>> inputs) {
+  BoundArrays present;
+  for (const auto& [buffer, a] : inputs) {
+    if (a) {
+      present.set(buffer, *a);
+    }
+  }
+  return compute(s, std::move(attributes), std::move(present));
 }
 
 }  // namespace mlx_welford

@@ -1,6 +1,8 @@
-// The nodes that this library adds to MLX's graph, which the kernels of a backend evaluate.
+// The graph node that is evaluated by a backend's kernels, for every operation of signature.cpp.
 #pragma once
 
+#include <initializer_list>
+#include <optional>
 #include <utility>
 #include <vector>
 
@@ -10,7 +12,7 @@
 
 namespace mlx_welford {
 
-/// Any operation. Inputs are valid and of one dtype, apart from statistics: ops.cpp sees to it.
+/// Its inputs are valid and have the dtypes of the signature: ops.cpp takes care of that.
 class KernelPrimitive : public FallbackPrimitive {
  public:
   KernelPrimitive(mlx::core::Stream s, Attributes attributes)
@@ -31,6 +33,7 @@ class KernelPrimitive : public FallbackPrimitive {
     return attributes_ == static_cast<const KernelPrimitive&>(other).attributes_;
   }
   const char* name() const override { return signature_.name; }
+  const Signature& signature() const { return signature_; }
 
  private:
   Problem problem(const Arrays& inputs) const;
@@ -41,10 +44,14 @@ class KernelPrimitive : public FallbackPrimitive {
   gpu::PlanCache plan_cache_;
 };
 
-/// The outputs of an operation. All of these are defined for an empty x, too, and stand for a node of
-/// the graph: a process whose shard of a batch is empty must have the same graph as those that it
-/// communicates with, since the order of evaluation depends on the graph; and a graph that was traced
-/// for any shape may be called with an empty x.
-Arrays outputs_of(mlx::core::Stream s, Attributes attributes, const Arrays& inputs);
+/// The outputs of an operation for these inputs, both by their buffers.
+///
+/// An empty x makes a node like any other. Processes that share a batch must have the same graph,
+/// since the order of evaluation depends on it, also where a shard is empty; and a graph that was
+/// traced for any shape may be called with an empty x.
+BoundArrays compute(mlx::core::Stream s, Attributes attributes, BoundArrays inputs);
+/// Likewise; absent inputs are nullopt.
+BoundArrays compute(mlx::core::Stream s, Attributes attributes,
+                    std::initializer_list<std::pair<BufferIndex, std::optional<array>>> inputs);
 
 }  // namespace mlx_welford

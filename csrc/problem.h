@@ -54,6 +54,8 @@ struct Problem {
   Wanted wanted{};                   // of a gradient
   bool aligned = true;               // x, g and out begin at multiples of 16 bytes
 
+  Slots slots() const { return {geometry.statistics(), channels}; }
+
   bool operator==(const Problem&) const = default;
 };
 

@@ -3,8 +3,8 @@
 //   0        mark and type of x | C | values per statistic / 2^24 | values per statistic mod 2^24
 //   1 ... C  partial moments
 //
-// The first row is what a collective compares nothing of: where ranks disagree about sizes, it
-// delivers other memory in their place.
+// The first row is for checks: collectives do not compare sizes among ranks, and where these
+// disagree, they deliver unrelated memory.
 
 #include "ranks.h"
 
@@ -18,6 +18,7 @@
 #include "mlx/backend/cpu/encoder.h"
 #include "mlx/ops.h"
 #include "primitives.h"
+#include "rules.h"
 
 namespace mlx_welford {
 
@@ -26,8 +27,8 @@ namespace mx = mlx::core;
 namespace {
 
 constexpr int kRow = kMomentsRow;
-constexpr int kMark = 0x57454C;      // less than 2^24, and no size that anyone has
-constexpr int64_t kExact = 1 << 24;  // whole numbers up to here are exact in float32
+constexpr int kMark = 0x57454C;      // below 2^24, and an unlikely value in unrelated memory
+constexpr int64_t kExact = 1 << 24;  // integers up to here are exact in float32
 
 constexpr mx::Dtype kDtypes[] = {mx::float32, mx::float16, mx::bfloat16, mx::float64};
 
@@ -36,7 +37,7 @@ int code_of(mx::Dtype dtype) {
                           std::begin(kDtypes));
 }
 
-/// The first row of a message, as it arrived.
+/// The first row of a message.
 template <typename T>
 struct About {
   T kind;
@@ -82,7 +83,7 @@ void check(const T* messages, int64_t size, int ranks, int rank, const std::stri
   }
 }
 
-/// In double, for there are few.
+/// Computes in double: there is little to compute.
 template <typename T>
 void merge(const array& messages, array& mean, array& var, array& count, int ranks, int rank,
            const std::string& caller) {
@@ -104,7 +105,7 @@ void merge(const array& messages, array& mean, array& var, array& count, int ran
   }
   *count.data<T>() = static_cast<T>(total);
 
-  // Means are relative to that of a rank which has values, so that nothing of their tails is lost.
+  // Subtract the mean of a rank that has values, so that the tails are not rounded away.
   const auto first = std::find_if(counts.begin(), counts.end(), [](double n) { return n > 0; });
   if (first == counts.end()) {
     std::fill_n(mean.data<T>(), channels, std::numeric_limits<T>::quiet_NaN());
@@ -137,7 +138,8 @@ void merge(const array& messages, array& mean, array& var, array& count, int ran
 array message_of(const array& x, int channel_axis, mx::Stream s) {
   const auto axes = reduced_axes(static_cast<int>(x.ndim()), channel_axis, Statistics::of_batch);
   const mx::Dtype wide = statistics_dtype(x.dtype());
-  array moments = outputs_of(s, {.operation = Operation::partial_moments, .axes = axes}, {x})[0];
+  const array moments =
+      compute(s, {.operation = Operation::partial_moments, .axes = axes}, {{kX, x}})[kMoments];
   const auto kind = static_cast<double>(kMark + code_of(x.dtype()));
   if (traced_for_any_shape(x, s)) {
     auto length = [&](const std::vector<int>& of) {

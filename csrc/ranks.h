@@ -1,4 +1,4 @@
-// What ranks send each other about their shards of a batch, and its merge.
+// The messages that ranks send each other about their shards of a batch, and the merge of these.
 #pragma once
 
 #include <string>
@@ -11,9 +11,9 @@ namespace mlx_welford {
 
 /// (messages) -> (mean, var, count), of shape (C), (C) and (): Chan's merge over ranks.
 ///
-/// The messages (see message_of) of all ranks stand one after another. On a CPU stream, since that is
-/// where they arrive; evaluation fails with a text that says so if the ranks disagree about what they
-/// merge, or have a single value per channel together.
+/// The messages (see message_of) of all ranks follow one another. Runs on a CPU stream, where they
+/// arrive. Evaluation throws if the ranks disagree about the number of channels or the dtype, or
+/// have a single value per channel together.
 class MergeRanks : public FallbackPrimitive {
  public:
   MergeRanks(mlx::core::Stream cpu, int ranks, int rank, std::string caller)
@@ -40,8 +40,8 @@ class MergeRanks : public FallbackPrimitive {
   std::string caller_;
 };
 
-/// The message of a rank (1 + C, 4): the partial moments of x, whose channels are at `channel_axis`,
-/// after a row of what all ranks must agree about, and of how many values a statistic of x has.
+/// The message of a rank (1 + C, 4): a row with the number of values per statistic of x and what
+/// all ranks must agree about, then the partial moments of x.
 array message_of(const array& x, int channel_axis, mlx::core::Stream s);
 
 }  // namespace mlx_welford

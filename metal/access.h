@@ -76,8 +76,8 @@ struct Slot {
   long channel;
 };
 
-/// a % b for a >= 0. Beyond 32 bits, which is hardly ever needed, bit by bit: a division of 64 bits is
-/// so long a piece of code that kernels take more registers for its sake.
+/// a % b for a >= 0. Beyond 32 bits, which is hardly ever needed, bit by bit: a division of 64 bits
+/// is so long a piece of code that kernels take more registers for its sake.
 inline long remainder(long a, long b) {
   if (a < b) {
     return a;
@@ -102,9 +102,9 @@ inline Slot next(constant Sweep& sweep, Slot s) {
   return Slot{s.statistic + 1, s.channel + 1 == sweep.channels ? 0 : s.channel + 1};
 }
 
-/// What one thread reads: vectors at first, first + step, ..., and perhaps a single element from before
-/// the first or after the last aligned vector. Offsets from `first` have 32 bits: 64-bit arithmetic
-/// takes Apple's GPUs several times as long.
+/// What one thread reads: vectors at first, first + step, ..., and perhaps a single element from
+/// before the first or after the last aligned vector. Offsets from `first` have 32 bits: 64-bit
+/// arithmetic takes Apple's GPUs several times as long.
 struct Walk {
   long first;
   uint step;

@@ -32,11 +32,11 @@ enum Limit {
 
 namespace shared {
 
-/// Moments of a set of values: how many they are, their mean, and the sum of squared deviations from
-/// it, m2. The identity of a merge has count 0.
+/// Moments of a set of values: how many they are, their mean, and the sum of squared deviations
+/// from it, m2. The identity of a merge has count 0.
 ///
-/// The mean is mean + tail: the tail is what one float cannot hold of it. Without it the rounding of
-/// large means would end up in the variance when sets are merged.
+/// The mean is mean + tail: the tail is what one float cannot hold of it. Without it the rounding
+/// of large means would end up in the variance when sets are merged.
 struct Moments {
   float count;
   float mean;
@@ -53,8 +53,8 @@ struct Sums {
 
 }  // namespace shared
 
-/// Buffer indices, the same in every kernel that has the buffer. In place of an absent weight, bias or
-/// sums, var is bound and never read.
+/// Buffer indices, the same in every kernel that has the buffer. In place of an absent weight, bias
+/// or sums, var is bound and never read.
 enum BufferIndex {
   kParameters = 0,    // Sweep or Merge
   kX = 1,             // x

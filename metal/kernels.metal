@@ -1,5 +1,5 @@
-// The kernels: normalisation and its gradient in as few passes over memory as there can be. What they
-// compute is in maps.h.
+// The kernels: normalisation and its gradient in as few passes over memory as there can be. What
+// they compute is in maps.h.
 //
 // T is the type of the elements, V how many make a vector, A the access pattern. The host appends
 // an instantiation for the problem at hand (csrc/gpu/launch.cpp).
@@ -9,7 +9,7 @@ using namespace metal;  // before our headers: uint is metal::uint to Apple's co
 
 #include "stages.h"
 
-// ---- What belongs to a slot, and may be absent -----------------------------------------------------
+// ---- What belongs to a slot, and may be absent ---------------------------------------------------
 
 template <typename T>
 inline float weight_of(uint present, const device T* weight, long channel) {
@@ -118,8 +118,8 @@ template <typename T, int V, typename A>
 
 // ---- Merges ------------------------------------------------------------------------------------
 
-/// The merge over all parts of one column, known to its first thread along. A thread takes four parts
-/// at a time: their loads overlap, and equal ones take one division instead of four.
+/// The merge over all parts of one column, known to its first thread along. A thread takes four
+/// parts at a time: their loads overlap, and equal ones take one division instead of four.
 template <typename M>
 inline M merge_parts(constant Merge& merging, const device M* partials, M identity, long column,
                      Place p, threadgroup M* entries) {

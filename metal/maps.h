@@ -1,9 +1,11 @@
-// The maps of the second pass, which make y and the gradient of x of their inputs, element by element.
+// The maps of the second pass, which make y and the gradient of x of their inputs, element by
+// element.
 //
 // With rstd = rsqrt(var + eps), d = x - mean, m values per statistic, weight w and bias b:
 //
 //   y       = rstd w d + b
-//   grad x  = rstd w g  +  (grad_mean - rstd w sum(g)) / m  +  (2 grad_var - rstd^3 w sum(g d)) / m * d
+//   grad x  = rstd w g  +  (grad_mean - rstd w sum(g)) / m
+//             +  (2 grad_var - rstd^3 w sum(g d)) / m * d
 //   grad b  = sum(g)  and  grad w = rstd sum(g d), over all slots of a channel
 //
 // A map holds its coefficients for one slot. `inputs` says whether it takes x alone or x and g, and
@@ -33,8 +35,8 @@ struct MapXG {
 
 inline float rstd_of(float var, float eps) { return metal::precise::rsqrt(var + eps); }
 
-/// The sum of g * (x - mean) * rstd. An infinite variance makes the normalised values 0, whatever the
-/// sum of g * (x - mean) has overflowed to.
+/// The sum of g * (x - mean) * rstd. An infinite variance makes the normalised values 0, whatever
+/// the sum of g * (x - mean) has overflowed to.
 inline float sum_of_normalized(Sums sums, float rstd) {
   return rstd == 0.0f ? rstd * sums.g : rstd * sums.gd;
 }

@@ -3,8 +3,8 @@
 
 #include "bindings.h"
 
-/// In front of a loop over an array of a thread's own: not unrolled, the loop would index the array,
-/// which could not stay in registers then.
+/// In front of a loop over an array of a thread's own: not unrolled, the loop would index the
+/// array, which could not stay in registers then.
 #define WELFORD_UNROLL _Pragma("clang loop unroll(full)")
 
 using shared::Moments;
@@ -38,8 +38,8 @@ inline Shares shares_of(float a, float b) {
   return shares;
 }
 
-/// Chan's merge of two sets in this order, with d = b.mean - a.mean, where mean + tail is that of a.
-/// If a side is empty, d is 0 and mean + tail is the other's: (inf - 0) * 0 would be a nan.
+/// Chan's merge of two sets in this order, with d = b.mean - a.mean, where mean + tail is that of
+/// a. If a side is empty, d is 0 and mean + tail is the other's: (inf - 0) * 0 would be a nan.
 inline Moments merge(float mean, float tail, float d, float m2, Shares s) {
   return moments_about(s.count, mean, tail + d * s.of_b, m2 + d * d * s.both);
 }
@@ -55,8 +55,9 @@ inline Moments merge(Moments a, Moments b) {
 /// Welford's step: the merge with a single value.
 inline Moments push(Moments a, float x) { return merge(a, Moments{1.0f, x, 0.0f, 0.0f}); }
 
-/// Moments ready to leave the kernel. A value that is not finite leaves inf in the mean, or nan if more
-/// values came after it; here all of it becomes nan, so that results do not depend on the order.
+/// Moments ready to leave the kernel. A value that is not finite leaves inf in the mean, or nan if
+/// more values came after it; here all of it becomes nan, so that results do not depend on the
+/// order.
 inline Moments finalized(Moments m) {
   const float zero = m.mean - m.mean;  // or nan
   return Moments{m.count, m.mean + zero, m.tail + zero, m.m2 + zero};
@@ -64,8 +65,9 @@ inline Moments finalized(Moments m) {
 
 inline Sums merge(Sums a, Sums b) { return Sums{a.g + b.g, a.gd + b.gd}; }
 
-/// Merges each of values[0], ..., values[n - 1] over the lanes of a simdgroup that are a multiple of
-/// `step` apart; all of these get the same results. All of a thread's sets have equally many values.
+/// Merges each of values[0], ..., values[n - 1] over the lanes of a simdgroup that are a multiple
+/// of `step` apart; all of these get the same results. All of a thread's sets have equally many
+/// values.
 template <int n>
 inline void merge_lanes(thread Moments* values, uint lane, uint step) {
   for (uint offset = step; offset < kSimd; offset *= 2) {
@@ -147,9 +149,10 @@ inline Place place_along(uint thread_index, uint along) {
   return p;
 }
 
-/// Merges each of values[0], ..., values[n - 1] over all threads of the same statistic. Every thread of
-/// the threadgroup must come here. All of them get the results if they are wanted everywhere; otherwise
-/// those of the first simdgroup of a statistic do, among them the one that is first along.
+/// Merges each of values[0], ..., values[n - 1] over all threads of the same statistic. Every
+/// thread of the threadgroup must come here. All of them get the results if they are wanted
+/// everywhere; otherwise those of the first simdgroup of a statistic do, among them the one that is
+/// first along.
 template <typename M, int n, bool everywhere>
 inline void merge_along(thread M* values, Place p, threadgroup M* entries) {
   merge_lanes<n>(values, p.lane, p.lane_step);

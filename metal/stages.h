@@ -200,8 +200,8 @@ inline void map_vector(typename Elements<T, V>::Raw x, typename Elements<T, V>::
   E::store(out, i, E::pack(vx));
 }
 
-/// Maps a thread's elements by f, of which it has one for each of its S slots. Without an input g, g is
-/// x and not read. All elements are read before they are written, so out may be x or g.
+/// Maps a thread's elements by f, of which it has one for each of its S slots. Without an input g,
+/// g is x and not read. All elements are read before they are written, so out may be x or g.
 template <typename T, int V, int S, typename F>
 inline void apply(const device T* x, const device T* g, Walk w, const thread F* f, device T* out) {
   typedef Elements<T, V> E;

@@ -1,8 +1,8 @@
 // The kernels for panels of several columns: lanes go across columns, so no sum is reassociated.
 //
-// Columns are taken in bundles of a few vectors, whose sums or coefficients stay in registers on the
-// way down some rows. For sums narrow panels are folded: with fewer columns than a bundle, `fold`
-// positions are taken as one wider row, and its columns are merged at the end.
+// Columns are taken in bundles of a few vectors, whose sums or coefficients stay in registers on
+// the way down some rows. For sums narrow panels are folded: with fewer columns than a bundle,
+// `fold` positions are taken as one wider row, and its columns are merged at the end.
 #pragma once
 
 #include <type_traits>
@@ -148,7 +148,8 @@ struct Fold {
 };
 
 /// Fetches rows into the second-level cache, in the order of memory, a part with each step of the
-/// work on the rows before them: going down bundles of columns, the processor would not foresee them.
+/// work on the rows before them: going down bundles of columns, the processor would not foresee
+/// them.
 template <typename T>
 class Ahead {
  public:
@@ -236,99 +237,121 @@ void centred_sums(const T* x, int64_t rows, int64_t stride, int64_t width, const
       });
 }
 
-/// The moments of one panel of several columns.
-///
-/// Blocks of rows are summed about the mean of what came before them, c, and merged by Chan's
-/// formula:
-///   block: mean = c + s/n,  m2 = q - s^2/n  with  s = sum (x - c),  q = sum (x - c)^2
-/// Were c far from the block's mean, the difference would lose digits; but then the merge adds
-/// that distance to m2 again, times at least half as many values: the error stays a few units in
-/// the last place of the whole. The first c is the mean of the first rows, for which the same
-/// holds.
-template <typename T>
-void column_moments(const T* x, const Panel& panel, double* mean, double* m2) {
-  const Fold f(panel);
+/// The moments of columns so far, and what is needed to add to them.
+struct ColumnMoments {
   alignas(64) float origin[kMaxPanelWidth];
-  alignas(64) float centre[kMaxPanelWidth];
+  alignas(64) float centre[kMaxPanelWidth];  // the mean, rounded: what the next sums are about
   alignas(64) float relative_mean[kMaxPanelWidth];  // to origin: float32 resolves that far better
-  alignas(64) float column_m2[kMaxPanelWidth];
+  alignas(64) float m2[kMaxPanelWidth];
   alignas(64) float sum[kMaxPanelWidth];
   alignas(64) float square[kMaxPanelWidth];
-  auto clear_sums = [&] {
-    for (int64_t j = 0; j < f.used; ++j) {
+
+  void clear_sums(int64_t columns) {
+    for (int64_t j = 0; j < columns; ++j) {
       sum[j] = 0;
       square[j] = 0;
     }
-  };
+  }
+};
 
-  for (int64_t c = 0; c < panel.width; ++c) {
-    relative_mean[c] = load<float>(x + c);
+/// Begins with no values, about the mean of the first rows.
+template <typename T>
+void find_origin(const T* x, const Panel& panel, const Fold& f, ColumnMoments& c, double* mean) {
+  for (int64_t j = 0; j < panel.width; ++j) {
+    c.relative_mean[j] = load<float>(x + j);
   }
-  const float* first_row = f.repeat(relative_mean, panel.width, centre);
-  const int64_t first_rows = f.rows == 0 ? 1 : (f.rows < kFirstRows ? f.rows : kFirstRows);
-  clear_sums();
-  centred_sums(x, first_rows, f.stride, f.used, first_row, sum, square);
-  f.gather(sum, panel.width, mean);
-  const double inverse_first = 1 / static_cast<double>(first_rows * (f.used / panel.width));
-  for (int64_t c = 0; c < panel.width; ++c) {
-    square[c] = static_cast<float>(relative_mean[c] + mean[c] * inverse_first);
+  const float* first_row = f.repeat(c.relative_mean, panel.width, c.centre);
+  const int64_t rows = f.rows == 0 ? 1 : (f.rows < kFirstRows ? f.rows : kFirstRows);
+  c.clear_sums(f.used);
+  centred_sums(x, rows, f.stride, f.used, first_row, c.sum, c.square);
+  f.gather(c.sum, panel.width, mean);
+  const double inverse = 1 / static_cast<double>(rows * (f.used / panel.width));
+  for (int64_t j = 0; j < panel.width; ++j) {
+    c.square[j] = static_cast<float>(c.relative_mean[j] + mean[j] * inverse);
   }
-  const float* first_mean = f.repeat(square, panel.width, origin);
+  const float* first_mean = f.repeat(c.square, panel.width, c.origin);
   for (int64_t j = 0; j < f.used; ++j) {
-    origin[j] = centre[j] = first_mean[j];
-    relative_mean[j] = 0;
-    column_m2[j] = 0;
+    c.origin[j] = c.centre[j] = first_mean[j];
+    c.relative_mean[j] = 0;
+    c.m2[j] = 0;
   }
+}
 
+/// Adds a block of `rows` full rows to `done` ones by Chan's formula.
+template <typename T>
+void add_block(const T* x, int64_t rows, int64_t done, const Fold& f, ColumnMoments& c) {
+  c.clear_sums(f.used);
+  centred_sums(x, rows, f.stride, f.width, c.centre, c.sum, c.square);
+  const float n = static_cast<float>(rows);
+  const float inverse = 1 / n;
+  const float share = n / static_cast<float>(done + rows);  // b.n / (a.n + b.n)
+  const float between = static_cast<float>(done) * share;   // a.n * b.n / (a.n + b.n)
+  for (int64_t j = 0; j < f.width; ++j) {
+    const float from_centre = c.sum[j] * inverse;
+    const float block_m2 = c.square[j] - c.sum[j] * from_centre;
+    const float d = ((c.centre[j] - c.origin[j]) + from_centre) - c.relative_mean[j];
+    c.relative_mean[j] += d * share;
+    c.m2[j] += (block_m2 < 0 ? 0 : block_m2) + d * d * between;
+    c.centre[j] = c.origin[j] + c.relative_mean[j];
+  }
+}
+
+/// Adds the incomplete last row by Welford's formula.
+template <typename T>
+void add_rest(const T* last, const Fold& f, ColumnMoments& c) {
+  const float n = static_cast<float>(f.rows + 1);
+  for (int64_t j = 0; j < f.rest; ++j) {
+    const float d = (load<float>(last + j) - c.origin[j]) - c.relative_mean[j];
+    c.relative_mean[j] += d / n;
+    c.m2[j] += d * d * (static_cast<float>(f.rows) / n);
+  }
+}
+
+/// Merges the folded columns, by Chan's formula for many sets at once:
+/// mean = sum n_j mean_j / n,  m2 = sum m2_j + n_j (mean_j - mean)^2
+inline void merge_folded(const Panel& panel, const Fold& f, ColumnMoments& c, double* mean) {
+  for (int64_t j = 0; j < f.used; ++j) {
+    c.sum[j] = c.relative_mean[j] * static_cast<float>(f.rows + (j < f.rest));
+  }
+  f.gather(c.sum, panel.width, mean);
+  for (int64_t j = 0; j < panel.width; ++j) {
+    mean[j] /= static_cast<double>(panel.positions);
+    c.square[j] = static_cast<float>(mean[j]);
+  }
+  const float* __restrict merged_mean = f.repeat(c.square, panel.width, c.sum);
+  for (int64_t j = 0; j < f.used; ++j) {
+    const float d = c.relative_mean[j] - merged_mean[j];
+    c.m2[j] += d * d * static_cast<float>(f.rows + (j < f.rest));
+  }
+}
+
+/// The moments of one panel of several columns.
+///
+/// Blocks of rows are summed about the mean c of the rows before, and merged by Chan's formula:
+///   block: mean = c + s/n,  m2 = q - s^2/n  with  s = sum (x - c),  q = sum (x - c)^2
+/// If c is far from the block's mean, the difference loses digits. But then the merge adds that distance
+/// to m2 again, times at least half as many values, so the error stays a few units in the last place of
+/// the whole. The first c is the mean of the first rows, for which the same holds.
+template <typename T>
+void column_moments(const T* x, const Panel& panel, double* mean, double* m2) {
+  const Fold f(panel);
+  ColumnMoments c;
+  find_origin(x, panel, f, c, mean);
   for (int64_t done = 0; done < f.rows; done += kBlockRows) {
     const int64_t rows = f.rows - done < kBlockRows ? f.rows - done : kBlockRows;
-    clear_sums();
-    centred_sums(x + done * f.stride, rows, f.stride, f.width, centre, sum, square);
-    const float n = static_cast<float>(rows);
-    const float inverse = 1 / n;
-    const float share = n / static_cast<float>(done + rows);  // b.n / (a.n + b.n)
-    const float between = static_cast<float>(done) * share;   // a.n * b.n / (a.n + b.n)
-    for (int64_t j = 0; j < f.width; ++j) {
-      const float from_centre = sum[j] * inverse;
-      const float block_m2 = square[j] - sum[j] * from_centre;
-      const float d = ((centre[j] - origin[j]) + from_centre) - relative_mean[j];
-      relative_mean[j] += d * share;
-      column_m2[j] += (block_m2 < 0 ? 0 : block_m2) + d * d * between;
-      centre[j] = origin[j] + relative_mean[j];
-    }
+    add_block(x + done * f.stride, rows, done, f, c);
   }
   if (f.rest > 0) {
-    const T* last = x + f.rows * f.stride;
-    const float n = static_cast<float>(f.rows + 1);
-    for (int64_t j = 0; j < f.rest; ++j) {
-      const float d = (load<float>(last + j) - origin[j]) - relative_mean[j];
-      relative_mean[j] += d / n;
-      column_m2[j] += d * d * (static_cast<float>(f.rows) / n);
-    }
+    add_rest(x + f.rows * f.stride, f, c);
   }
-
-  // Chan's merge of many at once:
-  // mean = sum n_j mean_j / n,  m2 = sum m2_j + n_j (mean_j - mean)^2.
   if (f.fold > 1) {
-    for (int64_t j = 0; j < f.used; ++j) {
-      sum[j] = relative_mean[j] * static_cast<float>(f.rows + (j < f.rest));
-    }
-    f.gather(sum, panel.width, mean);
-    for (int64_t c = 0; c < panel.width; ++c) {
-      mean[c] /= static_cast<double>(panel.positions);
-      square[c] = static_cast<float>(mean[c]);
-    }
-    const float* __restrict merged_mean = f.repeat(square, panel.width, sum);
-    for (int64_t j = 0; j < f.used; ++j) {
-      const float d = relative_mean[j] - merged_mean[j];
-      column_m2[j] += d * d * static_cast<float>(f.rows + (j < f.rest));
-    }
+    merge_folded(panel, f, c, mean);
   } else {
-    f.gather(relative_mean, panel.width, mean);
+    f.gather(c.relative_mean, panel.width, mean);
   }
-  f.gather(column_m2, panel.width, m2);
-  for (int64_t c = 0; c < panel.width; ++c) {
-    mean[c] += origin[c];
+  f.gather(c.m2, panel.width, m2);
+  for (int64_t j = 0; j < panel.width; ++j) {
+    mean[j] += c.origin[j];
   }
 }
 

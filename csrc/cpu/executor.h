@@ -1,8 +1,8 @@
 // Runs problems on the CPU.
 #pragma once
 
-#include "mlx/stream.h"
 #include "bound_arrays.h"
+#include "mlx/stream.h"
 #include "problem.h"
 
 namespace mlx_welford::cpu {

@@ -26,8 +26,8 @@ struct Panel {
 /// Panels are at most this wide, so that a kernel's sums of columns stay in its caches.
 inline constexpr int64_t kMaxPanelWidth = 2048;
 
-/// Panels that repeat have at most so many lines, for the same reason, of so many positions, so often:
-/// plain sums are exact enough then.
+/// Panels that repeat have at most so many lines, for the same reason, of so many positions, so
+/// often: plain sums are exact enough then.
 inline constexpr int64_t kMaxRepeatedLines = 512;
 inline constexpr int64_t kMaxRepeatedPositions = 256;
 inline constexpr int64_t kMaxRepeats = 16;

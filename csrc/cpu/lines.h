@@ -9,20 +9,21 @@
 namespace mlx_welford::cpu {
 namespace {
 
-constexpr int64_t kChunk = 4096;       // elements of a line between two merges
+constexpr int64_t kChunk = kLanes < 8 ? 1024 : 4096;  // elements of a line between two merges
 constexpr int64_t kShortLine = 128;    // lines up to here are taken several at a time
 constexpr int64_t kManyVectors = 8;    // from here on additions would wait for each other
 constexpr int64_t kAheadBytes = 2048;  // to be fetched while accumulators take up the cache
 
-/// So many first elements' mean is the first origin of a line of n: one of them that lies far off
-/// must not cost digits, and neither should they be a large part of the work.
+/// Number of leading elements averaged for the first origin of a line of n: enough to resist an outlier,
+/// few enough to be cheap. No fewer than 8 where vectors are shorter: digits would be lost.
 constexpr int64_t first_elements(int64_t n) {
-  return n < kLanes ? n : n <= 32 * kLanes ? kLanes : 8 * kLanes;
+  constexpr int64_t few = kLanes < 8 ? 8 : kLanes;
+  return n < few ? n : n <= 32 * few ? few : 8 * few;
 }
 
-/// A vector that holds the elements [i, i + lanes) of a line. An incomplete one, lanes < kLanes, has
-/// them in its last lanes, after elements that belong to the vector before, since such a vector can be
-/// loaded at once; only where the line is too short for that, they are in its first lanes.
+/// A vector that holds the elements [i, i + lanes) of a line. An incomplete one, lanes < kLanes,
+/// has them in its last lanes, after elements that belong to the vector before, since such a vector
+/// can be loaded at once; only where the line is too short for that, they are in its first lanes.
 template <typename T>
 Vector values(const T* line, int64_t i, int lanes) {
   if (lanes == kLanes) {
@@ -49,8 +50,8 @@ struct LineSums {
   Vector second;
 };
 
-/// Calls add(sums, vector index, lanes) for the vectors of [begin, end), to add them to `sums`, which
-/// are returned; lanes < kLanes says that it is the incomplete last one.
+/// Calls add(sums, vector index, lanes) for the vectors of [begin, end), to add them to `sums`,
+/// which are returned; lanes < kLanes says that it is the incomplete last one.
 template <typename Add>
 inline __attribute__((always_inline)) LineSums add_vectors(int64_t begin, int64_t end,
                                                            const Add& add) {
@@ -103,8 +104,8 @@ inline __attribute__((always_inline)) LineSums gradient_sums(const T* x, const T
   });
 }
 
-/// As column_moments, with chunks in place of blocks, for n > kShortLine; short_line_moments has the
-/// others.
+/// As column_moments, with chunks in place of blocks, for n > kShortLine; short_line_moments has
+/// the others.
 template <typename T>
 inline __attribute__((always_inline)) void long_line_moments(const T* x, int64_t n, double* mean,
                                                              double* m2) {
@@ -280,9 +281,9 @@ struct Line {
   }
 };
 
-/// Applies a map to `count` lines of n elements as one run of memory: a vector may hold the end of a line
-/// and the beginning of others, so that all but the first and the last of them are whole and, where they
-/// are streamed, aligned. Coefficients are arrays over lines. y may be x or g.
+/// Applies a map to `count` lines of n elements as one run of memory: a vector may hold the end of
+/// a line and the beginning of others, so that all but the first and the last of them are whole
+/// and, where they are streamed, aligned. Coefficients are arrays over lines. y may be x or g.
 template <typename Map, bool kStream, typename T>
 void line_apply(const T* x, const T* g, int64_t count, int64_t n, const float* const* coefficients,
                 T* y) {

@@ -1,5 +1,5 @@
-// The maps that `apply` is made for, as in metal/maps.h. A map takes one vector of x, and one of g if it
-// says so, and its coefficients in the order of Coefficients. An epilogue is one more map.
+// The maps that `apply` is made for, as in metal/maps.h. A map takes one vector of x, and one of g
+// if it says so, and its coefficients in the order of Coefficients. An epilogue is one more map.
 #pragma once
 
 #include "cpu/vector.h"

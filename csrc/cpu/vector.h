@@ -237,7 +237,8 @@ void store_first(T* p, int64_t n, Vector v) {
 // ---- Arithmetic ---------------------------------------------------------------------------------
 
 /// a * b + c, rounded once where the instruction set can. Left to the compiler, the same expression
-/// might be fused in one kernel and not in another, and parts of an array would differ from the whole.
+/// might be fused in one kernel and not in another, and parts of an array would differ from the
+/// whole.
 inline float multiply_add(float a, float b, float c) {
 #if defined(__FMA__) || defined(__aarch64__)
   return __builtin_fmaf(a, b, c);

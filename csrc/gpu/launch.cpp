@@ -5,13 +5,13 @@
 #include <limits>
 #include <optional>
 #include <stdexcept>
+#include <string>
 #include <utility>
 
 namespace mlx_welford::gpu {
 
 namespace {
 
-int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
 int64_t power_of_two_from(int64_t a) {
   return static_cast<int64_t>(std::bit_ceil(static_cast<uint64_t>(std::max<int64_t>(a, 1))));
@@ -51,6 +51,7 @@ int64_t columns_across(const Access& a, Element element, const Tuning& tuning, i
   return best;
 }
 
+/// A sweep's parameters, threadgroups, and threads of each.
 struct Shape {
   Sweep sweep;
   uint32_t groups;
@@ -248,7 +249,7 @@ class Planner {
              in(kVar),
              {kGradWeight, wanted.weight ? kGradWeight : kGradBias, true},
              {kGradBias, wanted.bias ? kGradBias : kGradWeight, true}},
-            p_.channels, statistics() / p_.channels);
+            p_.channels, p_.slots().per_channel());
       // This kernel's parameters say which gradients are wanted.
       auto& parameters = std::get<Merge>(plan_.dispatches.back().parameters);
       parameters.has_weight = wanted.weight;
@@ -262,7 +263,7 @@ class Planner {
     merge(Kernel::update_running_statistics,
           {in(kMean), in(kVar), in(kUpdate), in(kRunningMean), in(kRunningVar), out(kNextMean),
            out(kNextVar)},
-          p_.channels, statistics() / p_.channels);
+          p_.channels, p_.slots().per_channel());
   }
 
   int64_t statistics() const { return p_.geometry.statistics(); }

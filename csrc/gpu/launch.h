@@ -1,5 +1,5 @@
-// The launch plan: the dispatches that solve a problem. A pure function of plain data, without arrays
-// or Metal, so any machine can make a plan, test it, and run it in the simulator.
+// The launch plan: the dispatches that solve a problem. A pure function of plain data, without
+// arrays or Metal, so any machine can make a plan, test it, and run it in the simulator.
 #pragma once
 
 #include <cstdint>
@@ -77,8 +77,8 @@ struct Limits {
   Tuning tuning = {};
 };
 
-/// A buffer of a kernel and the array bound to it. Where an optional array is absent, another one is
-/// bound in its place.
+/// A buffer of a kernel and the array bound to it. Where an optional array is absent, another one
+/// is bound in its place.
 struct Binding {
   BufferIndex index;
   BufferIndex array;

@@ -21,8 +21,8 @@ namespace mx = mlx::core;
 
 namespace {
 
-/// The pipeline of a kernel, compiled at its first use. MLX keeps libraries by name, so the name has
-/// a hash of the source. Each library holds only one instantiation.
+/// The pipeline of a kernel, compiled at its first use. MLX keeps libraries by name, so the name
+/// has a hash of the source. Each library holds only one instantiation.
 CompiledKernel compile(mx::metal::Device& device, const Variant& kernel) {
   const auto start = std::chrono::steady_clock::now();
   const std::string name = host_name(kernel);

@@ -12,8 +12,8 @@ namespace mlx_welford::gpu {
 
 struct Plan;
 
-/// The most threads of a threadgroup, the bytes of threadgroup memory that the kernel declares, and the
-/// milliseconds of the first request, which compiles it.
+/// The most threads of a threadgroup, the bytes of threadgroup memory that the kernel declares, and
+/// the milliseconds of the first request, which compiles it.
 using Pipeline = std::tuple<uint32_t, uint32_t, double>;
 
 /// Records a pipeline at the first request for it, which began at `start`.

@@ -10,23 +10,23 @@ namespace mlx_welford::gpu {
 
 namespace {
 
-/// A size of Apple's GPUs, by the last letter of its architecture's name.
+/// A size of Apple's GPUs, by the last letter of the architecture's name.
 struct ChipSize {
   char letter;
   int64_t cores;  // of the largest chip of this size
   int64_t enough_groups;
 };
 
-/// 6.4 groups for each core: a core has registers for two to six groups of 256 threads, and a few
-/// more in turn let cores finish at about the same time. The letters mean what MLX takes them for.
+/// 6.4 groups per core: a core has registers for two to six groups of 256 threads, and a few more
+/// let all cores finish at about the same time. MLX reads the letters in the same way.
 constexpr ChipSize kChipSizes[] = {
-    {'p', 6, 40},    // of a phone
-    {'g', 20, 128},  // the smallest of a Mac, perhaps Pro
+    {'p', 6, 40},    // phones
+    {'g', 20, 128},  // the smallest in a Mac, perhaps Pro
     {'s', 40, 256},  // Max, perhaps Pro
     {'d', 80, 512},  // Ultra
 };
 
-/// Registers of a thread of a fused kernel.
+/// Registers per thread of a fused kernel.
 struct FusedRegisters {
   Fused kernel;
   bool columns;
@@ -34,8 +34,8 @@ struct FusedRegisters {
   int64_t registers;
 };
 
-/// As NVRTC allots them for sm_90, the largest of all element types: Apple's compiler, which decides
-/// for itself, has not been asked. tests/emulators/test_cuda.py measures them again.
+/// What NVRTC allocates for sm_90, the most over all element types. Apple's compiler may decide
+/// otherwise: nobody has asked it. tests/emulators/test_cuda.py measures them again.
 constexpr FusedRegisters kFusedRegisters[] = {
     {Fused::forward, true, 1, 48},   {Fused::forward, true, 4, 69},
     {Fused::forward, true, 8, 80},   {Fused::forward, false, 1, 44},

@@ -1,6 +1,6 @@
-// The constants of the launch plan, each with its reason. The defaults are for Apple's GPUs, reasoned
-// from their limits, not measured: no Mac has run them yet. Other GPUs have constants of their own,
-// which are kept where they were measured.
+// The constants of the launch plan, each with its reason. The defaults are for Apple's GPUs. They
+// follow from the limits of these GPUs and are not measured: no Mac has run them yet. Constants for
+// other GPUs are kept with their measurements.
 #pragma once
 
 #include <cstdint>
@@ -9,46 +9,45 @@
 namespace mlx_welford::gpu {
 
 struct Tuning {
-  /// Threads of a group that reads a long reduction: eight simdgroups hide latency, and leave 104
-  /// registers a thread where two groups share a core. A power of two.
+  /// Threads of a group that reads a long reduction. Eight simdgroups hide latency; if two groups
+  /// share a core, each thread has 104 registers. A power of two.
   int64_t sweep_threads = 256;
 
-  /// Registers of 32 bits that the threads of a core share: 208 KB. A thread has at most 128.
+  /// 32-bit registers of a core, shared by its threads: 208 KB. A thread has at most 128.
   int64_t core_registers = 208 * 1024 / 4;
 
-  /// Fused groups that should fit a core at once, by registers. While the threads of one wait at a
-  /// barrier, or for their merge, only another group keeps the memory busy.
+  /// Fused groups whose registers should fit a core at the same time. While one group waits at a
+  /// barrier or merges, only another one keeps the memory busy.
   int64_t fused_groups = 2;
 
-  /// Threads of a fused group, however few registers they take: see most_fused_threads.
+  /// Upper bounds for the threads of a fused group: see most_fused_threads.
   int64_t fused_forward_threads = 1024;
   int64_t fused_backward_threads = 1024;
 
-  /// Groups that are enough to fill a GPU. This many for the largest, which has 80 cores; see
-  /// tuning_for.
+  /// Groups that fill a GPU. The default is for the largest, of 80 cores; see tuning_for.
   int64_t enough_groups = 512;
 
-  /// Vectors that a thread should read before a reduction is split further: fewer, and the merge of
-  /// its results costs as much as reading them.
+  /// Least vectors for a thread to read in a split reduction. With fewer, merging the results
+  /// costs as much as reading.
   int64_t least_vectors = 16;
 
-  /// Vectors that a thread of the second pass should write: enough to pay for finding its
+  /// Least vectors for a thread to write in a split second pass: enough to pay for computing its
   /// coefficients.
   int64_t apply_vectors = 16;
 
-  /// Bytes that neighbouring threads should read together: half a cache line of 128. A power of
+  /// Least contiguous bytes for neighbouring threads to read: half a cache line of 128. A power of
   /// two, from 16 to 512.
   int64_t least_run = 64;
 };
 
-/// The constants for a GPU by the name that Metal gives its architecture, "applegpu_g13s". A name of
-/// another form gets those of the largest GPU: too many groups cost a little, too few idle cores.
+/// The constants for a GPU, by Metal's name of its architecture: "applegpu_g13s". Names of another
+/// form get those of the largest GPU: too many groups cost a little, too few leave cores idle.
 Tuning tuning_for(std::string_view architecture);
 
 /// A kernel that reads and writes x in one dispatch.
 enum class Fused { forward, backward };
 
-/// The most threads, whole simdgroups, that leave room for `fused_groups` groups of the kernel on a core.
+/// The most threads, in whole simdgroups, with which `fused_groups` groups of the kernel fit a core.
 int64_t most_fused_threads(const Tuning& tuning, Fused kernel, bool columns, int64_t vector);
 
 }  // namespace mlx_welford::gpu

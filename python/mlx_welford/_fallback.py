@@ -17,8 +17,9 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import mlx.core as mx
+from mlx.core import array
 
-Arrays = dict[str, mx.array]
+Arrays = dict[str, array]
 Axes = Sequence[int]
 Stream = mx.Stream | None
 
@@ -26,7 +27,7 @@ Stream = mx.Stream | None
 # ---- Statistics ----------------------------------------------------------------------------------
 
 
-def moments(x: mx.array, *, axes: Axes, stream: Stream = None) -> Arrays:
+def moments(x: array, *, axes: Axes, stream: Stream = None) -> Arrays:
     """mean = sum(x) / m,  var = sum((x - mean)^2) / m,  m = values per statistic."""
     wide = _wide(x, stream)
     mean = wide.mean(axes, keepdims=True)
@@ -34,7 +35,7 @@ def moments(x: mx.array, *, axes: Axes, stream: Stream = None) -> Arrays:
     return {"mean": mean.squeeze(axes).finite_or_nan().array, "var": var.array}
 
 
-def partial_moments(x: mx.array, *, axes: Axes, stream: Stream = None) -> Arrays:
+def partial_moments(x: array, *, axes: Axes, stream: Stream = None) -> Arrays:
     """(..., 4): m, mean rounded, mean less that, sum((x - mean)^2)."""
     wide = _wide(x, stream)
     rounded = wide.mean(axes, keepdims=True).finite_or_nan()
@@ -51,13 +52,7 @@ def partial_moments(x: mx.array, *, axes: Axes, stream: Stream = None) -> Arrays
 
 
 def moments_gradient(
-    x: mx.array,
-    mean: mx.array,
-    grad_mean: mx.array,
-    grad_var: mx.array,
-    *,
-    axes: Axes,
-    stream: Stream = None,
+    x: array, mean: array, grad_mean: array, grad_var: array, *, axes: Axes, stream: Stream = None
 ) -> Arrays:
     """out = (grad_mean + 2 * grad_var * (x - mean)) / m"""
     wide, by_mean, by_var = (_wide(a, stream) for a in (x, grad_mean, grad_var))
@@ -68,11 +63,11 @@ def moments_gradient(
 
 
 def running_statistics(
-    running_mean: mx.array,
-    running_var: mx.array,
-    mean: mx.array,
-    var: mx.array,
-    update: mx.array,
+    running_mean: array,
+    running_var: array,
+    mean: array,
+    var: array,
+    update: array,
     *,
     stream: Stream = None,
 ) -> Arrays:
@@ -84,11 +79,11 @@ def running_statistics(
     """
     keep, take, unbiased = (_wide(update, stream).take(i, axis=0) for i in range(3))
 
-    def of_batch(statistic: mx.array) -> _Array:
+    def of_batch(statistic: array) -> _Array:
         wide = _wide(statistic, stream)
         return wide.mean([0]) if statistic.ndim == 2 else wide
 
-    def following(running: mx.array, batch: _Array) -> mx.array:
+    def following(running: array, batch: _Array) -> array:
         total = keep * _wide(running, stream) + take * batch
         if running.dtype == mx.float16:  # running statistics never recover from inf
             largest = total.constant(mx.finfo(mx.float16).max)
@@ -99,11 +94,10 @@ def running_statistics(
     return {"next_mean": next_mean, "next_var": following(running_var, of_batch(var) * unbiased)}
 
 
-def merge_ranks(messages: mx.array, *, ranks: int, stream: Stream = None) -> Arrays:
+def merge_ranks(messages: array, *, ranks: int, stream: Stream = None) -> Arrays:
     """Mean, variance and number of all values, from the messages (csrc/ranks.cpp) of all ranks."""
     channels = messages.shape[0] // ranks - 1
-    whole = mx.reshape(messages, (ranks, 1 + channels, 4), stream=stream)
-    by_rank = _wide(whole, stream)
+    by_rank = _wide(mx.reshape(messages, (ranks, 1 + channels, 4), stream=stream), stream)
     about = by_rank.take(0, axis=1)
     counts = about.take(2, axis=1) * 2**24 + about.take(3, axis=1)
     rows = by_rank.apply(mx.take, mx.arange(1, 1 + channels, stream=stream), axis=1)
@@ -127,11 +121,11 @@ def merge_ranks(messages: mx.array, *, ranks: int, stream: Stream = None) -> Arr
 
 
 def normalize(
-    x: mx.array,
-    mean: mx.array | None = None,
-    var: mx.array | None = None,
-    weight: mx.array | None = None,
-    bias: mx.array | None = None,
+    x: array,
+    mean: array | None = None,
+    var: array | None = None,
+    weight: array | None = None,
+    bias: array | None = None,
     *,
     axes: Axes,
     channel_axis: int,
@@ -156,13 +150,13 @@ def normalize(
 
 
 def normalize_gradient(
-    x: mx.array,
-    mean: mx.array,
-    var: mx.array,
-    g: mx.array,
-    grad_mean: mx.array | None = None,
-    grad_var: mx.array | None = None,
-    weight: mx.array | None = None,
+    x: array,
+    mean: array,
+    var: array,
+    g: array,
+    grad_mean: array | None = None,
+    grad_var: array | None = None,
+    weight: array | None = None,
     *,
     axes: Axes,
     channel_axis: int,
@@ -180,10 +174,7 @@ def normalize_gradient(
     all_but_channels = _all_but(channel_axis, x)
     sum_g = wide_g.sum(all_but_channels)
     sum_g_normalized = g_normalized.sum(all_but_channels)
-    gradients = {
-        "grad_weight": sum_g_normalized.cast(x.dtype),
-        "grad_bias": sum_g.cast(x.dtype),
-    }
+    gradients = {"grad_weight": sum_g_normalized.cast(x.dtype), "grad_bias": sum_g.cast(x.dtype)}
     if grad_mean is None or grad_var is None:
         scale = rstd if weight is None else rstd * _wide(weight, stream)
         grad_var_given = scale.constant(-0.5) * (scale * rstd * sum_g_normalized)
@@ -205,13 +196,13 @@ def normalize_gradient(
 
 
 def input_gradient(
-    x: mx.array,
-    mean: mx.array,
-    var: mx.array,
-    g: mx.array,
-    grad_mean: mx.array,
-    grad_var: mx.array,
-    weight: mx.array | None = None,
+    x: array,
+    mean: array,
+    var: array,
+    g: array,
+    grad_mean: array,
+    grad_var: array,
+    weight: array | None = None,
     *,
     axes: Axes,
     channel_axis: int,
@@ -230,11 +221,11 @@ def input_gradient(
     return {"out": (direct + (through_mean + through_var)).cast(x.dtype)}
 
 
-def _all_but(channel_axis: int, x: mx.array) -> list[int]:
+def _all_but(channel_axis: int, x: array) -> list[int]:
     return [axis for axis in range(x.ndim) if axis != channel_axis]
 
 
-def _along_channels(v: mx.array, x: mx.array, channel_axis: int, stream: Stream) -> _Array:
+def _along_channels(v: array, x: array, channel_axis: int, stream: Stream) -> _Array:
     """(C) -> (1, ..., C, ..., 1), to broadcast along the channel axis of x."""
     return _wide(v, stream).expand(_all_but(channel_axis, x))
 
@@ -249,18 +240,18 @@ class _Array:
     default device of all threads.
     """
 
-    def __init__(self, array: mx.array, stream: Stream) -> None:
+    def __init__(self, array: array, stream: Stream) -> None:
         self.array = array
         self.stream = stream
 
     def constant(self, value: float) -> _Array:
-        return _Array(mx.array(value, self.array.dtype), self.stream)
+        return _Array(array(value, self.array.dtype), self.stream)
 
-    def apply(self, operation: Callable[..., mx.array], *others: Any, **options: Any) -> _Array:
+    def apply(self, operation: Callable[..., array], *others: Any, **options: Any) -> _Array:
         others = tuple(a.array if isinstance(a, _Array) else a for a in others)
         return _Array(operation(self.array, *others, stream=self.stream, **options), self.stream)
 
-    def _with(self, operation: Callable[..., mx.array], other: _Array | float) -> _Array:
+    def _with(self, operation: Callable[..., array], other: _Array | float) -> _Array:
         return self.apply(operation, other if isinstance(other, _Array) else self.constant(other))
 
     def __add__(self, other: _Array | float) -> _Array:
@@ -278,7 +269,7 @@ class _Array:
     def __neg__(self) -> _Array:
         return self.apply(mx.negative)
 
-    def cast(self, dtype: mx.Dtype) -> mx.array:
+    def cast(self, dtype: mx.Dtype) -> array:
         return self.array.astype(dtype, stream=self.stream)
 
     def expand(self, axes: Axes) -> _Array:
@@ -289,7 +280,7 @@ class _Array:
 
     def take(self, index: int, axis: int) -> _Array:
         """Not a slice: MLX cannot trace slices for any shape."""
-        return self.apply(mx.take, mx.array(index), axis)
+        return self.apply(mx.take, array(index), axis)
 
     def finite_or_nan(self) -> _Array:
         """As in the kernels, a mean of values that are not all finite is nan; then so is var."""
@@ -326,7 +317,7 @@ class _Array:
         return sums.squeeze([0] if keepdims else behind)
 
 
-def _wide(a: mx.array, stream: Stream) -> _Array:
+def _wide(a: array, stream: Stream) -> _Array:
     """In the dtype that statistics have."""
     dtype = mx.float64 if a.dtype == mx.float64 else mx.float32
     return _Array(a.astype(dtype, stream=stream), stream)
@@ -336,7 +327,7 @@ def _extension() -> Any:
     return sys.modules.get("mlx_welford._ext")
 
 
-def _traced_for_any_shape(x: mx.array, stream: Stream) -> bool:
+def _traced_for_any_shape(x: array, stream: Stream) -> bool:
     """MLX tells it in C++ only."""
     extension = _extension()
     return extension is not None and bool(extension.traced_for_any_shape(x, stream))

@@ -17,7 +17,7 @@ __all__ = [
     "moments_plans",
     "normalization_plans",
     "running_plans",
-    "share_plans",
+    "shard_plans",
     "traffic",
 ]
 
@@ -95,37 +95,17 @@ def normalization_plans(
     order = _order(shape, [a for a in range(x.ndim) if a not in kept], [axis % x.ndim])
     shape = [shape[a] for a in order]
     axes = [i for i, a in enumerate(order) if a not in kept]
-    grads = (
-        "x" in wanted,
-        given and "statistics" in wanted,
-        weight and "weight" in wanted,
-        bias and "bias" in wanted,
-    )
-    forward = _plan(
-        "normalize",
-        shape,
-        axes,
-        dtype,
-        aligned,
-        channels=channels,
-        given=given,
-        weight=weight,
-        bias=bias,
-    )
-    if not any(grads):
-        return {"forward": forward}
-    backward = _plan(
-        "normalize_gradient",
-        shape,
-        axes,
-        dtype,
-        aligned,
-        channels=channels,
-        given=given,
-        weight=weight,
-        wanted=grads,
-    )
-    return {"forward": forward, "backward": backward}
+    options = {"channels": channels, "given": given, "weight": weight}
+    plans: Plans = {
+        "forward": _plan("normalize", shape, axes, dtype, aligned, bias=bias, **options)
+    }
+    present = {"x": True, "statistics": given, "weight": weight, "bias": bias}
+    grads = [present[name] and name in wanted for name in present]
+    if any(grads):
+        plans["backward"] = _plan(
+            "normalize_gradient", shape, axes, dtype, aligned, wanted=grads, **options
+        )
+    return plans
 
 
 def moments_plans(
@@ -144,7 +124,7 @@ def moments_plans(
     }
 
 
-def share_plans(
+def shard_plans(
     shape: Sequence[int], axis: int, *, dtype: str = "float32", weight: bool = True
 ) -> Plans:
     """What a rank of ``SyncBatchNorm`` dispatches, besides the plans of ``given`` statistics.

@@ -189,13 +189,13 @@ _composing_blocks = 0
 
 @contextmanager
 def composed() -> Iterator[None]:
-    """Within the block, everything here is composed of MLX's own operations.
+    """Within the block, every operation of this package is composed of MLX's own.
 
-    For ``mx.export_function``, which cannot write another package's primitives, and for finding out
-    whether a kernel is to blame. What counts is where an operation is called: a function that
-    ``mx.compile`` traced before keeps its kernels. The switch is the process's, for all threads;
-    blocks may be nested. Functions may be exported with ``shapeless=True``; gradients in them are
-    right where no axis has length 1.
+    For ``mx.export_function``, which cannot write other packages' primitives, and to find out
+    whether a kernel causes an error. Operations that are called within the block are composed; a
+    function that ``mx.compile`` has traced before keeps its kernels. The switch holds for all
+    threads of the process, and blocks may be nested. Functions may be exported with
+    ``shapeless=True``; their gradients are right where no axis has length 1.
 
     Examples:
         >>> import tempfile

@@ -21,15 +21,23 @@ def test_results_do_not_depend_on_the_instruction_set(
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(
+    ("file", "selected"),
+    [
+        # Narrow columns and all the lines, in 16 bits: where instruction sets differ most
+        ("test_past_caches.py", "[1 and float16"),
+        ("test_statistics.py", "moments"),
+    ],
+)
 @pytest.mark.parametrize("isa", ["baseline", "x86_64_v3"])
-def test_outputs_past_the_caches(isa: str) -> None:
-    """Narrow columns and all the lines, in 16 bits: where instruction sets differ most."""
+def test_each_is_as_exact(isa: str, file: str, selected: str) -> None:
+    """Tests that are particular about bits, or about the last digits."""
     skip_unless_present(isa)
-    tests = Path(__file__).with_name("test_past_caches.py")
+    tests = str(Path(__file__).with_name(file))
     run(
         f"""
         import sys, pytest
-        sys.exit(pytest.main(["-q", {str(tests)!r}, "-k", "[1 and float16"]))
+        sys.exit(pytest.main(["-q", "--backend", "cpu", {tests!r}, "-k", {selected!r}]))
         """,
         isa=isa,
     )

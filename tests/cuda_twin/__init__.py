@@ -1,4 +1,4 @@
-"""The shaders on an NVIDIA GPU: a proxy for Apple's, with the same 32 lanes that go together.
+"""The shaders on an NVIDIA GPU, a proxy for Apple's: both run 32 lanes in lockstep.
 
 For tests and measurements only. `source` makes CUDA C++ of Metal source, ``include/metal_stdlib``
 stands in for Metal's library, `compiler` compiles with NVRTC, which needs no GPU, `device` runs

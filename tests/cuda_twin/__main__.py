@@ -1,6 +1,6 @@
 """From the checkout's root, with PYTHONPATH=tests:tests/support:
 
-python -m cuda_twin resources   what each kernel takes of registers and memory; needs no GPU
+python -m cuda_twin resources   registers and memory of each kernel; needs no GPU
 python -m cuda_twin check       every kernel against float64, on the GPU
 python -m cuda_twin all         that, the same under the tools of compute-sanitizer, and bandwidth
 """
@@ -34,8 +34,8 @@ TOOLKIT = "/usr/local/cuda/bin"  # which is often not on the PATH
 LINES_SHOWN = 40
 NOT_RUN = 2  # exit code where there is no GPU, or none that takes the program
 
-# Of the time that is left when a step begins, what it may have: so the last has a fifth of all at
-# least, however long the others take.
+# The part of the remaining time that a step may take. So at least a fifth of all is left for the
+# last one, however long the others take.
 SHARES = {"check": 1 / 2, **dict.fromkeys(TOOLS, 1 / 6), "bandwidth": 1.0}
 
 
@@ -70,10 +70,10 @@ def check_all(
     budget: Budget | None = None,
     write: Callable[[Mapping[str, Any]], object] = lambda found: None,
 ) -> int:
-    """Solves problems on the GPU, those that the time allows. Returns how many came out wrong.
+    """Solves as many problems on the GPU as time allows. Returns how many results are wrong.
 
-    `write` gets what was found so far after each of them. After an error of the driver no more are
-    tried, since it would be the same for all.
+    After each, `write` gets the findings so far. After an error of the driver it stops: all other
+    problems would fail in the same way.
     """
     budget = budget or Budget()
     gpu = twin.device.name
@@ -135,7 +135,7 @@ def commands(output: Path, of_bandwidth: Sequence[str]) -> dict[str, list[str] |
 
 
 def run_step(command: Sequence[str], log: Path, limit: float | None) -> int | None:
-    """Runs a command with all it prints in `log`. Its exit code; None if the limit stopped it."""
+    """Runs a command with its output in `log`. Returns its exit code, None after a timeout."""
     environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
     with log.open("w") as file:
         process = subprocess.Popen(
@@ -147,15 +147,15 @@ def run_step(command: Sequence[str], log: Path, limit: float | None) -> int | No
         return None
     finally:
         if process.poll() is None:
-            # A session of its own: the tool that was started, and what it has started.
+            # A session of its own, so that the tool can be stopped with all that it has started
             os.killpg(process.pid, signal.SIGKILL)
             process.wait()
 
 
 def run_all(options: argparse.Namespace) -> int:
-    """All steps in processes of their own, one after the other whatever becomes of them.
+    """Runs all steps one after another, each in a process of its own, even after failures.
 
-    What is known at any time is in steps.json, and in what the steps write by themselves.
+    steps.json and the steps' own files are up to date at any time.
     """
     budget = Budget(options.seconds)
     output: Path = options.output
@@ -163,7 +163,7 @@ def run_all(options: argparse.Namespace) -> int:
     for name in SHARES:
         for old in output.glob(f"{name}.*"):
             old.unlink()
-    # What ends this process ends the step: as an exception, by way of `finally`.
+    # A signal that ends this process raises an exception, so that `finally` ends the step as well
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     outcomes: dict[str, dict[str, Any]] = {}
 

@@ -9,7 +9,7 @@ from .device import Memory, Twin, run
 
 
 def shifted(array: Array) -> Array:
-    """The same values, beginning one element into their memory."""
+    """A copy that begins one element into its memory."""
     longer = np.empty(array.size + 1, array.dtype)
     view = longer[1:].reshape(array.shape)
     view[...] = array
@@ -25,7 +25,7 @@ def arrays_of(example: Example) -> Arrays:
 
 
 def solve(twin: Twin, problem: Problem) -> None:
-    """One dispatch after the other, with temporary arrays that begin as NaN. Raises if wrong."""
+    """Runs the dispatches one by one; temporary arrays begin as NaN. Raises if it is wrong."""
     example = Example(problem)
     arrays = arrays_of(example)
     run_plan(twin, twin.plan(problem), arrays)
@@ -33,7 +33,7 @@ def solve(twin: Twin, problem: Problem) -> None:
 
 
 def solve_on_device(twin: Twin, problem: Problem) -> None:
-    """All dispatches at once; what they are to write is not initialised. Raises if wrong."""
+    """Runs all dispatches at once; outputs are not initialised. Raises if a result is wrong."""
     example = Example(problem)
     arrays = arrays_of(example)
     memory = {}

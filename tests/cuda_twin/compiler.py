@@ -1,8 +1,8 @@
-"""Compiles Metal source for an NVIDIA GPU with NVRTC, and reads what each kernel takes of it.
+"""Compiles Metal source for an NVIDIA GPU with NVRTC, and reads what each kernel needs of it.
 
 NVRTC comes from PyPI (nvidia-cuda-nvrtc), is called through NVIDIA's cuda-bindings, and needs
-neither a GPU nor a CUDA toolkit. What it made is kept in ``build/cuda/programs``; a machine without
-NVRTC runs what was compiled on another, in a copy of that folder.
+neither a GPU nor a CUDA toolkit. Its output is kept in ``build/cuda/programs``; a machine without
+NVRTC can use a copy of that folder.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ class CompileError(RuntimeError):
 
 @dataclass(frozen=True)
 class Resources:
-    """What a kernel takes: of each thread's registers and memory, and shared by a threadgroup."""
+    """Registers and memory of each thread of a kernel, and shared memory of a threadgroup."""
 
     registers: int
     stack_bytes: int  # arrays that do not fit registers
@@ -66,7 +66,7 @@ class Resources:
 
     @property
     def most_threads(self) -> int:
-        """Threads of the largest group whose registers a multiprocessor has."""
+        """Threads of the largest group whose registers fit a multiprocessor."""
         of_warp = -(-self.registers * WARP // REGISTER_BLOCK) * REGISTER_BLOCK
         warps = REGISTERS // of_warp // WARP_BLOCK * WARP_BLOCK
         return min(warps * WARP, MOST_THREADS)
@@ -92,7 +92,7 @@ def compile_program(
 ) -> Program:
     """Compiles Metal source text, with ``instantiations`` appended as a host does at run time.
 
-    ``registers`` is what each thread of each kernel may use; as many as the compiler likes if None.
+    ``registers`` limits the registers of a thread; with None the compiler decides.
     Raises CompileError with the compiler's messages.
     """
     translation = translate(source, list(instantiations), registers=registers)
@@ -109,7 +109,7 @@ def compile_program(
 
 
 def read_resources(log: str) -> dict[str, Resources]:
-    """What ptxas says of each kernel."""
+    """What ptxas reports about each kernel."""
     found = {}
     for match in PROPERTIES.finditer(log):
         shared = re.search(r"(\d+) bytes smem", match["more"])
@@ -123,9 +123,9 @@ def read_resources(log: str) -> dict[str, Resources]:
 
 
 def _compile_once(text: str, options: Sequence[str]) -> tuple[bytes, str, str]:
-    """What _compile returns; kept under a hash of what it is made from, wherever that lies.
+    """The result of _compile, cached under a hash of its inputs, not of their paths.
 
-    With it is kept which NVRTC made it: another one compiles again.
+    The cache also records the version of NVRTC: another version compiles again.
     """
     headers = sorted(path for folder in INCLUDE for path in folder.rglob("*") if path.is_file())
     parts = [text, *options, *(path.read_text() for path in headers)]
@@ -160,7 +160,7 @@ def _compile(text: str, options: Sequence[str]) -> tuple[bytes, str, str]:
     from cuda.bindings import nvrtc
 
     def checked(answer: tuple[Any, ...]) -> Any:
-        """What a call returns after its status."""
+        """The results of a call without its status. Raises if it failed."""
         if answer[0] != nvrtc.nvrtcResult.NVRTC_SUCCESS:
             raise CompileError(f"{answer[0].name}\n{log()}")
         return answer[1] if len(answer) > 1 else None

@@ -1,13 +1,12 @@
 """Runs launch plans on an NVIDIA GPU.
 
-Through the CUDA driver's own interface, as NVIDIA's cuda-bindings has it: the package that brings
-NVRTC to Python too, so that compiling, loading and launching need nothing else. CuPy would bring
-arrays and a memory pool with it, of which the first is numpy's business here, and the second hides
-from compute-sanitizer where an array ends.
+It calls the CUDA driver through NVIDIA's cuda-bindings, which also has NVRTC: compiling, loading
+and launching need nothing else. CuPy is no help: arrays are numpy's here, and its memory pool would
+hide the ends of arrays from compute-sanitizer.
 
 `Twin.dispatch` is for `plans.run_plan`: it copies arrays to the GPU and back at each dispatch.
-`Twin.prepare` is for measurements and the sanitizer: memory stays on the GPU from the first
-dispatch to the last, temporary memory is not initialised.
+`Twin.prepare` is for measurements and the sanitizer: memory stays on the GPU for the whole plan,
+and temporary memory is not initialised.
 """
 
 from __future__ import annotations
@@ -125,10 +124,10 @@ class Device:
         self.call("cuMemcpyDtoDAsync", destination.address, source.address, source.nbytes, 0)
 
     def times(self, step: Step, repetitions: int, flush: Memory | None = None) -> list[float]:
-        """Milliseconds of each repetition, between events around it, after one that is not timed.
+        """Milliseconds of each repetition between two events, after one that is not timed.
 
-        ``flush`` is overwritten before each: so large that nothing else stays in cache, and
-        that the host has queued the whole step by the time that the GPU begins it.
+        ``flush`` is overwritten before each. It is so large that it empties the caches, and gives
+        the host time to queue the whole step before the GPU begins it.
         """
         step()
         pairs = []
@@ -277,8 +276,7 @@ class Twin:
 def plan_within(
     program: Program, problem: Problem, tuning: Mapping[str, int] | None = None
 ) -> Plan:
-    """The problem's plan for the threads that its kernels' registers allow, as csrc/gpu/metal.cpp
-    makes one for what Apple's pipelines allow."""
+    """The plan for the threads that its kernels' registers allow, as csrc/gpu/compilation.cpp."""
     while True:
         plan = problem.plan(tuning)
         allowed = min(

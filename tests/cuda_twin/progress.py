@@ -1,4 +1,4 @@
-"""What a long run has found so far, and what it still has time for."""
+"""Keeps the results of a long run, and decides what it has time for."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ RECENT = 5  # of a kind: the first of all may be far slower than any other
 
 
 class Budget:
-    """The seconds of a run. What comes next is expected to take as long as the latest of its kind.
+    """A time limit. The next item is expected to take as long as the slowest of the latest ones.
 
     Without a limit, everything fits.
     """
@@ -46,7 +46,7 @@ class Budget:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Whoever reads, or ends this process, at any time finds the old file or the new one."""
+    """Replaces the file atomically: readers, and a crash, leave the old one or the new one."""
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_suffix(".new")
     unfinished.write_text(json.dumps(value, indent=1) + "\n")

@@ -11,7 +11,7 @@ from .compiler import Program, compile_program
 
 @cache
 def shader_program(architecture: str = "sm_90", *, flush_denormals: bool = True) -> Program:
-    """Takes some 15 seconds, and hardly any if it has been compiled before."""
+    """Compiles for some 15 seconds, unless it is in the cache."""
     return compile_program(
         _ext.shader_source,
         [instantiation for _, instantiation in _ext.shader_kernels()],

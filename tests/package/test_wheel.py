@@ -152,14 +152,18 @@ def sdist(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make("sdist", tmp_path_factory.mktemp("sdist"), interpreters()[0])
 
 
+def unpacked(wheel: Path, module: str, cpython: CPython, folder: Path) -> Path:
+    with zipfile.ZipFile(wheel) as archive:
+        name = f"mlx_welford/{module}.cpython-{cpython.tag[2:]}-darwin.so"
+        return Path(archive.extract(name, folder))
+
+
 @pytest.fixture(scope="module")
 def extension(
     macos_wheel: Path, cpython: CPython, tmp_path_factory: pytest.TempPathFactory
 ) -> Path:
     """The macOS wheel's extension."""
-    name = f"mlx_welford/_ext.cpython-{cpython.tag[2:]}-darwin.so"
-    with zipfile.ZipFile(macos_wheel) as archive:
-        return Path(archive.extract(name, tmp_path_factory.mktemp("extension")))
+    return unpacked(macos_wheel, "_ext", cpython, tmp_path_factory.mktemp("extension"))
 
 
 # ---- macOS ---------------------------------------------------------------------------------------
@@ -212,6 +216,17 @@ def test_finds_mlx_beside_itself(extension: Path) -> None:
         "/usr/lib/libc++.1.dylib",
         "/usr/lib/libobjc.A.dylib",
     }
+
+
+def test_the_rules_for_arguments_do_without_mlx(
+    macos_wheel: Path, cpython: CPython, tmp_path: Path
+) -> None:
+    core = unpacked(macos_wheel, "_core", cpython, tmp_path)
+    image = read(core)
+    assert (image.architecture, image.platform, image.minimum) == ("ARM64", "MACOS", OLDEST)
+    assert image.signed
+    assert image.libraries == {"/usr/lib/libSystem.B.dylib", "/usr/lib/libc++.1.dylib"}
+    assert unaccounted(core, cpython.path, cpython.release) == set()
 
 
 def test_what_it_needs_of_cxx_is_looked_for_in_libcxx_alone(extension: Path) -> None:
@@ -367,7 +382,8 @@ def test_the_wheels_differ_in_the_extension_alone(macos_wheel: Path, linux_wheel
     names = portable(macos_wheel)
     assert names == portable(linux_wheel)
     assert {name for name in names if macos[name] != linux[name]} == set()
-    assert {"mlx_welford/_ext.pyi", "mlx_welford/_build.py", "mlx_welford/py.typed"} <= names
+    generated = {"_build.py", "_core.pyi", "_ext.pyi", "py.typed"}
+    assert {f"mlx_welford/{name}" for name in generated} <= names
 
 
 def test_the_package_is_complete(linux_wheel: Path) -> None:
@@ -398,9 +414,10 @@ def test_is_tagged_manylinux_without_a_copy_of_libmlx(linux_wheel: Path, cpython
     assert re.search(rf"-{cpython.tag}-{cpython.tag}-manylinux_2_\d+_\w+\.whl$", linux_wheel.name)
     files = contents(linux_wheel)
     assert [name for name in files if name.split("/")[0].endswith(".libs")] == []
-    (extension,) = (data for name, data in files.items() if name.endswith(".so"))
+    core, extension = (files[name] for name in sorted(files) if name.endswith(".so"))
     assert b"$ORIGIN/../mlx/lib" in extension
     assert b"simulator_dispatch" not in extension
+    assert b"libmlx" not in core
 
 
 @pytest.mark.parametrize("cpython", ["running"], indirect=True)
@@ -422,10 +439,16 @@ def test_is_built_for_arm64_too(cpython: CPython, tmp_path: Path) -> None:
         pytest.skip("there is no cross compiler here (Debian's g++-aarch64-linux-gnu)")
     wheel = make("wheel-aarch64", tmp_path, cpython)
     assert re.search(rf"-{cpython.tag}-{cpython.tag}-manylinux_2_\d+_aarch64\.whl$", wheel.name)
-    ((name, data),) = ((n, d) for n, d in contents(wheel).items() if n.endswith(".so"))
-    assert name == f"mlx_welford/_ext.cpython-{cpython.tag[2:]}-aarch64-linux-gnu.so"
-    extension = elf(data)
-    assert extension.header.machine_type.name == "AARCH64"
+    files = contents(wheel)
+    libraries = {
+        f"mlx_welford/{module}.cpython-{cpython.tag[2:]}-aarch64-linux-gnu.so"
+        for module in ("_core", "_ext")
+    }
+    assert {name for name in files if name.endswith(".so")} == libraries
+    core, extension = (elf(files[name]) for name in sorted(libraries))
+    assert {core.header.machine_type.name, extension.header.machine_type.name} == {"AARCH64"}
+    assert "libmlx.so" in extension.libraries
+    assert "libmlx.so" not in core.libraries
     libmlx = elf((ROOT / "build" / "aarch64" / "mlx" / "mlx" / "lib" / "libmlx.so").read_bytes())
     of_mlx = {n for n in names(extension.imported_symbols) if n.startswith("_ZN3mlx4core")}
     assert len(of_mlx) > 30

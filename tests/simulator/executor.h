@@ -3,8 +3,8 @@
 // as C++20 and as C++ for OpenCL (the language the kernels are compiled as, see metal_stdlib).
 //
 // Callers fill a SimulatorDispatch and call simulator_dispatch() (csrc/gpu/simulator_abi.h). Code
-// that runs as a Metal thread (a kernel compiled from source, or one compiled by Apple and linked in)
-// calls the primitives in the second half; they may be called only from inside a dispatch.
+// that runs as a Metal thread (a kernel compiled from source, or by Apple and linked in) calls the
+// primitives in the second half; they may be called only from inside a dispatch.
 
 #pragma once
 

@@ -42,8 +42,8 @@ CACHE = DIRECTORY.parents[1] / "build" / "simulator"
 HEADERS = (DIRECTORY / "executor.h", DIRECTORY.parents[1] / "csrc" / "gpu" / "simulator_abi.h")
 EXECUTOR = (*HEADERS, DIRECTORY / "executor.cpp")
 
-# C++ for OpenCL without double precision. Clang knows Metal's attributes as little as most of its
-# idioms: only the warnings asked for below are of use.
+# C++ for OpenCL without double precision. Clang knows neither Metal's attributes nor its idioms, so
+# only the warnings listed here are useful.
 LANGUAGE = [
     "-x",
     "clcpp",
@@ -68,8 +68,8 @@ KEYWORDS = [
     *(f"-Datomic_{name}=atomic_{name}_" for name in ("int", "uint", "float")),
 ]
 
-# Calls the executor at every load and store that the source makes: hardly optimised, so that none
-# are merged, and with those that the sanitizer itself would leave out.
+# Calls the executor at every load and store in the source. Without optimisation, which would merge
+# some, and including those that the sanitizer would leave out.
 INSTRUMENTED = [
     "-O0",
     "-fno-vectorize",
@@ -236,7 +236,7 @@ class Library:
         self.instrumented = bool(self._library.simulator_instrumented())
 
     def layouts(self) -> dict[str, dict[str, int]]:
-        """The offsets of the fields of each struct, and as that of "" its size."""
+        """The offsets of the fields of each struct; the size of the struct under ""."""
         layouts: dict[str, dict[str, int]] = {}
         rows = itertools.takewhile(lambda row: row.type, self._library.simulator_layouts())
         for row in rows:
@@ -348,7 +348,7 @@ def _run(command: Sequence[str], text: str | None = None) -> subprocess.Complete
 
 
 def _machine() -> list[str]:
-    """Compiler options for a machine with fused multiply-add, without which nothing contracts."""
+    """Compiler options for a processor with fused multiply-add, which contraction needs."""
     if platform.machine() == "x86_64":
         flags = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else "fma avx2"
         if not {"fma", "avx2"} <= set(flags.split()):

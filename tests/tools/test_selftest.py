@@ -103,8 +103,8 @@ def test_no_path_is_there_without_need() -> None:
         others = coverage(
             other
             for other in PATHS[:i] + PATHS[i + 1 :]
-            # A share goes the way of a batch, but for one kernel.
-            if other.operation != "share" or case.operation == "share"
+            # A shard goes the way of a batch, but for one kernel.
+            if other.operation != "shard" or case.operation == "shard"
         )
         assert set(kernels(case.plans)) - others, f"{case} {case.dtype}"
 
@@ -190,14 +190,14 @@ def test_truth_of_moments() -> None:
 
 def test_truth_of_a_share() -> None:
     """The gradient of a batch, without what y sends through the statistics."""
-    arguments, cotangents = _data(Case("share", (3, 9, 5), axis=1, bias=False))
+    arguments, cotangents = _data(Case("shard", (3, 9, 5), axis=1, bias=False))
     a, c = numbers(arguments), numbers(cotangents)
     mean, var = reference.moments(a["x"], (0, 2))
     kept = {name: c[name].reshape(1, 9, 1) for name in ("mean", "var")}
     scale = (a["weight"] / np.sqrt(var + 1e-5)).reshape(1, 9, 1)
     gx = scale * c["y"] + reference.moments_backward(a["x"], (0, 2), kept["mean"], kept["var"])
     assert_true(
-        truth.share(arguments, cotangents, [0, 2], 1, 1e-5).values,
+        truth.shard(arguments, cotangents, [0, 2], 1, 1e-5).values,
         {"mean": mean, "var": var, "grad x": gx},
     )
 
@@ -514,7 +514,7 @@ def test_the_log_of_the_status_is_not_told_twice(monkeypatch: pytest.MonkeyPatch
 
 
 def test_a_large_mean_is_held_to_a_hundredth() -> None:
-    large = [case for case in CASES if case.mean == 1e5 and case.operation != "share"]
+    large = [case for case in CASES if case.mean == 1e5 and case.operation != "shard"]
     assert {case.operation for case in large} == {"batch", "instance"}
     for case in large:
         (y,) = [result for result in check(case).results if result.name == "y"]

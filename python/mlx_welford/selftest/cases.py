@@ -12,13 +12,13 @@ from mlx_welford._plans import (
     moments_plans,
     normalization_plans,
     running_plans,
-    share_plans,
+    shard_plans,
 )
 
 __all__ = ["CASES", "PATHS", "Case", "coverage"]
 
-Operation = Literal["batch", "instance", "evaluation", "moments", "share", "running"]
-# "share" is what a rank computes for SyncBatchNorm, which merges its own share alone here;
+Operation = Literal["batch", "instance", "evaluation", "moments", "shard", "running"]
+# "shard" is what a rank computes for SyncBatchNorm, which merges its own shard alone here;
 # "running" the update of running statistics of this dtype, for means and variances of this shape.
 
 
@@ -47,7 +47,7 @@ class Case:
             parts.append(f"axes {axes}" if axes else f"axis {self.axis}")
         if not self.axes and not (self.weight and self.bias):
             parts.append("weight" if self.weight else "bias" if self.bias else "not affine")
-        if len(self.wanted) < 4 and self.operation != "share":
+        if len(self.wanted) < 4 and self.operation != "shard":
             parts.append(f"grad {','.join(self.wanted)} only")
         parts += [] if self.aligned else ["unaligned"]
         parts += [f"mean {self.mean:g}"] if self.mean else []
@@ -60,8 +60,8 @@ class Case:
         """What the shaders would dispatch for it, whatever it runs on."""
         if self.operation == "moments":
             return moments_plans(self.shape, self.axes, dtype=self.dtype, aligned=self.aligned)
-        if self.operation == "share":
-            return share_plans(self.shape, self.axis, dtype=self.dtype, weight=self.weight)
+        if self.operation == "shard":
+            return shard_plans(self.shape, self.axis, dtype=self.dtype, weight=self.weight)
         if self.operation == "running":
             return running_plans(*self.shape, dtype=self.dtype)
         return normalization_plans(
@@ -133,9 +133,9 @@ _SPECIAL = (
     Case("instance", (3, 9, 50), axis=1, temporary=True, dtype="float16"),
     Case("evaluation", (3, 50, 8), temporary=True, dtype="bfloat16"),
     Case("moments", (3, 50, 8), axes=(1,), temporary=True),
-    # a share of a batch
-    Case("share", (6, 3, 130), axis=1, bias=False, wanted=("x",), dtype="float16"),
-    Case("share", (2, 1100, 16), mean=1e5, weight=False, bias=False, wanted=("x",)),
+    # a shard of a batch
+    Case("shard", (6, 3, 130), axis=1, bias=False, wanted=("x",), dtype="float16"),
+    Case("shard", (2, 1100, 16), mean=1e5, weight=False, bias=False, wanted=("x",)),
     # running statistics: of a batch, of many instances, and where the old ones were
     Case("running", (1, 100)),
     Case("running", (300, 12), temporary=True, dtype="float16"),
@@ -143,7 +143,7 @@ _SPECIAL = (
 
 PATHS = (
     *(replace(case, dtype=dtype) for dtype in DTYPES for case in _PATHS),
-    Case("share", (2, 1100, 64), bias=False, wanted=("x",)),
+    Case("shard", (2, 1100, 64), bias=False, wanted=("x",)),
 )
 """As few cases as have every kernel in their plans: four for each way to walk over memory."""
 

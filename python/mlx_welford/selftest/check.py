@@ -140,7 +140,7 @@ def _data(case: Case) -> tuple[Arguments, Arguments]:
     if case.operation == "running":
         return _running_data(case), {}
     dtype = DTYPES[case.dtype]
-    of_batch = case.operation in ("batch", "evaluation", "share")
+    of_batch = case.operation in ("batch", "evaluation", "shard")
     if case.operation == "moments":
         kept = tuple(n for a, n in enumerate(case.shape) if a not in case.axes)
         channels = 1
@@ -218,15 +218,15 @@ def _truth(case: Case, arguments: Arguments, cotangents: Arguments) -> Truth:
         return truth.running(arguments, MOMENTUM, VALUES)
     kept = {case.axis % len(case.shape)} | ({0} if case.operation == "instance" else set())
     axes = [a for a in range(len(case.shape)) if a not in kept]
-    if case.operation == "share":
-        return truth.share(arguments, cotangents, axes, case.axis, EPS)
+    if case.operation == "shard":
+        return truth.shard(arguments, cotangents, axes, case.axis, EPS)
     return truth.normalization(arguments, cotangents, axes, case.axis, EPS)
 
 
 def _run(case: Case, arguments: Arguments, cotangents: Arguments) -> Arguments:
     """Outputs and gradients by name, not yet evaluated."""
-    if case.operation == "share":
-        return _run_share(case, arguments, cotangents)
+    if case.operation == "shard":
+        return _run_shard(case, arguments, cotangents)
     if case.operation == "running":
         running = _ext.next_running_statistics(
             **arguments, momentum=MOMENTUM, count=VALUES, caller="selftest"
@@ -257,7 +257,7 @@ def _run(case: Case, arguments: Arguments, cotangents: Arguments) -> Arguments:
     return named | {f"grad {name}": g for name, g in zip(names, grads, strict=True)}
 
 
-def _run_share(case: Case, arguments: Arguments, cotangents: Arguments) -> Arguments:
+def _run_shard(case: Case, arguments: Arguments, cotangents: Arguments) -> Arguments:
     x, weight = arguments["x"], arguments.get("weight")
     caller = "SyncBatchNorm"
     message = _ext.rank_moments(x, caller, case.axis)

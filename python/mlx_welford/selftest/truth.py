@@ -28,7 +28,7 @@ __all__ = [
     "moments",
     "normalization",
     "running",
-    "share",
+    "shard",
     "ulp",
     "wide",
 ]
@@ -160,7 +160,7 @@ def moments(arguments: Arguments, cotangents: Arguments, axes: list[int]) -> Tru
     return Truth(_named(["mean", "var"], outputs, ["x"], grads), accumulation)
 
 
-def share(
+def shard(
     arguments: Arguments, cotangents: Arguments, axes: list[int], axis: int, eps: float
 ) -> Truth:
     """Of mean and var, and grad x = weight r g + (grad_mean + 2 grad_var (x - mean)) / n."""

@@ -1,0 +1,24 @@
+// The errors and types of rules.h in Python.
+
+#include "bindings.h"
+#include "rules.h"
+
+namespace nb = nanobind;
+
+namespace mlx_welford {
+
+void bind_rules(nb::module_& m) {
+  nb::register_exception_translator([](const std::exception_ptr& error, void*) {
+    try {
+      std::rethrow_exception(error);
+    } catch (const DtypeError& e) {
+      PyErr_SetString(PyExc_TypeError, e.what());
+    }
+  });
+
+  nb::enum_<Statistics>(m, "Statistics", "Where the statistics of a normalisation come from.")
+      .value("of_instance", Statistics::of_instance)
+      .value("of_batch", Statistics::of_batch);
+}
+
+}  // namespace mlx_welford

@@ -1,0 +1,136 @@
+#include "rules.h"
+
+#include <algorithm>
+#include <cstdint>
+#include <sstream>
+
+namespace mlx_welford {
+
+namespace {
+
+template <typename Error = std::invalid_argument, typename... Parts>
+[[noreturn]] void fail(const Caller& caller, const Parts&... parts) {
+  std::ostringstream text;
+  text << '[' << caller.name << "] ";
+  (text << ... << parts);
+  throw Error(text.str());
+}
+
+/// A shape or a list of axes as Python writes a tuple.
+std::string tuple(std::span<const int> values) {
+  std::ostringstream text;
+  text << '(';
+  for (size_t i = 0; i < values.size(); ++i) {
+    text << (i == 0 ? "" : ", ") << values[i];
+  }
+  text << (values.size() == 1 ? ",)" : ")");
+  return text.str();
+}
+
+void check_floating(const Argument& a, const std::string& what, const Caller& caller) {
+  for (const char* dtype : {"float32", "float16", "bfloat16", "float64"}) {
+    if (a.dtype == dtype) {
+      return;
+    }
+  }
+  fail<DtypeError>(caller, "expected a floating-point ", what, " but got ", a.dtype, ".");
+}
+
+void check_vector(const std::optional<Argument>& v, const char* name, int channels,
+                  const Caller& caller) {
+  if (!v) {
+    return;
+  }
+  if (v->shape.size() != 1 || v->shape[0] != channels) {
+    fail(caller, "'", name, "' must have shape (", channels, ",) but got ", tuple(v->shape), ".");
+  }
+  check_floating(*v, "'" + std::string(name) + "'", caller);
+}
+
+int check_axis(int axis, int ndim, const char* name, const Caller& caller) {
+  if (axis < -ndim || axis >= ndim) {
+    fail(caller, "'", name, "' must be in [", -ndim, ", ", ndim - 1, "] but got ", axis, ".");
+  }
+  return axis < 0 ? axis + ndim : axis;
+}
+
+}  // namespace
+
+std::vector<int> reduced_axes(int ndim, int channel_axis, Statistics statistics) {
+  std::vector<int> axes;
+  for (int axis = statistics == Statistics::of_instance ? 1 : 0; axis < ndim; ++axis) {
+    if (axis != channel_axis) {
+      axes.push_back(axis);
+    }
+  }
+  return axes;
+}
+
+int check_input(const Argument& x, int axis, Statistics statistics, const Caller& caller) {
+  const int least = statistics == Statistics::of_instance ? 3 : 2;
+  check_floating(x, "input", caller);
+  const int ndim = static_cast<int>(x.shape.size());
+  if (ndim < least) {
+    fail(caller, "expected an input of at least ", least, " dimensions but got shape ",
+         tuple(x.shape), ".");
+  }
+  const int channel_axis = check_axis(axis, ndim, "axis", caller);
+  if (statistics == Statistics::of_instance && channel_axis == 0) {
+    fail(caller, "'axis' must not be the batch axis 0.");
+  }
+  if (caller.channels && x.shape[channel_axis] != *caller.channels) {
+    fail(caller, "expected ", *caller.channels, " channels on axis ", axis,
+         " but got input of shape ", tuple(x.shape), ".");
+  }
+  if (caller.several_values) {
+    int64_t values = 1;
+    for (int reduced : reduced_axes(ndim, channel_axis, statistics)) {
+      values *= x.shape[reduced];
+    }
+    if (values == 1) {
+      fail(caller, "expected more than one value per channel in training but got input of shape ",
+           tuple(x.shape), ".");
+    }
+  }
+  return channel_axis;
+}
+
+int check_normalize(const Argument& x, const std::optional<Argument>& weight,
+                    const std::optional<Argument>& bias, const std::optional<Argument>& mean,
+                    const std::optional<Argument>& var, int axis, Statistics statistics,
+                    const Caller& caller) {
+  if (mean.has_value() != var.has_value()) {
+    fail(caller, "'mean' and 'var' must be given together.");
+  }
+  const int channel_axis = check_input(x, axis, mean ? Statistics::given : statistics, caller);
+  const int channels = x.shape[channel_axis];
+  check_vector(weight, "weight", channels, caller);
+  check_vector(bias, "bias", channels, caller);
+  check_vector(mean, caller.running ? "running_mean" : "mean", channels, caller);
+  check_vector(var, caller.running ? "running_var" : "var", channels, caller);
+  return channel_axis;
+}
+
+void check_running_statistics(const Argument& running_mean, const Argument& running_var,
+                              int channels, const Caller& caller) {
+  check_vector(running_mean, "running_mean", channels, caller);
+  check_vector(running_var, "running_var", channels, caller);
+}
+
+std::vector<int> check_axes(const Argument& x, std::vector<int> axes, const Caller& caller) {
+  check_floating(x, "input", caller);
+  if (axes.empty()) {
+    fail(caller, "'axes' must not be empty.");
+  }
+  const auto as_given = axes;
+  for (int& axis : axes) {
+    axis = check_axis(axis, static_cast<int>(x.shape.size()), "axes", caller);
+  }
+  std::sort(axes.begin(), axes.end());
+  if (std::adjacent_find(axes.begin(), axes.end()) != axes.end()) {
+    fail(caller, "'axes' must not repeat but got ", tuple(as_given), ".");
+  }
+  return axes;
+}
+
+}  // namespace mlx_welford
