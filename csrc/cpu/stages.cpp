@@ -67,7 +67,7 @@ void run_stages(const Tiling& tiling, const Stages& stages) {
     return;
   }
 
-  Workspace workspace(0, tiling.partials(), 0, g.statistics());
+  Workspace workspace(0, tiling.partials(), 0, g.slots());
   const int64_t tiles = strips * pieces;
   const int64_t tile_elements = g.size() / tiles;
   if (stages.sweep) {
@@ -75,9 +75,9 @@ void run_stages(const Tiling& tiling, const Stages& stages) {
       stages.sweep(workspace, tiling.strip(tile % strips), tile / strips);
     });
   }
-  const int64_t tasks = std::min<int64_t>(threads, g.statistics());
-  for_each(tasks, tiling.batches() * pieces * ceil_div(g.statistics(), tasks), [&](int64_t task) {
-    stages.finalize(workspace, g.statistics() * task / tasks, g.statistics() * (task + 1) / tasks);
+  const int64_t tasks = std::min<int64_t>(threads, g.slots());
+  for_each(tasks, tiling.batches() * pieces * ceil_div(g.slots(), tasks), [&](int64_t task) {
+    stages.finalize(workspace, g.slots() * task / tasks, g.slots() * (task + 1) / tasks);
   });
   if (stages.apply) {
     for_each(tiles, tile_elements, [&](int64_t i) {

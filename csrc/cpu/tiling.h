@@ -96,7 +96,7 @@ class Tiling {
   /// The end of the slots from `slot` on whose partial results are neighbours too.
   int64_t end_of_neighbours(int64_t slot) const {
     if (strips_ == 1 && pieces_ == 1) {
-      return g_.statistics();
+      return g_.slots();
     }
     const int64_t column = slot % g_.inner;
     const int64_t end = (column / strip_width_ + 1) * strip_width_;
