@@ -329,9 +329,9 @@ inline void merge_folded(const Panel& panel, const Fold& f, ColumnMoments& c, do
 ///
 /// Blocks of rows are summed about the mean c of the rows before, and merged by Chan's formula:
 ///   block: mean = c + s/n,  m2 = q - s^2/n  with  s = sum (x - c),  q = sum (x - c)^2
-/// If c is far from the block's mean, the difference loses digits. But then the merge adds that distance
-/// to m2 again, times at least half as many values, so the error stays a few units in the last place of
-/// the whole. The first c is the mean of the first rows, for which the same holds.
+/// If c is far from the block's mean, the difference loses digits. But then the merge adds that
+/// distance to m2 again, times at least half as many values, so the error stays a few units in the
+/// last place of the whole. The first c is the mean of the first rows, for which the same holds.
 template <typename T>
 void column_moments(const T* x, const Panel& panel, double* mean, double* m2) {
   const Fold f(panel);

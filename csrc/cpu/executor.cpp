@@ -22,8 +22,8 @@ namespace {
 // Outputs from here on are written past the caches: they would not stay in them.
 constexpr size_t kStreamBytes = size_t{16} << 20;
 
-/// Calls f(slot, merged) for the slots [first, last), where `merged` is the partial result into which all
-/// of the slot's were merged.
+/// Calls f(slot, merged) for the slots [first, last), where `merged` is the partial result into
+/// which all of the slot's were merged.
 template <typename F>
 void for_slots(const Tiling& t, const Slots& slots, int64_t first, int64_t last, const F& f) {
   while (first < last) {
@@ -58,8 +58,8 @@ Elements elements(const array& a) {
   return {const_cast<char*>(a.data<char>()), static_cast<int64_t>(a.itemsize())};
 }
 
-/// True if `out` is so large that none of it stays in the caches, and not in a donated input's place,
-/// which is in the caches by then.
+/// True if `out` is so large that none of it stays in the caches, and not in a donated input's
+/// place, which is in the caches by then.
 bool past_caches(const array& out, const array& x, const array* g) {
   auto donated = [&](const array& in) { return in.data<char>() == out.data<char>(); };
   return out.nbytes() >= kStreamBytes && !donated(x) && (g == nullptr || !donated(*g));
@@ -223,8 +223,8 @@ struct SlotSums {
   double gx;
 };
 
-/// From merged partial sums. An infinite variance makes the normalised values 0, whatever the sum has
-/// overflowed to.
+/// From merged partial sums. An infinite variance makes the normalised values 0, whatever the sum
+/// has overflowed to.
 SlotSums slot_sums(Workspace& w, int64_t merged, float rstd) {
   const double g = *w.first(merged);
   return {g, rstd == 0 ? rstd * g : *w.second(merged) * rstd};
@@ -252,8 +252,8 @@ struct GradientInputs {
   float rstd(const Slot& slot) const { return rstd_of(var[slot.statistic], eps); }
   float scale(const Slot& slot) const { return weight[slot.channel] * rstd(slot); }
 
-  /// The map to grad x, from x and g or from g alone. The cotangents of the statistics are divided by
-  /// `count`.
+  /// The map to grad x, from x and g or from g alone. The cotangents of the statistics are divided
+  /// by `count`.
   Workspace::Map map(const Slot& slot, const SlotSums& sums, float count) const {
     const int64_t i = slot.statistic;
     const float s = scale(slot);

@@ -14,8 +14,9 @@ constexpr int64_t kShortLine = 128;    // lines up to here are taken several at 
 constexpr int64_t kManyVectors = 8;    // from here on additions would wait for each other
 constexpr int64_t kAheadBytes = 2048;  // to be fetched while accumulators take up the cache
 
-/// Number of leading elements averaged for the first origin of a line of n: enough to resist an outlier,
-/// few enough to be cheap. No fewer than 8 where vectors are shorter: digits would be lost.
+/// Number of leading elements averaged for the first origin of a line of n: enough to resist an
+/// outlier, few enough to be cheap. No fewer than 8 where vectors are shorter: digits would be
+/// lost.
 constexpr int64_t first_elements(int64_t n) {
   constexpr int64_t few = kLanes < 8 ? 8 : kLanes;
   return n < few ? n : n <= 32 * few ? few : 8 * few;
