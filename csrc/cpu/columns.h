@@ -90,8 +90,8 @@ inline __attribute__((always_inline)) void by_bundle(int64_t begin, int64_t end,
   by_vector(j, end, f);
 }
 
-/// How many times `width` columns are at least `unit` ones, and a whole number of units if it does
-/// not take too many.
+/// Smallest repeat count whose width reaches `unit`; a larger one whose width is an exact multiple,
+/// if it fits in kNarrow.
 inline int64_t times_to_whole(int64_t width, int64_t unit) {
   const int64_t least = (unit + width - 1) / width;
   for (int64_t times = least; times * width <= kNarrow; ++times) {
@@ -147,9 +147,9 @@ struct Fold {
   }
 };
 
-/// Fetches rows into the second-level cache, in the order of memory, a part with each step of the
-/// work on the rows before them: going down bundles of columns, the processor would not foresee
-/// them.
+/// Prefetches rows into the second-level cache in the order of memory, a part at each step of the
+/// work on the rows before: the processor does not foresee an access that goes down bundles of
+/// columns.
 template <typename T>
 class Ahead {
  public:

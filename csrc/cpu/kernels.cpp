@@ -14,9 +14,9 @@
 namespace mlx_welford::cpu {
 namespace {
 
-/// The moments of one column, in double: nothing overflows there. Slow, and for what is seldom. If
-/// any value is not finite both are nan, as in the shaders, in which the place of such a value
-/// would decide what is left of it in the mean.
+/// The moments of one column, in double, which cannot overflow: slow, and rarely needed. If any
+/// value is not finite, both are nan, as in the shaders: what it leaves in a mean depends on its
+/// place.
 template <typename T>
 void careful_moments(const T* x, const Panel& panel, double* mean, double* m2) {
   auto sum = [&](auto term) {

@@ -22,9 +22,9 @@ constexpr int64_t first_elements(int64_t n) {
   return n < few ? n : n <= 32 * few ? few : 8 * few;
 }
 
-/// A vector that holds the elements [i, i + lanes) of a line. An incomplete one, lanes < kLanes,
-/// has them in its last lanes, after elements that belong to the vector before, since such a vector
-/// can be loaded at once; only where the line is too short for that, they are in its first lanes.
+/// The vector of elements [i, i + lanes) of a line. If lanes < kLanes, they are the last lanes of a
+/// full load that begins before i; only if the line is too short for that, they are the first
+/// lanes.
 template <typename T>
 Vector values(const T* line, int64_t i, int lanes) {
   if (lanes == kLanes) {
