@@ -33,15 +33,6 @@ NB_MODULE(_core, m) {
   mw::bind_rules(m);
 
   m.def(
-      "check_input",
-      [](const Array& x, int axis, mw::Statistics statistics, const std::string& caller,
-         std::optional<int> channels, bool several_values) {
-        return mw::check_input(argument(x), axis, statistics, {caller, channels, several_values});
-      },
-      "x"_a, "axis"_a, "statistics"_a, "caller"_a, "channels"_a.none() = nb::none(),
-      "several_values"_a = false, "The channel axis, non-negative.");
-
-  m.def(
       "check_normalize",
       [](const Array& x, const std::optional<Array>& weight, const std::optional<Array>& bias,
          mw::Statistics statistics, const std::string& caller, const std::optional<Array>& mean,

@@ -1,5 +1,3 @@
-// The errors and types of rules.h in Python.
-
 #include "bindings.h"
 #include "rules.h"
 

@@ -20,7 +20,7 @@ inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 ///   batch norm, channels first      (N, C, S, 1)
 ///
 /// A *slot* is one (outer, inner) index: merge * reduce values that share a statistic and a
-/// channel: Slots says which.
+/// channel. Slots says which.
 struct Geometry {
   int64_t merge = 1;
   int64_t outer = 1;
@@ -45,8 +45,8 @@ struct Slot {
   int64_t position;     // of that in the pattern in which groups repeat
 };
 
-/// The maps from the slots of a geometry to statistics and to channels. The channel axis is the last
-/// axis that is kept, so the channels repeat in their order, once in each instance.
+/// The maps from the slots of a geometry to statistics and to channels. The channel axis is the
+/// last axis that is kept, so the channels repeat in their order, once in each instance.
 struct Slots {
   int64_t count;
   int64_t of_instance;

@@ -38,9 +38,9 @@ void allocate(mx::array& out) {
   advise_huge_pages(out);
 }
 
-void allocate_or_donate(mx::array& out, std::span<const mx::array* const> inputs) {
+void allocate_or_donate(mx::array& out, std::initializer_list<const mx::array*> inputs) {
   for (const mx::array* in : inputs) {
-    if (in->flags().row_contiguous && mx::is_donatable(*in, out)) {
+    if (in != nullptr && in->flags().row_contiguous && mx::is_donatable(*in, out)) {
       out.copy_shared_buffer(*in);
       return;
     }

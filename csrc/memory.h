@@ -2,7 +2,7 @@
 #pragma once
 
 #include <cstdint>
-#include <span>
+#include <initializer_list>
 #include <vector>
 
 #include "mlx/array.h"
@@ -12,9 +12,10 @@ namespace mlx_welford {
 /// Gives `out` memory of its own.
 void allocate(mlx::core::array& out);
 
-/// Gives `out` the memory of the first of the inputs that nobody else will read, or memory of its
-/// own.
-void allocate_or_donate(mlx::core::array& out, std::span<const mlx::core::array* const> inputs);
+/// Gives `out` the memory of the first of the inputs, of which some may be null, that nobody else
+/// will read, or memory of its own.
+void allocate_or_donate(mlx::core::array& out,
+                        std::initializer_list<const mlx::core::array*> inputs);
 
 /// Uninitialised memory of so many bytes.
 mlx::core::array temporary(int64_t bytes);

@@ -71,8 +71,8 @@ array update_coefficients(const Number& momentum, const Number& count, mx::Dtype
   return mx::stack({keep(), take(), unbiased()}, s);
 }
 
-/// The order in which kernels take the axes of x. In a graph that MLX traces for any shape, one that
-/// fits all shapes: without axes of length 1, which could belong to any level.
+/// The order in which kernels take the axes of x. In a graph that MLX traces for any shape, one
+/// that fits all shapes: without axes of length 1, which could belong to any level.
 std::vector<int> order_of(const array& x, const std::vector<int>& axes,
                           const std::vector<int>& last, mx::Stream s) {
   const mx::Shape no_ones(x.ndim(), 2);

@@ -20,8 +20,8 @@ using mlx::core::array;
 int count_channels(const array& x, int axis, Statistics statistics, const Caller& caller);
 
 /// (y, mean, var) with y = (x - mean) / sqrt(var + eps) * weight + bias, and the statistics of x or
-/// the given ones (C). y has the dtype result_type(x, weight, bias); mean and biased var are float32,
-/// (N, C) per instance or (C) per batch.
+/// the given ones (C). y has the dtype result_type(x, weight, bias); mean and biased var are
+/// float32, (N, C) per instance or (C) per batch.
 std::tuple<array, array, array> normalize(const array& x, const std::optional<array>& weight,
                                           const std::optional<array>& bias, double eps,
                                           const std::optional<array>& mean,

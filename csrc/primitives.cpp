@@ -115,16 +115,17 @@ void KernelPrimitive::eval(const Arrays& inputs, Arrays& outputs) {
     return;
   }
   release_inputs_of_siblings(inputs, outputs);
-  for (size_t i = 0; i < outputs.size(); ++i) {
-    std::vector<const array*> donors;
-    for (BufferIndex donor : signature_.outputs[i].donors) {
-      for (size_t j = 0; j < inputs.size(); ++j) {
-        if (signature_.inputs[j].buffer == donor) {
-          donors.push_back(&inputs[j]);
-        }
+  auto input = [&](BufferIndex buffer) -> const array* {
+    for (size_t i = 0; i < inputs.size(); ++i) {
+      if (signature_.inputs[i].buffer == buffer) {
+        return &inputs[i];
       }
     }
-    allocate_or_donate(outputs[i], donors);
+    return nullptr;
+  };
+  for (size_t i = 0; i < outputs.size(); ++i) {
+    const auto& donors = signature_.outputs[i].donors;
+    allocate_or_donate(outputs[i], {input(donors[0]), input(donors[1])});
   }
   BoundArrays arrays;
   bind_operands(signature_.inputs, inputs, arrays);

@@ -7,9 +7,7 @@ namespace mlx_welford {
 
 namespace mx = mlx::core;
 
-namespace {
-
-Signature whole_signature_of(const Attributes& a) {
+Signature signature_of(const Attributes& a) {
   switch (a.operation) {
     case Operation::moments:
       return {"WelfordMoments",
@@ -80,16 +78,6 @@ Signature whole_signature_of(const Attributes& a) {
   throw std::logic_error("no such operation");
 }
 
-}  // namespace
-
-Signature signature_of(const Attributes& attributes) {
-  Signature s = whole_signature_of(attributes);
-  for (auto* operands : {&s.inputs, &s.outputs}) {
-    std::erase_if(*operands, [](const Operand& operand) { return !operand.present; });
-  }
-  return s;
-}
-
 mx::Dtype statistics_dtype(mx::Dtype dtype) {
   return dtype == mx::float64 ? mx::float64 : mx::float32;
 }
@@ -147,7 +135,7 @@ BufferIndex gradient_of(BufferIndex i) {
   }
 }
 
-void bind_operands(const std::vector<Operand>& operands, const Arrays& arrays, BoundArrays& bound) {
+void bind_operands(const Operands& operands, const Arrays& arrays, BoundArrays& bound) {
   for (size_t i = 0; i < operands.size(); ++i) {
     bound.set(operands[i].buffer, arrays[i]);
   }

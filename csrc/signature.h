@@ -2,6 +2,7 @@
 #pragma once
 
 #include <array>
+#include <initializer_list>
 #include <vector>
 
 #include "bound_arrays.h"
@@ -42,21 +43,41 @@ constexpr BufferIndex kNone = kParameters;  // which are no array
 
 /// An input or an output.
 struct Operand {
-  BufferIndex buffer;
-  Per per;
+  BufferIndex buffer{};
+  Per per{};
   bool present = true;
   // Of an output: inputs whose memory it may take, the first that can be spared.
   std::array<BufferIndex, 2> donors{kNone, kNone};
 };
 
+/// Those of the operands that are present, in the order in which MLX hands over their arrays. Not a
+/// vector: a primitive is made at every call, and should not allocate memory for this.
+class Operands {
+ public:
+  Operands(std::initializer_list<Operand> operands) {
+    for (const Operand& operand : operands) {
+      if (operand.present) {
+        operands_[size_++] = operand;
+      }
+    }
+  }
+  const Operand* begin() const { return operands_.data(); }
+  const Operand* end() const { return begin() + size_; }
+  size_t size() const { return size_; }
+  const Operand& operator[](size_t i) const { return operands_[i]; }
+
+ private:
+  std::array<Operand, 8> operands_;
+  size_t size_ = 0;
+};
+
 struct Signature {
   const char* name;      // of the primitive
   const char* function;  // its fallback, in python/mlx_welford/_fallback.py
-  std::vector<Operand> inputs;
-  std::vector<Operand> outputs;
+  Operands inputs;
+  Operands outputs;
 };
 
-/// The operands that are present, in the order in which MLX hands them over.
 Signature signature_of(const Attributes& attributes);
 
 /// Float32, but float64 for float64.
@@ -71,6 +92,6 @@ mlx::core::Shape shape_of(const Operand& operand, const Attributes& attributes,
 BufferIndex gradient_of(BufferIndex i);
 
 /// Sets each array at the buffer of its operand.
-void bind_operands(const std::vector<Operand>& operands, const Arrays& arrays, BoundArrays& bound);
+void bind_operands(const Operands& operands, const Arrays& arrays, BoundArrays& bound);
 
 }  // namespace mlx_welford

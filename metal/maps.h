@@ -4,8 +4,7 @@
 // With rstd = rsqrt(var + eps), d = x - mean, m values per statistic, weight w and bias b:
 //
 //   y       = rstd w d + b
-//   grad x  = rstd w g  +  (grad_mean - rstd w sum(g)) / m
-//             +  (2 grad_var - rstd^3 w sum(g d)) / m * d
+//   grad x  = rstd w g + (grad_mean - rstd w sum(g)) / m + (2 grad_var - rstd^3 w sum(g d)) / m * d
 //   grad b  = sum(g)  and  grad w = rstd sum(g d), over all slots of a channel
 //
 // A map holds its coefficients for one slot. `inputs` says whether it takes x alone or x and g, and

@@ -3,8 +3,7 @@
 
 #include "bindings.h"
 
-/// In front of a loop over an array of a thread's own: not unrolled, the loop would index the
-/// array, which could not stay in registers then.
+/// Unroll loops over thread-local arrays; dynamic indexing would spill them.
 #define WELFORD_UNROLL _Pragma("clang loop unroll(full)")
 
 using shared::Moments;

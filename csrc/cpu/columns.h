@@ -90,8 +90,8 @@ inline __attribute__((always_inline)) void by_bundle(int64_t begin, int64_t end,
   by_vector(j, end, f);
 }
 
-/// How many times `width` columns are at least `unit` ones, and a whole number of units if it does
-/// not take too many.
+/// Smallest repeat count whose width reaches `unit`; a larger one whose width is an exact multiple,
+/// if it fits in kNarrow.
 inline int64_t times_to_whole(int64_t width, int64_t unit) {
   const int64_t least = (unit + width - 1) / width;
   for (int64_t times = least; times * width <= kNarrow; ++times) {
@@ -147,9 +147,9 @@ struct Fold {
   }
 };
 
-/// Fetches rows into the second-level cache, in the order of memory, a part with each step of the
-/// work on the rows before them: going down bundles of columns, the processor would not foresee
-/// them.
+/// Prefetches rows into the second-level cache in the order of memory, a part at each step of the
+/// work on the rows before: the processor does not foresee an access that goes down bundles of
+/// columns.
 template <typename T>
 class Ahead {
  public:
@@ -329,9 +329,9 @@ inline void merge_folded(const Panel& panel, const Fold& f, ColumnMoments& c, do
 ///
 /// Blocks of rows are summed about the mean c of the rows before, and merged by Chan's formula:
 ///   block: mean = c + s/n,  m2 = q - s^2/n  with  s = sum (x - c),  q = sum (x - c)^2
-/// If c is far from the block's mean, the difference loses digits. But then the merge adds that distance
-/// to m2 again, times at least half as many values, so the error stays a few units in the last place of
-/// the whole. The first c is the mean of the first rows, for which the same holds.
+/// If c is far from the block's mean, the difference loses digits. But then the merge adds that
+/// distance to m2 again, times at least half as many values, so the error stays a few units in the
+/// last place of the whole. The first c is the mean of the first rows, for which the same holds.
 template <typename T>
 void column_moments(const T* x, const Panel& panel, double* mean, double* m2) {
   const Fold f(panel);
@@ -403,47 +403,49 @@ void column_reduce(const T* x, const T* g, const Panel& panel, const float* pane
 }
 
 /// What a map is applied to, and its coefficients, an array over columns each.
-template <typename Map, typename T>
+template <template <typename> class Map, typename T>
 struct Mapped {
   const T* x;
   const T* g;  // if the map takes it
   T* y;
-  const float* coefficients[Map::kCoefficients];
+  const float* coefficients[Map<float>::kCoefficients];
 
-  /// The vector of y at element e, and where it is stored.
+  template <typename B>
+  Map<typename B::Value> map(const B& bundle, int64_t column) const {
+    return Map<typename B::Value>::from(
+        [&](int k) { return bundle.load(coefficients[k] + column); });
+  }
   template <bool kStream, typename B, typename V>
-  inline __attribute__((always_inline)) void at(const B& bundle, const V* c, int64_t e) const {
+  inline __attribute__((always_inline)) void apply(const B& bundle, const Map<V>& map,
+                                                   int64_t e) const {
     const V from_x = bundle.load(x + e);
     V from_g = from_x;
-    if constexpr (Map::kTakesG) {
+    if constexpr (Map<V>::kTakesG) {
       from_g = bundle.load(g + e);
     }
-    bundle.template store<kStream>(y + e, Map::of(c, from_x, from_g));
+    bundle.template store<kStream>(y + e, map(from_x, from_g));
   }
 };
 
 /// Applies a map to some rows. If there are several and y is streamed, all are aligned alike.
-template <bool kStream, typename Map, typename T>
+template <bool kStream, template <typename> class Map, typename T>
 void map_rows(const Mapped<Map, T> a, int64_t rows, int64_t stride, int64_t width) {
   auto ahead = [&, next = rows * stride] {
-    if constexpr (Map::kTakesG) {
+    if constexpr (Map<float>::kTakesG) {
       return AheadOfTwo<T>(a.x + next, a.g + next, stride, width);
     } else {
       return Ahead<T>(a.x + next, stride, width);
     }
   }();
   auto down = [&](auto bundle, int64_t first, auto streamed) __attribute__((always_inline)) {
-    using V = typename decltype(bundle)::Value;
-    V c[bundle.kCount][Map::kCoefficients];
+    Map<typename decltype(bundle)::Value> maps[bundle.kCount];
     for (int i = 0; i < bundle.kCount; ++i) {
-      for (int k = 0; k < Map::kCoefficients; ++k) {
-        c[i][k] = bundle.load(a.coefficients[k] + first + i * kLanes);
-      }
+      maps[i] = a.map(bundle, first + i * kLanes);
     }
     for (int64_t r = 0; r < rows; ++r) {
       ahead.fetch(bundle.columns());
       for (int i = 0; i < bundle.kCount; ++i) {
-        a.template at<streamed>(bundle, c[i], r * stride + first + i * kLanes);
+        a.template apply<streamed>(bundle, maps[i], r * stride + first + i * kLanes);
       }
     }
   };
@@ -455,15 +457,11 @@ void map_rows(const Mapped<Map, T> a, int64_t rows, int64_t stride, int64_t widt
 
 /// Applies a map to one run of memory. Vectors cross the ends of rows: the columns repeat after
 /// `period`, and arrays over columns are kLanes longer than that.
-template <bool kStream, typename Map, typename T>
+template <bool kStream, template <typename> class Map, typename T>
 void map_run(const Mapped<Map, T> a, int64_t size, int64_t period) {
   int64_t column = 0;
   auto along = [&](auto bundle, int64_t e, auto streamed) __attribute__((always_inline)) {
-    typename decltype(bundle)::Value c[Map::kCoefficients];
-    for (int k = 0; k < Map::kCoefficients; ++k) {
-      c[k] = bundle.load(a.coefficients[k] + column);
-    }
-    a.template at<streamed>(bundle, c, e);
+    a.template apply<streamed>(bundle, a.map(bundle, column), e);
     column += bundle.columns();
     column -= column < period ? 0 : period;
   };
@@ -474,15 +472,15 @@ void map_run(const Mapped<Map, T> a, int64_t size, int64_t period) {
 }
 
 /// y may be x or g: each element is read before it is written.
-template <typename Map, bool kStream, typename T>
+template <template <typename> class Map, bool kStream, typename T>
 void column_apply(Mapped<Map, T> a, const Panel& panel) {
   // Several rows at a time: if streamed, each in whole cache lines, and more than one at a time.
   const bool together = !kStream || (panel.stride * sizeof(T) % kLineBytes == 0 &&
                                      kBundleColumns * sizeof(T) > kLineBytes);
   if (panel.stride == panel.width && (panel.width <= kNarrow || !together)) {
     const int64_t period = times_to_whole(panel.width, kLanes) * panel.width;
-    float repeated[Map::kCoefficients][kMaxPanelWidth + kLanes];
-    for (int k = 0; k < Map::kCoefficients; ++k) {
+    float repeated[Map<float>::kCoefficients][kMaxPanelWidth + kLanes];
+    for (int k = 0; k < Map<float>::kCoefficients; ++k) {
       for (int64_t j = 0; j < period + kLanes; ++j) {
         repeated[k][j] = j < panel.width ? a.coefficients[k][j] : repeated[k][j - panel.width];
       }
@@ -495,7 +493,7 @@ void column_apply(Mapped<Map, T> a, const Panel& panel) {
     const int64_t rows = panel.positions - r < at_once ? panel.positions - r : at_once;
     map_rows<kStream>(a, rows, panel.stride, panel.width);
     a.x += at_once * panel.stride;
-    a.g += Map::kTakesG ? at_once * panel.stride : 0;
+    a.g += Map<float>::kTakesG ? at_once * panel.stride : 0;
     a.y += at_once * panel.stride;
   }
 }

@@ -22,8 +22,8 @@ namespace {
 // Outputs from here on are written past the caches: they would not stay in them.
 constexpr size_t kStreamBytes = size_t{16} << 20;
 
-/// Calls f(slot, merged) for the slots [first, last), where `merged` is the partial result into which all
-/// of the slot's were merged.
+/// Calls f(slot, merged) for the slots [first, last), where `merged` is the partial result into
+/// which all of the slot's were merged.
 template <typename F>
 void for_slots(const Tiling& t, const Slots& slots, int64_t first, int64_t last, const F& f) {
   while (first < last) {
@@ -58,8 +58,8 @@ Elements elements(const array& a) {
   return {const_cast<char*>(a.data<char>()), static_cast<int64_t>(a.itemsize())};
 }
 
-/// True if `out` is so large that none of it stays in the caches, and not in a donated input's place,
-/// which is in the caches by then.
+/// True if `out` is so large that none of it stays in the caches, and not in a donated input's
+/// place, which is in the caches by then.
 bool past_caches(const array& out, const array& x, const array* g) {
   auto donated = [&](const array& in) { return in.data<char>() == out.data<char>(); };
   return out.nbytes() >= kStreamBytes && !donated(x) && (g == nullptr || !donated(*g));
@@ -223,8 +223,8 @@ struct SlotSums {
   double gx;
 };
 
-/// From merged partial sums. An infinite variance makes the normalised values 0, whatever the sum has
-/// overflowed to.
+/// From merged partial sums. An infinite variance makes the normalised values 0, whatever the sum
+/// has overflowed to.
 SlotSums slot_sums(Workspace& w, int64_t merged, float rstd) {
   const double g = *w.first(merged);
   return {g, rstd == 0 ? rstd * g : *w.second(merged) * rstd};
@@ -250,20 +250,19 @@ struct GradientInputs {
         weight(a.optional(kWeight), p.channels, 1) {}
 
   float rstd(const Slot& slot) const { return rstd_of(var[slot.statistic], eps); }
-  float scale(const Slot& slot) const { return weight[slot.channel] * rstd(slot); }
 
-  /// The map to grad x, from x and g or from g alone. The cotangents of the statistics are divided by
-  /// `count`.
-  Workspace::Map map(const Slot& slot, const SlotSums& sums, float count) const {
+  /// The map to grad x, from x and g or from g alone. The cotangents of the statistics are divided
+  /// by `count`.
+  Workspace::Map map(const Slot& slot, float rstd, const SlotSums& sums, float count) const {
     const int64_t i = slot.statistic;
-    const float s = scale(slot);
+    const float scale = weight[slot.channel] * rstd;
     if (of_g_alone) {
-      return {.slope = s};
+      return {.slope = scale};
     }
     return {.mean = mean[i],
-            .slope = (2 * grad_var[i] - static_cast<float>(sums.gx * s * rstd(slot))) / count,
-            .shift = (grad_mean[i] - static_cast<float>(sums.g * s)) / count,
-            .scale = s};
+            .slope = (2 * grad_var[i] - static_cast<float>(sums.gx * scale * rstd)) / count,
+            .shift = (grad_mean[i] - static_cast<float>(sums.g * scale)) / count,
+            .scale = scale};
   }
 };
 
@@ -298,9 +297,9 @@ void normalize_gradient(const Problem& problem, BoundArrays& a) {
     for_slots(tiling, slots, first, last, [&](const Slot& slot, int64_t merged) {
       const float rstd = in.rstd(slot);
       const SlotSums of_slot = sums_wanted ? slot_sums(w, merged, rstd) : SlotSums{};
-      w.set_map(slot.index, in.map(slot, of_slot, count));
+      w.set_map(slot.index, in.map(slot, rstd, of_slot, count));
       if (wanted.statistics) {
-        const float scale = in.scale(slot);
+        const float scale = in.weight[slot.channel] * rstd;
         a[kGradMean].data<float>()[slot.statistic] = static_cast<float>(-scale * of_slot.g);
         a[kGradVar].data<float>()[slot.statistic] =
             static_cast<float>(-0.5 * scale * rstd * of_slot.gx);
@@ -331,7 +330,7 @@ void input_gradient(const Problem& problem, BoundArrays& a) {
   const GradientInputs in(problem, a);
   auto finalize = [&](Workspace& w, int64_t first, int64_t last) {
     for_slots(tiling, problem.slots(), first, last, [&](const Slot& slot, int64_t) {
-      w.set_map(slot.index, in.map(slot, SlotSums{}, 1));
+      w.set_map(slot.index, in.map(slot, in.rstd(slot), SlotSums{}, 1));
     });
   };
   run_stages(tiling, {.sweep = nullptr,

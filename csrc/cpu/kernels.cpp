@@ -14,9 +14,9 @@
 namespace mlx_welford::cpu {
 namespace {
 
-/// The moments of one column, in double: nothing overflows there. Slow, and for what is seldom. If
-/// any value is not finite both are nan, as in the shaders, in which the place of such a value
-/// would decide what is left of it in the mean.
+/// The moments of one column, in double, which cannot overflow: slow, and rarely needed. If any
+/// value is not finite, both are nan, as in the shaders: what it leaves in a mean depends on its
+/// place.
 template <typename T>
 void careful_moments(const T* x, const Panel& panel, double* mean, double* m2) {
   auto sum = [&](auto term) {
@@ -97,21 +97,21 @@ void reduce(const void* x_, const void* g_, Panel panel, const float* mean, doub
   }
 }
 
-template <typename Map, bool kStream, typename T>
+template <template <typename> class Map, bool kStream, typename T>
 void apply_to_panels(const T* x, const T* g, const Panel& panel, const Coefficients& of, T* y) {
   const float* const coefficients[] = {of.mean, of.slope, of.shift, of.scale};
   if (panel.stride == 1) {
     for (int64_t r = panel.repeats; r-- > 0;) {
       const int64_t e = r * panel.apart;
-      line_apply<Map, kStream>(x + e, Map::kTakesG ? g + e : nullptr, panel.count, panel.positions,
-                               coefficients, y + e);
+      line_apply<Map, kStream>(x + e, Map<float>::kTakesG ? g + e : nullptr, panel.count,
+                               panel.positions, coefficients, y + e);
     }
   } else {
     for (int64_t i = panel.count; i-- > 0;) {
       const int64_t c = i * panel.width;
       const int64_t e = c * panel.positions;
-      Mapped<Map, T> a{x + e, Map::kTakesG ? g + e : nullptr, y + e, {}};
-      for (int k = 0; k < Map::kCoefficients; ++k) {
+      Mapped<Map, T> a{x + e, Map<float>::kTakesG ? g + e : nullptr, y + e, {}};
+      for (int k = 0; k < Map<float>::kCoefficients; ++k) {
         a.coefficients[k] = coefficients[k] + c;
       }
       column_apply<Map, kStream>(a, panel);
@@ -124,14 +124,11 @@ void apply_to_panels(const T* x, const T* g, const Panel& panel, const Coefficie
 
 template <typename T>
 void apply(const void* x, const void* g, Panel panel, Coefficients of, void* y, bool past_caches) {
-  auto run = [&](auto map, auto stream) {
-    apply_to_panels<decltype(map), stream>(static_cast<const T*>(x), static_cast<const T*>(g),
-                                           panel, of, static_cast<T*>(y));
-  };
-  auto with = [&](auto map) {
-    past_caches ? run(map, std::true_type{}) : run(map, std::false_type{});
-  };
-  g == nullptr ? with(MapX{}) : with(MapXG{});
+  auto run =
+      g == nullptr
+          ? (past_caches ? apply_to_panels<MapX, true, T> : apply_to_panels<MapX, false, T>)
+          : (past_caches ? apply_to_panels<MapXG, true, T> : apply_to_panels<MapXG, false, T>);
+  run(static_cast<const T*>(x), static_cast<const T*>(g), panel, of, static_cast<T*>(y));
 }
 
 template <typename T>

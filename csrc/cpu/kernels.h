@@ -26,8 +26,7 @@ struct Panel {
 /// Panels are at most this wide, so that a kernel's sums of columns stay in its caches.
 inline constexpr int64_t kMaxPanelWidth = 2048;
 
-/// Panels that repeat have at most so many lines, for the same reason, of so many positions, so
-/// often: plain sums are exact enough then.
+/// Limits of a panel that repeats, for the same reason, and so that plain sums are exact enough.
 inline constexpr int64_t kMaxRepeatedLines = 512;
 inline constexpr int64_t kMaxRepeatedPositions = 256;
 inline constexpr int64_t kMaxRepeats = 16;

@@ -14,16 +14,17 @@ constexpr int64_t kShortLine = 128;    // lines up to here are taken several at 
 constexpr int64_t kManyVectors = 8;    // from here on additions would wait for each other
 constexpr int64_t kAheadBytes = 2048;  // to be fetched while accumulators take up the cache
 
-/// Number of leading elements averaged for the first origin of a line of n: enough to resist an outlier,
-/// few enough to be cheap. No fewer than 8 where vectors are shorter: digits would be lost.
+/// Number of leading elements averaged for the first origin of a line of n: enough to resist an
+/// outlier, few enough to be cheap. No fewer than 8 where vectors are shorter: digits would be
+/// lost.
 constexpr int64_t first_elements(int64_t n) {
   constexpr int64_t few = kLanes < 8 ? 8 : kLanes;
   return n < few ? n : n <= 32 * few ? few : 8 * few;
 }
 
-/// A vector that holds the elements [i, i + lanes) of a line. An incomplete one, lanes < kLanes,
-/// has them in its last lanes, after elements that belong to the vector before, since such a vector
-/// can be loaded at once; only where the line is too short for that, they are in its first lanes.
+/// The vector of elements [i, i + lanes) of a line. If lanes < kLanes, they are the last lanes of a
+/// full load that begins before i; only if the line is too short for that, they are the first
+/// lanes.
 template <typename T>
 Vector values(const T* line, int64_t i, int lanes) {
   if (lanes == kLanes) {
@@ -261,45 +262,33 @@ void line_reduce(const T* x, const T* g, const Panel& panel, const float* mean, 
   }
 }
 
-/// The coefficients of a map for one line, in all lanes.
-template <typename Map>
-struct Line {
-  Vector c[Map::kCoefficients];
-
-  Line(const float* const* coefficients, int64_t line) {
-    for (int k = 0; k < Map::kCoefficients; ++k) {
-      c[k] = broadcast(coefficients[k][line]);
-    }
-  }
-
-  /// Replaces all but the first n lanes by those of `next`.
-  void end_after(int64_t n, const Line& next) {
-    const auto here = lanes_before(n);
-    for (int k = 0; k < Map::kCoefficients; ++k) {
-      c[k] = here ? c[k] : next.c[k];
-    }
-  }
-};
-
 /// Applies a map to `count` lines of n elements as one run of memory: a vector may hold the end of
 /// a line and the beginning of others, so that all but the first and the last of them are whole
 /// and, where they are streamed, aligned. Coefficients are arrays over lines. y may be x or g.
-template <typename Map, bool kStream, typename T>
+template <template <typename> class Map, bool kStream, typename T>
 void line_apply(const T* x, const T* g, int64_t count, int64_t n, const float* const* coefficients,
                 T* y) {
+  constexpr bool kTakesG = Map<Vector>::kTakesG;
+  const float* of[Map<float>::kCoefficients];  // a copy, which no store to y can change
+  for (int k = 0; k < Map<float>::kCoefficients; ++k) {
+    of[k] = coefficients[k];
+  }
+  auto map_of = [&](int64_t line) {
+    return Map<Vector>::from([&](int k) { return broadcast(of[k][line]); });
+  };
   int64_t l = 0;
-  Line<Map> line(coefficients, 0);  // that of the next element
+  Map<Vector> map = map_of(0);  // that of the next element
   auto across_lines = [&](int64_t i, int64_t lanes) {
-    Line<Map> mixed = line;
+    Map<Vector> mixed = map;
     for (int64_t end = (l + 1) * n; end < i + lanes; end += n) {
-      line = Line<Map>(coefficients, ++l);
-      mixed.end_after(end - i, line);
+      map = map_of(++l);
+      const auto here = lanes_before(end - i);
+      mixed = Map<Vector>::merged(mixed, map, [&](Vector a, Vector b) { return here ? a : b; });
     }
     return mixed;
   };
-  auto whole = [&](int64_t i, const Line<Map>& line) {
-    const Vector v =
-        Map::of(line.c, load<Vector>(x + i), Map::kTakesG ? load<Vector>(g + i) : Vector{});
+  auto whole = [&](int64_t i, const Map<Vector>& f) {
+    const Vector v = f(load<Vector>(x + i), kTakesG ? load<Vector>(g + i) : Vector{});
     if constexpr (kStream) {
       stream(y + i, v);
     } else {
@@ -308,10 +297,9 @@ void line_apply(const T* x, const T* g, int64_t count, int64_t n, const float* c
   };
   auto part = [&](int64_t i, int64_t lanes) {
     if (lanes > 0) {
-      const Line<Map> mixed = across_lines(i, lanes);
+      const Map<Vector> f = across_lines(i, lanes);
       store_first(y + i, lanes,
-                  Map::of(mixed.c, load_first(x + i, lanes),
-                          Map::kTakesG ? load_first(g + i, lanes) : Vector{}));
+                  f(load_first(x + i, lanes), kTakesG ? load_first(g + i, lanes) : Vector{}));
     }
   };
 
@@ -322,8 +310,9 @@ void line_apply(const T* x, const T* g, int64_t count, int64_t n, const float* c
     part(0, i);
   }
   while (i + kLanes <= size) {
+    const Map<Vector> of_line = map;  // a copy, which stays in registers
     for (const int64_t end = (l + 1) * n; i + kLanes <= end; i += kLanes) {
-      whole(i, line);
+      whole(i, of_line);
     }
     if (i + kLanes <= size) {
       whole(i, across_lines(i, kLanes));

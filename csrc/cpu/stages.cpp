@@ -18,9 +18,9 @@ void for_each(int64_t count, int64_t elements, const std::function<void(int64_t)
   });
 }
 
-/// Merges the partial results of each of the slots [first, last) into its first one, in order. Calls
-/// merge(into, from, n, count, more) for n neighbouring slots at a time: `count` values are merged so
-/// far, `more` are added.
+/// Merges the partial results of each of the slots [first, last) into its first one, in order.
+/// Calls merge(into, from, n, count, more) for n neighbouring slots at a time: `count` values are
+/// merged so far, `more` are added.
 template <typename Merge>
 void merge_partials(const Tiling& t, int64_t first, int64_t last, const Merge& merge) {
   while (first < last) {

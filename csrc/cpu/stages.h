@@ -24,8 +24,8 @@ std::unique_ptr<T[]> values(int64_t n) {
   return std::make_unique_for_overwrite<T[]>(n);
 }
 
-/// What the stages pass on: partial results, and once these are merged, coefficients of slots. There is
-/// one for all threads, or one for each strip, small enough to stay in cache.
+/// What the stages pass on: partial results, and once these are merged, coefficients of slots.
+/// There is one for all threads, or one for each strip, small enough to stay in cache.
 class Workspace {
  public:
   Workspace(int64_t first_partial, int64_t partials, int64_t first_slot, int64_t slots)
@@ -38,8 +38,8 @@ class Workspace {
         shift_(values<float>(slots)),
         scale_(values<float>(slots)) {}
 
-  /// The two numbers of a partial result: mean and m2, or sum g and sum g * (x - mean). A merge leaves
-  /// the result of a slot in the place of its first one.
+  /// The two numbers of a partial result: mean and m2, or sum g and sum g * (x - mean). A merge
+  /// leaves the result of a slot in the place of its first one.
   double* first(int64_t partial) { return &first_[partial - first_partial_]; }
   double* second(int64_t partial) { return &second_[partial - first_partial_]; }
 

@@ -14,13 +14,13 @@ constexpr int64_t kTileRows = 64;  // at least, so that partial results stay a s
 constexpr int64_t kEnoughTiles = 64;  // for any number of threads to share
 constexpr int64_t kFewRepeats = 8;    // make a partial result small beside the lines in it
 
-/// Size of the parts when n is divided into as few as possible, each of at most `most`, and all nearly
-/// equal: a thread would wait for others while it has a short one.
+/// Size of the parts when n is divided into as few as possible, each of at most `most`, and all
+/// nearly equal: a thread would wait for others while it has a short one.
 inline int64_t equal_parts(int64_t n, int64_t most) { return ceil_div(n, ceil_div(n, most)); }
 
 /// x in tiles. Segments (merge, outer) are cut into strips of columns, and strips into splits of
-/// positions. Several small segments make one strip, and short lines of several batch entries too: one
-/// partial result for each of them would take up a large fraction of the size of x.
+/// positions. Several small segments make one strip, and short lines of several batch entries too:
+/// one partial result for each of them would take up a large fraction of the size of x.
 class Tiling {
  public:
   explicit Tiling(const Geometry& g)
@@ -51,8 +51,8 @@ class Tiling {
   int64_t batches() const { return ceil_div(g_.merge, repeats_); }
   int64_t repeats(int64_t batch) const { return std::min(repeats_, g_.merge - batch * repeats_); }
 
-  /// Neighbouring columns of one segment, or all columns of `count` neighbouring segments, which do not
-  /// share slots; the same in each entry of a batch.
+  /// Neighbouring columns of one segment, or all columns of `count` neighbouring segments, which do
+  /// not share slots; the same in each entry of a batch.
   struct Strip {
     int64_t batch;
     int64_t outer;

@@ -47,7 +47,8 @@ Tuning tuning_for(std::string_view architecture);
 /// A kernel that reads and writes x in one dispatch.
 enum class Fused { forward, backward };
 
-/// The most threads, in whole simdgroups, with which `fused_groups` groups of the kernel fit a core.
+/// The most threads, in whole simdgroups, with which `fused_groups` groups of the kernel fit a
+/// core.
 int64_t most_fused_threads(const Tuning& tuning, Fused kernel, bool columns, int64_t vector);
 
 }  // namespace mlx_welford::gpu

@@ -25,15 +25,15 @@ def test_results_do_not_depend_on_the_instruction_set(
     ("file", "selected"),
     [
         # Narrow columns and all the lines, in 16 bits: where instruction sets differ most
-        ("test_past_caches.py", "[1 and float16"),
-        ("test_statistics.py", "moments"),
+        ("cpu/test_past_caches.py", "[1 and float16"),
+        ("numerics/test_statistics.py", "moments"),
     ],
 )
 @pytest.mark.parametrize("isa", ["baseline", "x86_64_v3"])
 def test_each_is_as_exact(isa: str, file: str, selected: str) -> None:
     """Tests that are particular about bits, or about the last digits."""
     skip_unless_present(isa)
-    tests = str(Path(__file__).with_name(file))
+    tests = str(Path(__file__).parents[1] / file)
     run(
         f"""
         import sys, pytest

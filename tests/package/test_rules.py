@@ -24,11 +24,6 @@ def normalize(x: list[Any], statistics: str = "of_batch", **options: Any) -> Cas
     return "check_normalize", {"caller": "Layer", **arguments}
 
 
-def counted(x: list[Any], statistics: str = "of_batch", axis: int = -1, **options: Any) -> Case:
-    arguments = {"x": x, "axis": axis, "statistics": statistics, "caller": "Layer", **options}
-    return "check_input", arguments
-
-
 def running(mean: list[Any], var: list[Any]) -> Case:
     arguments = {"running_mean": mean, "running_var": var, "channels": 4, "caller": "Layer"}
     return "check_running_statistics", arguments
@@ -65,10 +60,6 @@ BAD: list[Case] = [
     normalize(f32(2, 4), mean=f32(4), var=[[4], "uint8"]),
     normalize(f32(2, 4), mean=f32(5), var=f32(4), running=True),
     normalize(f32(2, 4), mean=f32(4), var=f32(5), running=True),
-    counted([[2, 3], "int32"]),
-    counted(f32(2, 3), "of_instance"),
-    counted(f32(2, 3), axis=2),
-    counted(f32(1, 3), several_values=True),
     running(f32(5), f32(4)),
     running(f32(4), f32(4, 4)),
     running([[4], "int64"], f32(4)),
@@ -144,7 +135,6 @@ def next_running_statistics(channels: int, **arguments: Any) -> None:
 
 
 EXTENSION: dict[str, Callable[..., object]] = {
-    "check_input": _ext.count_channels,
     "check_normalize": partial(_ext.normalize, eps=1e-5),
     "check_running_statistics": next_running_statistics,
     "check_axes": lambda x, axes, caller: _ext.moments(x, axes),
