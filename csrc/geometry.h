@@ -57,6 +57,8 @@ struct Slots {
 
   int64_t statistics() const { return count / members; }
   int64_t per_channel() const { return count / channels; }
+  /// Slots beginning at multiples of so many, and as many, are those of whole groups.
+  int64_t unit() const { return members > 1 && interleaved ? of_instance : members; }
 
   Slot at(int64_t index) const {
     const int64_t c = index % of_instance;
