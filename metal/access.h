@@ -283,8 +283,8 @@ struct Grouped : A {
   }
 };
 
-/// Strips of whole groups: `run` vectors side by side, and as many of each other member `jump` columns
-/// behind them.
+/// Strips of whole groups: `run` vectors side by side, and as many of each other member `jump`
+/// columns behind them.
 struct GroupedColumns : Grouped<Columns> {
   template <int V>
   static Walk walk(constant Sweep& sweep, Piece at, Place p) {

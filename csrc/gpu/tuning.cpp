@@ -48,7 +48,7 @@ constexpr FusedRegisters kFusedRegisters[] = {
     {Fused::forward, true, true, 8, 94},    {Fused::forward, false, true, 1, 60},
     {Fused::forward, false, true, 4, 71},   {Fused::forward, false, true, 8, 80},
     {Fused::backward, true, true, 1, 53},   {Fused::backward, true, true, 4, 94},
-    {Fused::backward, true, true, 8, 110},   {Fused::backward, false, true, 1, 52},
+    {Fused::backward, true, true, 8, 110},  {Fused::backward, false, true, 1, 52},
     {Fused::backward, false, true, 4, 77},  {Fused::backward, false, true, 8, 77},
 };
 
