@@ -14,7 +14,7 @@ inline constexpr const char* kBufferNames[] = {
     "parameters",  "x",         "mean",      "var",      "weight",       "bias",
     "out",         "g",         "grad_mean", "grad_var", "partials",     "sums",
     "grad_weight", "grad_bias", "moments",   "update",   "running_mean", "running_var",
-    "next_mean",   "next_var"};
+    "next_mean",   "next_var",  "group_sums"};
 static_assert(std::size(kBufferNames) == kBuffers);
 
 #define MLX_WELFORD_OPERATIONS(X) \
@@ -54,7 +54,14 @@ struct Problem {
   Wanted wanted{};                   // of a gradient
   bool aligned = true;               // x, g and out begin at multiples of 16 bytes
 
-  Slots slots() const { return {geometry.statistics(), channels}; }
+  Slots slots() const {
+    return {.count = geometry.slots(),
+            .of_instance = channels,
+            .groups = groups == 0 ? channels : groups,
+            .members = groups == 0 ? 1 : channels / groups,
+            .interleaved = interleaved,
+            .channels = affine_per_instance ? geometry.slots() : channels};
+  }
 
   bool operator==(const Problem&) const = default;
 };

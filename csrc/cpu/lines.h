@@ -310,8 +310,9 @@ void line_apply(const T* x, const T* g, int64_t count, int64_t n, const float* c
     part(0, i);
   }
   while (i + kLanes <= size) {
+    const Map<Vector> of_line = map;  // a copy, which stays in registers
     for (const int64_t end = (l + 1) * n; i + kLanes <= end; i += kLanes) {
-      whole(i, map);
+      whole(i, of_line);
     }
     if (i + kLanes <= size) {
       whole(i, across_lines(i, kLanes));

@@ -58,13 +58,21 @@ struct Shape {
   uint32_t threads;
 };
 
+Grouping grouping_of(const Slots& slots) {
+  return {.channels = static_cast<uint32_t>(slots.of_instance),
+          .groups = static_cast<uint32_t>(slots.groups),
+          .members = static_cast<uint32_t>(slots.members),
+          .interleaved = slots.interleaved};
+}
+
 Sweep describe(const Problem& p) {
   const Geometry& g = p.geometry;
+  const Slots slots = p.slots();
   return {.segments = g.segments(),
           .outer = g.outer,
           .reduce = g.reduce,
           .inner = g.inner,
-          .channels = p.channels,
+          .channels = slots.channels,
           .piece = 0,  // see arrange
           .pieces = 1,
           .strips = 1,
@@ -74,8 +82,11 @@ Sweep describe(const Problem& p) {
           .has_bias = p.has_bias,
           .has_sums = p.operation == Operation::normalize_gradient,
           // If the statistics are not x's own, their cotangents are per value already.
-          .count = p.operation == Operation::input_gradient ? 1.0f : static_cast<float>(g.count()),
-          .eps = p.eps};
+          .count = p.operation == Operation::input_gradient
+                       ? 1.0f
+                       : static_cast<float>(g.count() * slots.members),
+          .eps = p.eps,
+          .grouping = grouping_of(slots)};
 }
 
 /// Splits the reduction into up to `pieces` pieces and fills in what follows from across and along.
@@ -135,7 +146,7 @@ Shape second_pass(const Problem& p, const Access& a, const Limits& limits) {
 /// The sweep of a fused kernel, if a threadgroup can hold all elements of its statistics.
 std::optional<Shape> fused(const Problem& p, const Access& a, const Limits& limits, Fused kernel) {
   const Geometry& g = p.geometry;
-  if (g.merge > 1 || g.reduce > kSpan / g.inner) {
+  if (g.merge > 1 || p.slots().members > 1 || g.reduce > kSpan / g.inner) {
     return std::nullopt;
   }
   const int64_t most_threads = std::min<int64_t>(
@@ -170,7 +181,10 @@ Binding out(BufferIndex index) { return {index, index, true}; }
 class Planner {
  public:
   Planner(const Problem& problem, const Limits& limits)
-      : p_(problem), limits_(limits), access_(problem.geometry, problem.element, problem.aligned) {}
+      : p_(problem),
+        limits_(limits),
+        access_(problem.geometry, problem.element, problem.aligned),
+        slots_(problem.slots()) {}
 
   Plan plan() && {
 #define X(name)         \
@@ -186,13 +200,18 @@ class Planner {
   void moments() {
     const Shape shape = first_pass(p_, access_, limits_);
     const int64_t parts = parts_of(shape);
-    if (parts == 1) {
+    if (parts == 1 && !grouped()) {
       sweep(Kernel::moments, shape, {in(kX), out(kMean), out(kVar)});
       return;
     }
-    temporary(kPartials, parts * statistics() * sizeof(shared::Moments));
+    temporary(kPartials, parts * slots_.count * sizeof(shared::Moments));
     sweep(Kernel::partial_moments, shape, {in(kX), out(kPartials)});
-    merge(Kernel::merge_moments, {in(kPartials), out(kMean), out(kVar)}, statistics(), parts);
+    const std::vector<Binding> buffers{in(kPartials), out(kMean), out(kVar)};
+    if (grouped()) {
+      merge_groups(Kernel::merge_group_moments, buffers, parts, sizeof(shared::Moments));
+    } else {
+      merge(Kernel::merge_moments, buffers, slots_.count, parts);
+    }
   }
 
   void partial_moments() {
@@ -221,7 +240,7 @@ class Planner {
   void normalize_gradient() {
     const Wanted& wanted = p_.wanted;
     if (!p_.given || wanted.statistics || wanted.weight || wanted.bias) {
-      temporary(kSums, statistics() * sizeof(shared::Sums));
+      temporary(kSums, slots_.count * sizeof(shared::Sums));
       auto shape = fused(p_, access_, limits_, Fused::backward);
       if (shape && wanted.x && !p_.given) {
         sweep(Kernel::fused_gradient, *shape,
@@ -230,8 +249,13 @@ class Planner {
       } else {
         reduce(Kernel::partial_sums, {in(kX), in(kG), in(kMean)}, Kernel::merge_sums, kSums,
                sizeof(shared::Sums));
+        if (grouped() && (p_.given ? wanted.statistics : wanted.x)) {
+          temporary(kGroupSums, slots_.statistics() * sizeof(shared::Sums));
+          merge_groups(Kernel::merge_group_sums, {in(kSums), weight(), out(kGroupSums)}, 1,
+                       sizeof(shared::Sums));
+        }
         if (wanted.x && !p_.given) {
-          input_gradient_from(kSums);
+          input_gradient_from(of_statistics());
         }
       }
     }
@@ -240,8 +264,11 @@ class Planner {
             {in(kG), in(kVar), weight(), out(kOut)});
     }
     if (wanted.statistics) {
-      merge(Kernel::given_gradients, {in(kSums), in(kVar), weight(), out(kGradMean), out(kGradVar)},
-            statistics(), 1);
+      merge(Kernel::given_gradients,
+            {{kSums, of_statistics(), false}, in(kVar), weight(), out(kGradMean), out(kGradVar)},
+            slots_.statistics(), 1);
+      auto& parameters = std::get<Merge>(plan_.dispatches.back().parameters);
+      parameters.has_weight = p_.has_weight && !grouped();  // those of groups are weighted
     }
     if (wanted.weight || wanted.bias) {
       merge(Kernel::parameter_gradients,
@@ -249,7 +276,7 @@ class Planner {
              in(kVar),
              {kGradWeight, wanted.weight ? kGradWeight : kGradBias, true},
              {kGradBias, wanted.bias ? kGradBias : kGradWeight, true}},
-            p_.channels, p_.slots().per_channel());
+            slots_.channels, slots_.per_channel());
       // This kernel's parameters say which gradients are wanted.
       auto& parameters = std::get<Merge>(plan_.dispatches.back().parameters);
       parameters.has_weight = wanted.weight;
@@ -263,10 +290,12 @@ class Planner {
     merge(Kernel::update_running_statistics,
           {in(kMean), in(kVar), in(kUpdate), in(kRunningMean), in(kRunningVar), out(kNextMean),
            out(kNextVar)},
-          p_.channels, p_.slots().per_channel());
+          slots_.channels, slots_.per_channel());
   }
 
-  int64_t statistics() const { return p_.geometry.statistics(); }
+  bool grouped() const { return slots_.members > 1; }
+  /// The sums of statistics: those of slots, or of groups.
+  BufferIndex of_statistics() const { return grouped() ? kGroupSums : kSums; }
   int64_t parts_of(const Shape& shape) const { return p_.geometry.merge * shape.sweep.pieces; }
 
   /// An absent vector is never read; var, which every such kernel has, stands in for it.
@@ -276,18 +305,18 @@ class Planner {
   void temporary(BufferIndex index, int64_t bytes) { plan_.temporaries.push_back({index, bytes}); }
 
   void sweep(Kernel kernel, const Shape& shape, std::vector<Binding> buffers) {
-    plan_.dispatches.push_back({{kernel, p_.element, access_.walk()},
-                                std::move(buffers),
-                                shape.sweep,
-                                shape.groups,
-                                shape.threads});
+    Walk walk = access_.walk();
+    walk.grouped = grouped() && type_of(kernel).parameters == Parameters::slots;
+    plan_.dispatches.push_back(
+        {{kernel, p_.element, walk}, std::move(buffers), shape.sweep, shape.groups, shape.threads});
   }
 
   /// A dispatch that merges the `parts` partial results of each of `columns`.
-  void merge(Kernel kernel, std::vector<Binding> buffers, int64_t columns, int64_t parts) {
-    const int64_t across = std::min<int64_t>(kSimd, power_of_two_from(columns));
+  void merge(Kernel kernel, std::vector<Binding> buffers, int64_t columns, int64_t parts,
+             int64_t members = 1, int64_t most_across = kSimd) {
+    const int64_t across = std::min<int64_t>(most_across, power_of_two_from(columns));
     const int64_t most = std::min<int64_t>(limits_.tuning.sweep_threads, limits_.threads) / across;
-    const int64_t along = std::clamp(power_of_two_from(parts), kSimd / across, most);
+    const int64_t along = std::clamp(power_of_two_from(parts * members), kSimd / across, most);
     Variant variant{kernel, {}, {}};
     if (type_of(kernel).parameters == Parameters::element) {
       variant.element = p_.element;
@@ -300,9 +329,18 @@ class Planner {
                                       .has_weight = p_.has_weight,
                                       .has_bias = p_.has_bias,
                                       .eps = p_.eps,
-                                      .padding = 0},
+                                      .weight_per_slot = p_.affine_per_instance,
+                                      .grouping = grouping_of(slots_)},
                                 static_cast<uint32_t>(ceil_div(columns, across)),
                                 static_cast<uint32_t>(across * along)});
+  }
+
+  /// The same for the members of each group, with partial results of `bytes`. Groups may be few and
+  /// have many members: no more stand side by side than it takes to read whole runs.
+  void merge_groups(Kernel kernel, std::vector<Binding> buffers, int64_t parts, int64_t bytes) {
+    const int64_t run = std::min<int64_t>(kSimd, limits_.tuning.least_run / bytes);
+    merge(kernel, std::move(buffers), slots_.statistics(), parts, slots_.members,
+          p_.interleaved ? run : 1);
   }
 
   /// A sweep that leaves partial results of `bytes` each, and their merge into the array `whole`. A
@@ -314,8 +352,8 @@ class Planner {
     buffers.push_back({kPartials, parts == 1 ? whole : kPartials, true});
     sweep(kernel, shape, std::move(buffers));
     if (parts > 1) {
-      temporary(kPartials, parts * statistics() * bytes);
-      merge(merging, {in(kPartials), out(whole)}, statistics(), parts);
+      temporary(kPartials, parts * slots_.count * bytes);
+      merge(merging, {in(kPartials), out(whole)}, slots_.count, parts);
     }
   }
 
@@ -335,6 +373,7 @@ class Planner {
   const Problem& p_;
   const Limits& limits_;
   Access access_;
+  Slots slots_;
   Plan plan_;
 };
 
@@ -355,6 +394,9 @@ std::vector<Variant> all_kernels() {
       for (Pattern pattern : {Pattern::rows, Pattern::columns}) {
         for (int64_t vector : {int64_t{1}, full_vector(element.element)}) {
           variants.push_back({type.kernel, element.element, Walk{vector, pattern}});
+          if (type.parameters == Parameters::slots) {
+            variants.push_back({type.kernel, element.element, Walk{vector, pattern, true}});
+          }
         }
       }
     }

@@ -34,8 +34,8 @@ struct FusedRegisters {
   int64_t registers;
 };
 
-/// What NVRTC allocates for sm_90, the most over all element types. Apple's compiler may decide
-/// otherwise: nobody has asked it. tests/emulators/test_cuda.py measures them again.
+/// What NVRTC allocates for sm_90, the most over all element types. Apple's compiler has
+/// not been run, and may decide otherwise. tests/emulators/test_cuda.py measures them again.
 constexpr FusedRegisters kFusedRegisters[] = {
     {Fused::forward, true, 1, 48},   {Fused::forward, true, 4, 69},
     {Fused::forward, true, 8, 80},   {Fused::forward, false, 1, 44},

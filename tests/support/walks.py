@@ -27,9 +27,9 @@ class Walks:
     vectors: Integers
     edge: Integers
     inside: NDArray[np.bool_]
-    statistic: Integers  # of the first column
+    slot: Integers  # of the first column
     partial: Integers
-    leads: NDArray[np.bool_]  # the one of its statistics that writes their results
+    leads: NDArray[np.bool_]  # the one of its slots that writes their results
 
     def elements(self, vector: int) -> Integers:
         """All elements that are taken, each as often as it is."""
@@ -83,7 +83,7 @@ def walks(d: Dispatch, groups: Integers | None = None) -> Walks:
         edge = np.where(lane < before, begin + lane, high_element + lane - before)
         edge = np.where(inside & (edge < end), edge, -1)
     outer = d["outer"]
-    statistic = segment % outer * inner + column
+    slot = segment % outer * inner + column
     part = piece * (d["segments"] // outer) + segment // outer
     shape = (group.size, d.threads)
     return Walks(
@@ -92,8 +92,8 @@ def walks(d: Dispatch, groups: Integers | None = None) -> Walks:
         vectors=_full(vectors, shape),
         edge=_full(edge, shape),
         inside=inside,
-        statistic=_full(statistic, shape),
-        partial=_full(part * (outer * inner) + statistic, shape),
+        slot=_full(slot, shape),
+        partial=_full(part * (outer * inner) + slot, shape),
         leads=np.broadcast_to(lane == 0, shape),
     )
 
