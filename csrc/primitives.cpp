@@ -44,9 +44,6 @@ bool KernelPrimitive::can_evaluate(const Arrays& inputs) {
   if (uses_fallback() || !has_elements(inputs[0].dtype())) {
     return false;
   }
-  if (attributes_.groups.number > 0 || attributes_.affine_per_instance) {
-    return false;  // no backend has kernels for these yet
-  }
   for (size_t i = 1; i < inputs.size(); ++i) {
     if (inputs[i].dtype() != dtype_of(signature_.inputs[i], inputs)) {
       return false;
@@ -94,10 +91,13 @@ Problem KernelPrimitive::problem(const Arrays& inputs) const {
   Problem problem{.operation = a.operation,
                   .element = element_of(x.dtype()),
                   .geometry = {},
+                  .groups = a.groups.number,
+                  .interleaved = a.groups.interleaved,
                   .eps = static_cast<float>(a.eps),
                   .given = a.given,
                   .has_weight = a.has_weight,
                   .has_bias = a.has_bias,
+                  .affine_per_instance = a.affine_per_instance,
                   .wanted = a.wanted};
   if (a.operation == Operation::running_statistics) {
     problem.channels = x.size();
@@ -106,7 +106,9 @@ Problem KernelPrimitive::problem(const Arrays& inputs) const {
     return problem;
   }
   // ops.cpp moves axes until there is one.
-  problem.geometry = find_geometry(x.shape(), a.axes).value();
+  problem.geometry = (a.groups.number > 0 ? find_instances(x.shape(), a.channel_axis)
+                                          : find_geometry(x.shape(), a.axes))
+                         .value();
   if (a.channel_axis >= 0) {
     problem.channels = x.shape(a.channel_axis);
   }
