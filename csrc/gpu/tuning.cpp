@@ -35,8 +35,8 @@ struct FusedRegisters {
   int64_t registers;
 };
 
-/// What NVRTC allocates for sm_90, the most over all element types. Apple's compiler may decide
-/// otherwise: nobody has asked it. tests/emulators/test_cuda.py measures them again.
+/// What NVRTC allocates for sm_90, the most over all element types. Apple's compiler has
+/// not been run, and may decide otherwise. tests/emulators/test_cuda.py measures them again.
 constexpr FusedRegisters kFusedRegisters[] = {
     {Fused::forward, true, false, 1, 48},   {Fused::forward, true, false, 4, 69},
     {Fused::forward, true, false, 8, 80},   {Fused::forward, false, false, 1, 44},
