@@ -126,6 +126,18 @@ def backward(case: Case, arguments: dict[str, Array], gy: Array) -> dict[str, Ar
     return found
 
 
+def sizes(case: Case, arguments: dict[str, Array], gy: Array) -> dict[str, float]:
+    """The largest sums of the absolute terms of the gradients of given statistics, which cancel."""
+    if "mean" not in arguments:
+        return {}
+    x, g = to_view(case, arguments["x"]), to_view(case, gy)
+    mean, var = statistics(x, arguments)
+    r = 1 / np.sqrt(var + case.eps)
+    d = r * g * of_parameter(case, arguments.get("weight"), 1)
+    terms = {"mean": d, "var": d * (x - mean) * r**2 / 2}
+    return {name: float(np.abs(a).sum((1, 3)).max()) for name, a in terms.items()}
+
+
 class Problem:
     """The data of a case, as MLX arrays and as truth."""
 
