@@ -12,7 +12,7 @@ from .harness import Figures, Samples, net
 from .implementations import BACKWARD, BASELINE, BOTH, COPY, EVALUATION, FORWARD, Key, note
 from .workloads import DTYPES, Case
 
-SCHEMA = 3
+SCHEMA = 4
 """Version of the file format; changes when fields change their names or meanings."""
 
 
@@ -25,6 +25,8 @@ class Row:
     norm: str
     shape: tuple[int, ...]
     channels_last: bool
+    groups: int  # 0 but for a GroupNorm
+    interleaved: bool
     dtype: str
     mode: str
     implementation: str
@@ -62,6 +64,8 @@ def rows(case: Case, dtype: str, samples: Mapping[Key, Samples], modes: Sequence
             norm=case.norm,
             shape=case.shape,
             channels_last=case.channels_last,
+            groups=case.groups,
+            interleaved=case.interleaved,
             dtype=dtype,
             mode=mode,
             implementation=name,
@@ -92,6 +96,8 @@ def moved_bytes(case: Case, dtype: str, mode: str) -> int:
         weight=case.affine,
         bias=case.affine,
         given=mode == EVALUATION,
+        groups=case.groups,
+        interleaved=case.interleaved,
         wanted=("x", "weight", "bias") if mode == BOTH else (),
     )
     return traffic(plans, case.elements * DTYPES[dtype].size)

@@ -65,10 +65,12 @@ def normalization_plans(
     weight: bool = True,
     bias: bool = True,
     given: bool = False,
+    groups: int = 0,
+    interleaved: bool = False,
     wanted: Collection[str] = ("x", "weight", "bias"),
     aligned: bool = True,
 ) -> Plans:
-    """The dispatches of ``batch_norm`` or ``instance_norm`` and of its gradients.
+    """The dispatches of ``batch_norm``, ``instance_norm`` or ``group_norm`` and of its gradients.
 
     Args:
         layer: ``"batch"`` or ``"instance"``.
@@ -78,6 +80,8 @@ def normalization_plans(
         weight: Whether there is one. Default: ``True``.
         bias: Whether there is one. Default: ``True``.
         given: Whether mean and variance are given, as in evaluation. Default: ``False``.
+        groups: Of the channels of an instance, which share statistics. Default: ``0``: none.
+        interleaved: Whether channel c is in group c % groups. Default: ``False``.
         wanted: Differentiated arguments: x, weight, bias, statistics (given ones). Absent ones are
             ignored. Default: x, weight and bias.
         aligned: Whether x begins at a multiple of 16 bytes, as all but some views do. Default:
@@ -90,12 +94,19 @@ def normalization_plans(
     of_instance = layer == "instance" and not given
     statistics = _ext.Statistics.of_instance if of_instance else _ext.Statistics.of_batch
     x = mx.zeros(shape, _dtype(dtype))  # never evaluated
-    channels = _ext.count_channels(x, axis, statistics, f"{layer}_norm")
+    name = "group_norm" if groups else f"{layer}_norm"
+    channels = _ext.count_channels(x, axis, statistics, name, groups=groups)
     kept = {axis % x.ndim, *([0] if of_instance else [])}
     order = _order(shape, [a for a in range(x.ndim) if a not in kept], [axis % x.ndim])
     shape = [shape[a] for a in order]
     axes = [i for i, a in enumerate(order) if a not in kept]
-    options = {"channels": channels, "given": given, "weight": weight}
+    options = {
+        "channels": channels,
+        "given": given,
+        "weight": weight,
+        "groups": groups,
+        "interleaved": interleaved,
+    }
     plans: Plans = {
         "forward": _plan("normalize", shape, axes, dtype, aligned, bias=bias, **options)
     }
