@@ -10,6 +10,9 @@
 namespace mlx_welford::cpu {
 
 constexpr int64_t kTileElements = 1 << 16;  // 256 KB of float32: a fraction of a second-level cache
+// Of the lines of a group that are one tile, if there are enough groups for threads to share.
+constexpr int64_t kGroupElements = 1 << 19;
+constexpr int64_t kEnoughGroups = 16;
 constexpr int64_t kTileRows = 64;  // at least, so that partial results stay a small fraction of x
 constexpr int64_t kEnoughTiles = 64;  // for any number of threads to share
 constexpr int64_t kFewRepeats = 8;    // make a partial result small beside the lines in it
@@ -41,7 +44,10 @@ class Tiling {
       const bool repeats = g.inner == 1 && g.merge > 1 && g.reduce <= kMaxRepeatedPositions;
       const int64_t elements =
           repeats ? std::max(kTileElements, g.size() / kEnoughTiles) : kTileElements;
-      const int64_t most = std::max<int64_t>(1, elements / (g.reduce * g.inner));
+      const bool group_fits =
+          g.inner == 1 && unit * g.reduce <= kGroupElements && g.outer >= kEnoughGroups * unit;
+      const int64_t most =
+          std::max<int64_t>(group_fits ? unit : 1, elements / (g.reduce * g.inner));
       at_once_ = equal_parts(
           g.outer, repeats ? std::clamp<int64_t>(most / kFewRepeats, 1, kMaxRepeatedLines) : most,
           g.inner % unit == 0 ? 1 : unit);
