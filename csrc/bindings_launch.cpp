@@ -54,6 +54,8 @@ nb::dict to_dict(const Sweep& s) {
   d["count"] = s.count;
   d["eps"] = s.eps;
   add(d, s.grouping);
+  d["run"] = s.run;
+  d["jump"] = s.jump;
   return d;
 }
 

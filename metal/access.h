@@ -108,8 +108,13 @@ inline long channel_behind(constant Sweep& sweep, Slot s) {
 
 /// Each slot has a statistic of its own.
 struct Separate {
+  enum { grouped = 0 };
+
   /// The weight of sums that were not weighted yet.
   static float of_sums(float weight) { return weight; }
+
+  /// True for the slot that writes what is of its statistic.
+  static bool leads(constant Sweep&, Place, Slot) { return true; }
 
   static Slot slot_at(constant Sweep& sweep, long index) {
     return Slot{index, remainder(index, sweep.channels), 0};
@@ -184,11 +189,16 @@ struct Columns : Separate {
   template <int V>
   static Walk walk(constant Sweep& sweep, Piece at, Place p) {
     const long column = (long(at.strip) * sweep.across + p.across) * V;
+    return walk_down(sweep, at, p, column, column < sweep.inner);
+  }
+
+  /// From the column on.
+  static Walk walk_down(constant Sweep& sweep, Piece at, Place p, long column, bool inside) {
     const long outer = remainder(at.segment, sweep.outer);
     const long begin = long(at.piece) * sweep.piece;
     const uint positions = uint(metal::min(long(sweep.piece), sweep.reduce - begin));
     Walk w;
-    w.inside = column < sweep.inner;
+    w.inside = inside;
     w.first = (at.segment * sweep.reduce + begin + p.along) * sweep.inner + column;
     w.step = sweep.along * uint(sweep.inner);
     w.vectors =
@@ -250,7 +260,13 @@ struct Rows : Separate {
 /// when they are merged.
 template <typename A>
 struct Grouped : A {
+  enum { grouped = 1 };
+
   static float of_sums(float) { return 1.0f; }
+
+  static bool leads(constant Sweep& sweep, Place p, Slot s) {
+    return sweep.grouping.interleaved ? p.across < sweep.run : s.position == 0;
+  }
 
   static Slot slot_at(constant Sweep& sweep, long index) {
     const InGroup in = in_group(sweep.grouping, index);
@@ -267,5 +283,18 @@ struct Grouped : A {
   }
 };
 
-typedef Grouped<Columns> GroupedColumns;
+/// Strips of whole groups: `run` vectors side by side, and as many of each other member `jump`
+/// columns behind them.
+struct GroupedColumns : Grouped<Columns> {
+  template <int V>
+  static Walk walk(constant Sweep& sweep, Piece at, Place p) {
+    const long first = (long(at.strip) * sweep.run + p.across % sweep.run) * V;
+    const uint member = p.across / sweep.run;
+    const bool inside = sweep.jump == 0
+                            ? member == 0 && first < sweep.inner
+                            : member < sweep.grouping.members && first < long(sweep.jump);
+    return walk_down(sweep, at, p, first + member * long(sweep.jump), inside);
+  }
+};
+
 typedef Grouped<Rows> GroupedRows;

@@ -111,6 +111,8 @@ struct Sweep {
   float count;  // values per statistic
   float eps;
   Grouping grouping;
+  shared_uint run;   // of columns of groups: vectors that lie side by side
+  shared_uint jump;  // columns from a run to the next member's; 0: there is one run
 };
 
 /// A merge of `parts` partial results of each of `columns`, which lie as (part, column); or of each

@@ -503,7 +503,84 @@ template <typename T, int V, typename A>
   }
 }
 
-// ---- Both passes at once, for groups that a threadgroup can hold --------------------------------
+// ---- Both passes at once, for statistics whose values a threadgroup can hold ---------------------
+
+/// The merge of sets of equally many values, `step` entries apart: without a division for each.
+inline Moments merge_members(const threadgroup Moments* own, uint step, uint members) {
+  const Moments a = own[0];
+  float offset = 0.0f;  // of the mean from that of a
+  float m2 = 0.0f;
+  for (uint i = 0; i < members; ++i) {
+    const Moments b = own[i * step];
+    offset += (b.mean - a.mean) + (b.tail - a.tail);
+    m2 += b.m2;
+  }
+  offset /= float(members);
+  float between = 0.0f;
+  for (uint i = 0; i < members; ++i) {
+    const Moments b = own[i * step];
+    const float d = ((b.mean - a.mean) + (b.tail - a.tail)) - offset;
+    between += d * d;
+  }
+  return moments_about(a.count * float(members), a.mean, a.tail + offset, m2 + a.count * between);
+}
+
+inline Sums merge_members(const threadgroup Sums* own, uint step, uint members) {
+  Sums all = Sums{0.0f, 0.0f};
+  for (uint i = 0; i < members; ++i) {
+    all = merge(all, Sums(own[i * step]));
+  }
+  return all;
+}
+
+/// Stores the sums of a thread's slots, and multiplies them by their weights.
+template <typename A, int S, typename T>
+inline void weigh(constant Sweep& sweep, Walk w, Place p, const device T* weight,
+                  thread Sums* found, device Sums* sums) {
+  if (w.inside) {
+    Slot slot = A::slot_at(sweep, w.slot);
+    WELFORD_UNROLL
+    for (int i = 0; i < S; ++i) {
+      if (p.along == 0) {
+        sums[w.slot + i] = found[i];
+      }
+      const float own = weight_of(sweep.has_weight, weight, slot.channel);
+      found[i] = Sums{own * found[i].g, own * found[i].gd};
+      slot = A::next(sweep, slot);
+    }
+  }
+}
+
+/// Merges the values of each slot, the same in all threads along, over the members of its group.
+/// Every thread of the threadgroup must come here.
+template <typename M, int S>
+inline void merge_groups(constant Sweep& sweep, Walk w, Place p, thread M* values,
+                         threadgroup M* entries) {
+  metal::threadgroup_barrier(metal::mem_flags::mem_threadgroup);
+  if (p.along == 0) {
+    WELFORD_UNROLL
+    for (int i = 0; i < S; ++i) {
+      entries[p.across * S + i] = values[i];
+    }
+  }
+  metal::threadgroup_barrier(metal::mem_flags::mem_threadgroup);
+  if (w.inside) {
+    const uint members = sweep.grouping.members;
+    const uint step = sweep.grouping.interleaved ? sweep.run * S : 1;
+    M merged = M{};
+    uint last = 0;
+    WELFORD_UNROLL
+    for (int i = 0; i < S; ++i) {
+      const uint j = p.across * S + i;
+      const uint first = sweep.grouping.interleaved ? j % step : j / members * members;
+      if (i == 0 || first != last) {  // neighbours may be of one group
+        merged = merge_members(entries + first, step, members);
+      }
+      values[i] = merged;
+      last = first;
+    }
+  }
+}
 
 /// mean, var and y of x: every element is read once, and kept in registers in between.
 template <typename T, int V, typename A>
@@ -521,6 +598,9 @@ template <typename T, int V, typename A>
   Moments found[S];
   find_moments<T, V, S>(kept, w, found);
   merge_along<Moments, S, true>(found, p, entries);
+  if (A::grouped) {
+    merge_groups<Moments, S>(sweep, w, p, found, entries);
+  }
   if (w.inside) {
     const float per_value = 1.0f / sweep.count;  // before the stores, or each would need its own
     MapX f[S];
@@ -533,11 +613,11 @@ template <typename T, int V, typename A>
       const float v = of_x.m2 * per_value;
       f[i] = forward_map(sweep, m, v, weight_of(sweep.has_weight, weight, slot.channel),
                          bias_of(sweep.has_bias, bias, slot.channel));
-      slot = A::next(sweep, slot);
-      if (p.along == 0) {
+      if (p.along == 0 && A::leads(sweep, p, slot)) {
         mean[j] = m;
         var[j] = v;
       }
+      slot = A::next(sweep, slot);
     }
     apply<T, V, S>(kept, kept, w, f, y + w.first);
   }
@@ -564,6 +644,10 @@ template <typename T, int V, typename A>
   Sums found[S];
   find_sums<T, V, S>(kept_x, kept_g, w, means, found);
   merge_along<Sums, S, true>(found, p, entries);
+  if (A::grouped) {
+    weigh<A, S>(sweep, w, p, weight, found, sums);
+    merge_groups<Sums, S>(sweep, w, p, found, entries);
+  }
   if (w.inside) {
     const float per_value = 1.0f / sweep.count;
     MapXG f[S];
@@ -575,7 +659,7 @@ template <typename T, int V, typename A>
       f[i] = backward_map(sweep, per_value, means[i], var[j], own_weight, found[i],
                           A::of_sums(own_weight), grad_mean[j], grad_var[j]);
       slot = A::next(sweep, slot);
-      if (p.along == 0) {
+      if (!A::grouped && p.along == 0) {
         sums[j] = found[i];
       }
     }

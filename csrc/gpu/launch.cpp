@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <bit>
 #include <limits>
+#include <numeric>
 #include <optional>
 #include <stdexcept>
 #include <string>
@@ -86,12 +87,16 @@ Sweep describe(const Problem& p) {
                        ? 1.0f
                        : static_cast<float>(g.count() * slots.members),
           .eps = p.eps,
-          .grouping = grouping_of(slots)};
+          .grouping = grouping_of(slots),
+          .run = 0,  // see arrange
+          .jump = 0};
 }
 
 /// Splits the reduction into up to `pieces` pieces and fills in what follows from across and along.
 Shape arrange(const Access& a, Sweep s, int64_t across, int64_t along, int64_t pieces) {
-  const int64_t strips = ceil_div(a.columns ? a.vectors : s.segments, across);
+  const int64_t vectors = s.jump > 0 ? s.jump / a.vector : a.vectors;  // of one member's columns
+  s.run = s.run > 0 ? s.run : static_cast<uint32_t>(across);
+  const int64_t strips = ceil_div(a.columns ? vectors : s.segments, s.run);
   const int64_t in_span = std::max<int64_t>(along, kSpan / s.inner / along * along);
   int64_t piece = std::min(ceil_div(s.reduce, pieces), in_span);
   if (!a.columns) {
@@ -143,32 +148,68 @@ Shape second_pass(const Problem& p, const Access& a, const Limits& limits) {
   return sweep(p, a, limits, limits.tuning.apply_vectors, as_many_as_there_are);
 }
 
+/// Strips of columns that hold whole groups, as many as `fitting` has a shape for.
+template <typename Fitting>
+std::optional<Shape> fused_groups(const Problem& p, const Access& a, const Limits& limits,
+                                  const Fitting& fitting) {
+  const Slots slots = p.slots();
+  Sweep s = describe(p);
+  // Lanes for one group, of which each member has a run, or for the fewest whole groups in a row
+  const int64_t unit =
+      slots.interleaved ? slots.members : std::lcm(slots.members, a.vector) / a.vector;
+  const int64_t units = slots.interleaved ? slots.groups / a.vector : a.vectors / unit;
+  if (unit > kSimd || (slots.interleaved && slots.groups % a.vector != 0)) {
+    return std::nullopt;
+  }
+  const int64_t least = slots.interleaved ? std::min(limits.tuning.least_run / 16, units) : 1;
+  for (int64_t n = std::min(kSimd / unit, units); n >= least; --n) {
+    s.run = static_cast<uint32_t>(slots.interleaved ? n : n * unit);
+    s.jump = static_cast<uint32_t>(slots.interleaved ? slots.groups : 0);
+    if (auto shape = fitting(s, power_of_two_from(n * unit))) {
+      return shape;
+    }
+  }
+  return std::nullopt;
+}
+
 /// The sweep of a fused kernel, if a threadgroup can hold all elements of its statistics.
 std::optional<Shape> fused(const Problem& p, const Access& a, const Limits& limits, Fused kernel) {
   const Geometry& g = p.geometry;
-  if (g.merge > 1 || p.slots().members > 1 || g.reduce > kSpan / g.inner) {
+  if (g.merge > 1 || g.reduce > kSpan / g.inner) {
     return std::nullopt;
   }
   const int64_t most_threads = std::min<int64_t>(
-      most_fused_threads(limits.tuning, kernel, a.columns, a.vector), limits.threads);
+      most_fused_threads(limits.tuning, kernel, a.columns, p.slots().members > 1, a.vector),
+      limits.threads);
   const int64_t along = ceil_div(a.columns ? g.reduce : a.vectors, kKept);
+  const Slots slots = p.slots();
   if (!a.columns) {
     const int64_t whole_simdgroups = round_up(along, kSimd);
-    if (whole_simdgroups > most_threads) {
+    const int64_t most_across = most_threads / whole_simdgroups;
+    if (most_across < slots.members || (slots.members > 1 && slots.interleaved)) {
       return std::nullopt;
     }
-    const int64_t across =
-        std::min(std::max<int64_t>(1, std::min<int64_t>(limits.tuning.sweep_threads, most_threads) /
-                                          whole_simdgroups),
-                 g.segments());
+    const int64_t wished = std::min<int64_t>(limits.tuning.sweep_threads, most_threads) /
+                           whole_simdgroups / slots.members;
+    const int64_t across = std::min(std::max<int64_t>(1, wished) * slots.members, g.segments());
     return arrange(a, describe(p), across, whole_simdgroups, 1);
+  }
+  // A thread's columns, and those side by side, as far as they fit
+  auto fitting = [&](Sweep s, int64_t across) -> std::optional<Shape> {
+    const int64_t threads = round_up(across * along, kSimd);
+    if (across > kSimd || threads > most_threads || threads / kSimd * across > kEntries) {
+      return std::nullopt;
+    }
+    return arrange(a, s, across, threads / across, 1);
+  };
+  if (slots.members > 1) {
+    return fused_groups(p, a, limits, fitting);
   }
   const int64_t least = columns_across(a, p.element, limits.tuning, limits.tuning.least_run / 16);
   for (int64_t across = columns_across(a, p.element, limits.tuning, kSimd); across >= least;
        across /= 2) {
-    const int64_t threads = round_up(across * along, kSimd);
-    if (threads <= most_threads && threads / kSimd * across <= kEntries) {
-      return arrange(a, describe(p), across, threads / across, 1);
+    if (auto shape = fitting(describe(p), across)) {
+      return shape;
     }
   }
   return std::nullopt;

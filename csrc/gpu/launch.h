@@ -23,8 +23,8 @@ namespace mlx_welford::gpu {
   X(normalize_input, slots)             \
   X(input_gradient, slots)              \
   X(given_input_gradient, slots)        \
-  X(fused_normalize, walk)              \
-  X(fused_gradient, walk)               \
+  X(fused_normalize, slots)             \
+  X(fused_gradient, slots)              \
   X(given_gradients, element)           \
   X(parameter_gradients, element)       \
   X(update_running_statistics, element) \

@@ -153,6 +153,12 @@ def largest_groups() -> dict[str, int]:
                     for problem in (p, replace(p, geometry=(2, *geometry[1:]))):
                         for d in plans_of(problem):
                             largest[d.host_name] = max(largest.get(d.host_name, 0), d.threads)
+                members = threads // LIMITS["kSimd"]  # rows of a simdgroup each
+                geometry = (1, members, 4 * LIMITS["kSimd"] * vector, 1)
+                p = Problem("", geometry, dtype, members, aligned=vector > 1, groups=1)
+                for operation, wanted in (("normalize", ""), ("normalize_gradient", "x")):
+                    for d in replace(p, operation=operation, wanted=wanted).plan().dispatches:
+                        largest[d.host_name] = max(largest.get(d.host_name, 0), d.threads)
     return largest
 
 

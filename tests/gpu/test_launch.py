@@ -922,6 +922,27 @@ def test_the_table_of_what_is_fused() -> None:
                 ) == int(longest), (pattern, dtype, operation)
 
 
+def test_the_table_of_groups_that_are_fused() -> None:
+    """That of docs/kernels.md: threads forward and backward, or none."""
+    text = (Path(__file__).parents[2] / "docs" / "kernels.md").read_text()
+    rows = re.findall(r"^\| (\d+) x (\d+) x (\d+), (\d+) groups \| (.*) \|$", text, re.M)
+    assert len(rows) >= 8
+    for height, width, channels, groups, cells in rows:
+        s, c = int(height) * int(width), int(channels)
+        orders = ((instances_last, False), (instances_last, True), (instances_first, False))
+        for cell, (dtype, (make, interleaved)) in zip(
+            cells.split(" | "),
+            [(dtype, order) for dtype in ("float32", "float16") for order in orders],
+            strict=True,
+        ):
+            shape = (2, c, s) if make is instances_first else (2, s, c)
+            p = make(*shape, dtype=dtype, groups=int(groups), interleaved=interleaved, weight=True)
+            backward = replace(p, operation="normalize_gradient", wanted="x")
+            first = [problem.plan().dispatches[0] for problem in (p, backward)]
+            threads = [str(d.threads) if d.kernel.startswith("fused") else "-" for d in first]
+            assert cell == " / ".join(threads), (height, channels, dtype, interleaved)
+
+
 def test_fewer_registers_make_smaller_groups() -> None:
     problem = Problem("normalize", (1, 2, 300, 16))
     half = {**FIXED, "core_registers": 53248, "fused_groups": 2}

@@ -54,19 +54,21 @@ def table(dtype: str, access: str, *, longer: int = 1, max_threads: int = 32) ->
             replace(backward, given=True, wanted="x statistics weight bias"),
         ]
         if merge == 1:
-            found += [of_groups(problem) for problem in found[-4:]]
+            # A row of each member takes a simdgroup.
+            threads = min(1024, 4 * max_threads)
+            found += [of_groups(replace(problem, max_threads=threads)) for problem in found[-4:]]
     found.append(replace(running_statistics(dtype), max_threads=max_threads))
     return found
 
 
 def of_groups(problem: Problem) -> Problem:
-    """The same over as many groups of channels as can be, which are interleaved where there are
-    several."""
+    """The same over as many groups of channels as can be; several in columns are interleaved."""
     _, outer, _, inner = problem.geometry
     channels = inner if inner > 1 else outer
     members = next(d for d in range(2, channels + 1) if channels % d == 0)
     groups = channels // members
-    return replace(problem, channels=channels, groups=groups, interleaved=groups > 1)
+    interleaved = inner > 1 and groups > 1
+    return replace(problem, channels=channels, groups=groups, interleaved=interleaved)
 
 
 def running_statistics(dtype: str = "float32", instances: int = 5, channels: int = 37) -> Problem:

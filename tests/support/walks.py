@@ -59,8 +59,14 @@ def walks(d: Dispatch, groups: Integers | None = None) -> Walks:
     if d.columns:
         a, lane = thread % across, thread // across
         segment = (group // d["strips"] // d["pieces"])[:, None]
-        column = (strip * across + a) * d.vector
-        inside = np.broadcast_to(column < inner, (group.size, d.threads))
+        member, turn = np.divmod(a, d["run"])
+        column = (strip * d["run"] + turn) * d.vector
+        if d["jump"]:  # of interleaved groups: runs of every member
+            inside = (member < d["grouping.members"]) & (column < d["jump"])
+        else:
+            inside = (member == 0) & (column < inner)
+        inside = np.broadcast_to(inside, (group.size, d.threads))
+        column = column + member * d["jump"]
         first = (segment * reduce + first_position + lane) * inner + column
         step = along * inner
         vectors = np.where(inside, _turns(positions, lane, along), 0)
