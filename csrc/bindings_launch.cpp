@@ -222,11 +222,11 @@ void bind_launch(nb::module_& m) {
 
   m.def(
       "axis_order",
-      [](const std::vector<int>& shape, const std::vector<int>& axes,
-         const std::vector<int>& last) {
-        return axis_order(mlx::core::Shape(shape.begin(), shape.end()), axes, last);
+      [](const std::vector<int>& shape, const std::vector<int>& axes, const std::vector<int>& last,
+         bool of_groups) {
+        return axis_order(mlx::core::Shape(shape.begin(), shape.end()), axes, last, of_groups);
       },
-      "shape"_a, "axes"_a, "last"_a,
+      "shape"_a, "axes"_a, "last"_a, "of_groups"_a = false,
       "The order in which kernels take the axes of an array to reduce `axes`: as they are where "
       "they "
       "can walk over them (csrc/geometry.h), else with those in `last` behind the others.");

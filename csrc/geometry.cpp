@@ -46,10 +46,10 @@ std::optional<Geometry> find_instances(const mlx::core::Shape& shape, int channe
 }
 
 std::vector<int> axis_order(const mlx::core::Shape& shape, const std::vector<int>& axes,
-                            const std::vector<int>& last) {
+                            const std::vector<int>& last, bool of_groups) {
   std::vector<int> order(shape.size());
   std::iota(order.begin(), order.end(), 0);
-  if (!find_geometry(shape, axes)) {
+  if (!(of_groups ? find_instances(shape, last[0]) : find_geometry(shape, axes))) {
     std::erase_if(
         order, [&](int axis) { return std::find(last.begin(), last.end(), axis) != last.end(); });
     order.insert(order.end(), last.begin(), last.end());

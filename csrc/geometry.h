@@ -104,8 +104,9 @@ std::optional<Geometry> find_geometry(const mlx::core::Shape& shape, const std::
 std::optional<Geometry> find_instances(const mlx::core::Shape& shape, int channel_axis);
 
 /// The order in which kernels take the axes of an array: as they are if they have a geometry, else
-/// with those in `last` behind the others.
+/// with those in `last` behind the others. For groups the geometry is that of find_instances, and
+/// `last` the channel axis.
 std::vector<int> axis_order(const mlx::core::Shape& shape, const std::vector<int>& axes,
-                            const std::vector<int>& last);
+                            const std::vector<int>& last, bool of_groups = false);
 
 }  // namespace mlx_welford

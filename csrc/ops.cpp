@@ -74,9 +74,9 @@ array update_coefficients(const Number& momentum, const Number& count, mx::Dtype
 /// The order in which kernels take the axes of x. In a graph that MLX traces for any shape, one
 /// that fits all shapes: without axes of length 1, which could belong to any level.
 std::vector<int> order_of(const array& x, const std::vector<int>& axes,
-                          const std::vector<int>& last, mx::Stream s) {
+                          const std::vector<int>& last, mx::Stream s, bool of_groups = false) {
   const mx::Shape no_ones(x.ndim(), 2);
-  return axis_order(traced_for_any_shape(x, s) ? no_ones : x.shape(), axes, last);
+  return axis_order(traced_for_any_shape(x, s) ? no_ones : x.shape(), axes, last, of_groups);
 }
 
 }  // namespace
@@ -121,7 +121,7 @@ std::tuple<array, array, array> normalize(const array& x_, const std::optional<a
   const int ndim = static_cast<int>(x.ndim());
   // Kernels read channels first or last; channels on another axis are moved to the end and back.
   auto axes = reduced_axes(ndim, channel_axis, statistics);
-  const auto order = order_of(x, axes, {channel_axis}, s);
+  const auto order = order_of(x, axes, {channel_axis}, s, groups.number > 0);
   const bool moved = !std::is_sorted(order.begin(), order.end());
   const int home = channel_axis;
   if (moved) {

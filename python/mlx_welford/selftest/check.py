@@ -140,21 +140,17 @@ def _data(case: Case) -> tuple[Arguments, Arguments]:
     if case.operation == "running":
         return _running_data(case), {}
     dtype = DTYPES[case.dtype]
-    of_batch = case.operation in ("batch", "evaluation", "shard")
-    if case.operation == "moments":
-        kept = tuple(n for a, n in enumerate(case.shape) if a not in case.axes)
-        channels = 1
-    else:
-        channels = case.shape[case.axis]
-        kept = (channels,)
+    view, _, statistics = case.view
+    kept = tuple(view[a] for a in statistics)
+    channels = 1 if case.operation == "moments" else case.shape[case.axis]
     with mx.stream(mx.cpu):
         keys = _keys(case)
 
         def normal(*shape: int) -> mx.array:
             return mx.random.normal(shape, key=next(keys))
 
-        def uniform(low: float, high: float) -> mx.array:
-            return mx.random.uniform(low, high, (channels,), key=next(keys))
+        def uniform(low: float, high: float, shape: tuple[int, ...] = (channels,)) -> mx.array:
+            return mx.random.uniform(low, high, shape, key=next(keys))
 
         along = [1] * len(case.shape)
         along[case.axis] = channels
@@ -171,9 +167,9 @@ def _data(case: Case) -> tuple[Arguments, Arguments]:
             cotangents["y"] = normal(*case.shape)
         arguments = {name: a.astype(dtype) for name, a in arguments.items()}
         cotangents = {name: a.astype(dtype) for name, a in cotangents.items()}
-        if case.operation == "evaluation":
-            arguments |= {"mean": normal(channels), "var": uniform(0.5, 2)}
-        elif of_batch or case.operation == "moments":
+        if case.operation in ("evaluation", "tile"):
+            arguments |= {"mean": normal(*kept), "var": uniform(0.5, 2, kept)}
+        elif case.operation in ("batch", "shard", "moments"):
             # Of the order of the number of values, so that they weigh as much as that of y.
             n = x.size // math.prod(kept)
             cotangents |= {"mean": n * normal(*kept), "var": n * normal(*kept)}
@@ -212,15 +208,27 @@ def _view(a: mx.array) -> mx.array:
 def _truth(case: Case, arguments: Arguments, cotangents: Arguments) -> Truth:
     if case.operation == "moments":
         return truth.moments(arguments, cotangents, list(case.axes))
-    if case.operation == "evaluation":
-        return truth.evaluation(arguments, cotangents, case.axis, EPS)
     if case.operation == "running":
         return truth.running(arguments, MOMENTUM, VALUES)
-    kept = {case.axis % len(case.shape)} | ({0} if case.operation == "instance" else set())
-    axes = [a for a in range(len(case.shape)) if a not in kept]
-    if case.operation == "shard":
-        return truth.shard(arguments, cotangents, axes, case.axis, EPS)
-    return truth.normalization(arguments, cotangents, axes, case.axis, EPS)
+    view, channels, statistics = case.view
+    shapes = {"x": view, "y": view}
+    shapes |= {name: [view[a] for a in channels] for name in ("weight", "bias")}
+    shapes |= {name: [view[a] for a in statistics] for name in ("mean", "var")}
+    viewed, seen = (
+        {name: a.reshape(shapes[name], stream=mx.cpu) for name, a in given.items()}
+        for given in (arguments, cotangents)
+    )
+    if case.operation in ("evaluation", "tile"):
+        true = truth.evaluation(viewed, seen, channels, statistics, EPS)
+    elif case.operation == "shard":
+        true = truth.shard(viewed, seen, statistics, EPS)
+    else:
+        true = truth.normalization(viewed, seen, channels, statistics, EPS)
+    for name, a in true.values.items():
+        of = name.removeprefix("grad ")
+        like = arguments["x"] if of == "y" else arguments.get(of)
+        true.values[name] = a if like is None else a.reshape(like.shape, stream=mx.cpu)
+    return true
 
 
 def _run(case: Case, arguments: Arguments, cotangents: Arguments) -> Arguments:
@@ -236,6 +244,8 @@ def _run(case: Case, arguments: Arguments, cotangents: Arguments) -> Arguments:
         "batch": ["y", "mean", "var"],
         "instance": ["y"],
         "evaluation": ["y"],
+        "group": ["y"],
+        "tile": ["y"],
         "moments": ["mean", "var"],
     }[case.operation]
     statistics = ("mean", "var") if "statistics" in case.wanted else ()
@@ -249,6 +259,19 @@ def _run(case: Case, arguments: Arguments, cotangents: Arguments) -> Arguments:
         if case.operation == "instance":
             return [mw.instance_norm(x, weight, bias, EPS, axis=case.axis)]
         mean, var = given.get("mean"), given.get("var")
+        if case.groups:
+            y = mw.group_norm(
+                x,
+                case.groups,
+                weight,
+                bias,
+                EPS,
+                interleaved=case.interleaved,
+                mean=mean,
+                var=var,
+                axis=case.axis,
+            )
+            return [y]
         results = mw.batch_norm(x, weight, bias, EPS, mean=mean, var=var, axis=case.axis)
         return list(results)[: len(outputs)]
 
