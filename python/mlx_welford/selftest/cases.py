@@ -108,13 +108,15 @@ _PATHS = (
     Case("batch", (2, 1100, 64)),
     Case("evaluation", (3, 11, 64)),
     Case("group", (3, 37, 64), groups=4),
+    Case("group", (2, 1100, 64), groups=4),
     Case("tile", (3, 11, 64), groups=4),
     Case("moments", (5, 40, 64), axes=(0, 1)),
     # columns, one element at a time
     Case("instance", (3, 37, 5)),
     Case("batch", (2, 1100, 5)),
     Case("evaluation", (3, 11, 33)),
-    Case("group", (3, 37, 6), groups=2, interleaved=True),
+    Case("group", (3, 37, 6), groups=2),
+    Case("group", (2, 1100, 6), groups=2, interleaved=True),
     Case("tile", (3, 11, 33), groups=3, interleaved=True),
     Case("moments", (5, 41, 33), axes=(1,)),
     # rows, vectors
@@ -122,13 +124,15 @@ _PATHS = (
     Case("batch", (6, 3, 130), axis=1),
     Case("evaluation", (3, 5, 67), axis=1),
     Case("group", (3, 6, 129), axis=1, groups=3),
+    Case("group", (2, 6, 10001), axis=1, groups=3),
     Case("tile", (3, 6, 67), axis=1, groups=3, interleaved=True),
     Case("moments", (3, 5, 66), axes=(2,)),
     # rows, one element at a time
     Case("instance", (3, 7, 129), axis=1, aligned=False),
     Case("batch", (6, 3, 130), axis=1, aligned=False),
     Case("evaluation", (3, 5, 67), axis=1, aligned=False),
-    Case("group", (3, 6, 129), axis=1, groups=2, interleaved=True, aligned=False),
+    Case("group", (3, 6, 20), axis=1, groups=3, aligned=False),
+    Case("group", (3, 6, 4100), axis=1, groups=2, interleaved=True, aligned=False),
     Case("tile", (3, 6, 67), axis=1, groups=2, aligned=False),
     Case("moments", (3, 5, 66), axes=(2,), aligned=False),
     # none
