@@ -9,7 +9,6 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.nn import Module
 
-from mlx_welford import _ext
 from mlx_welford._arguments import (
     check_eps,
     check_features,
@@ -18,6 +17,7 @@ from mlx_welford._arguments import (
     options,
     set_missing_options,
 )
+from mlx_welford._operations import operations
 from mlx_welford._uninitialized import UninitializedParameter, is_uninitialized
 
 __all__ = ["BatchNorm", "InstanceNorm", "set_dtype"]
@@ -50,7 +50,7 @@ class _Normalization(Module):
     if TYPE_CHECKING:  # what the subclasses must have
         num_features = eps = momentum = track_running_stats = cast(Any, None)
 
-    _statistics: ClassVar[_ext.Statistics]
+    _statistics: ClassVar[operations.Statistics]
     _features_argument: ClassVar[str]
     _eps_argument: ClassVar[str] = "eps"
     # Set on layers of mlx.nn that have become one of these: their class and options before.
@@ -163,7 +163,7 @@ class _Normalization(Module):
         self._take_features_from(x, self._needs_several_values())
         updates = self.training and self.track_running_stats
         evaluates = not self.training and self.track_running_stats
-        y, mean, var = _ext.normalize(
+        y, mean, var = operations.normalize(
             x,
             self.get("weight"),
             self.get("bias"),
@@ -183,9 +183,9 @@ class _Normalization(Module):
 
     def _update_running_statistics(self, x: mx.array, mean: mx.array, var: mx.array) -> None:
         """Updates them, unless the batch is empty."""
-        size = _ext.size_of(x)
+        size = operations.size_of(x)
         if isinstance(size, mx.array):  # the function is being traced for any shape
-            following = self._next_running_statistics(mean, var, size / _ext.size_of(mean))
+            following = self._next_running_statistics(mean, var, size / operations.size_of(mean))
             dict.update(self, {k: mx.where(size > 0, v, self[k]) for k, v in following.items()})
         elif size > 0:
             dict.update(self, self._next_running_statistics(mean, var, size // mean.size))
@@ -195,7 +195,7 @@ class _Normalization(Module):
         if self.num_features is not None:
             return
         name = type(self).__name__
-        features = _ext.count_channels(x, self.axis, self._statistics, name, several_values)
+        features = operations.count_channels(x, self.axis, self._statistics, name, several_values)
         check_features(features, self._features_argument, name)
         self._initialize(features)
 
@@ -231,7 +231,7 @@ class _Normalization(Module):
             momentum = 1 / batches.astype(mean.dtype)
         elif getattr(momentum, "shape", ()) != ():
             momentum = one_momentum(momentum, name)
-        following["running_mean"], following["running_var"] = _ext.next_running_statistics(
+        following["running_mean"], following["running_var"] = operations.next_running_statistics(
             self["running_mean"], self["running_var"], mean, var, momentum, count, name
         )
         return following
@@ -325,7 +325,7 @@ class InstanceNorm(_Normalization, nn.InstanceNorm):
     momentum: float | mx.array | None = 0.1
     track_running_stats: bool = False
 
-    _statistics = _ext.Statistics.of_instance
+    _statistics = operations.Statistics.of_instance
     _features_argument = "dims"
 
     @property
@@ -404,7 +404,7 @@ class BatchNorm(_Normalization, nn.BatchNorm):
     affine: InitVar[bool] = True
     track_running_stats: bool = True
 
-    _statistics = _ext.Statistics.of_batch
+    _statistics = operations.Statistics.of_batch
     _features_argument = "num_features"
     _shown = ("eps", "momentum", "affine", "track_running_stats")
 

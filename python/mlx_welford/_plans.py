@@ -5,7 +5,7 @@ from typing import Any, Literal, NotRequired, TypedDict
 
 import mlx.core as mx
 
-from mlx_welford import _ext
+from mlx_welford._operations import operations
 
 __all__ = [
     "DTYPES",
@@ -23,7 +23,7 @@ __all__ = [
 
 Layer = Literal["batch", "instance"]
 
-DTYPES: dict[str, mx.Dtype] = {name: getattr(mx, name) for name, *_ in _ext.element_types()}
+DTYPES: dict[str, mx.Dtype] = {name: getattr(mx, name) for name, *_ in operations.element_types()}
 """The types that there are shaders for, by name."""
 
 
@@ -88,9 +88,11 @@ def normalization_plans(
             is empty.
     """
     of_instance = layer == "instance" and not given
-    statistics = _ext.Statistics.of_instance if of_instance else _ext.Statistics.of_batch
+    statistics = (
+        operations.Statistics.of_instance if of_instance else operations.Statistics.of_batch
+    )
     x = mx.zeros(shape, _dtype(dtype))  # never evaluated
-    channels = _ext.count_channels(x, axis, statistics, f"{layer}_norm")
+    channels = operations.count_channels(x, axis, statistics, f"{layer}_norm")
     kept = {axis % x.ndim, *([0] if of_instance else [])}
     order = _order(shape, [a for a in range(x.ndim) if a not in kept], [axis % x.ndim])
     shape = [shape[a] for a in order]
@@ -178,10 +180,10 @@ def _dtype(name: str) -> mx.Dtype:
 
 
 def _order(shape: Sequence[int], axes: Sequence[int], last: Sequence[int]) -> list[int]:
-    """The order in which kernels take the axes of x, as ``_ext.axis_order``."""
+    """The order in which kernels take the axes of x, as ``operations.axis_order``."""
     if 0 in shape:
         raise ValueError(f"There is nothing to dispatch for an empty array of shape {shape}.")
-    return _ext.axis_order(shape, axes, last)
+    return operations.axis_order(shape, axes, last)
 
 
 def _plan(
@@ -192,9 +194,11 @@ def _plan(
     aligned: bool,
     **options: Any,
 ) -> Plan:
-    """``_ext.launch_plan`` with its options."""
+    """``operations.launch_plan`` with its options."""
     _dtype(dtype)
-    rows, temporaries = _ext.launch_plan(operation, shape, axes, dtype, aligned=aligned, **options)
+    rows, temporaries = operations.launch_plan(
+        operation, shape, axes, dtype, aligned=aligned, **options
+    )
     return {
         "dispatches": [
             {

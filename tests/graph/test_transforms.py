@@ -375,6 +375,7 @@ def primitives(outputs: Sequence[mx.array]) -> int:
     return sum(name.startswith("Welford") for name in graphs.nodes(*outputs))
 
 
+@pytest.mark.kernels("their nodes in MLX's graph")
 @pytest.mark.parametrize(
     ("other", "nodes"),
     [({}, 1), ({"eps": 1e-3}, 2), ({"axis": 1}, 2)],
@@ -396,6 +397,7 @@ def test_compile_merges_equal_nodes(kind: Kind, other: dict[str, Any], nodes: in
         assert_same_bits(got, expected)
 
 
+@pytest.mark.kernels("their nodes in MLX's graph")
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_gradient_has_no_needless_nodes(kind: Kind) -> None:
     """Copies are how MLX marks what it differentiates: they share memory."""
@@ -415,6 +417,7 @@ def test_a_gradient_has_no_needless_nodes(kind: Kind) -> None:
     ]
 
 
+@pytest.mark.kernels("their nodes in MLX's graph")
 @pytest.mark.parametrize(
     ("axes", "nodes"),
     [((0, 1), 1), ((1,), 2), ((1, 2), 2)],
@@ -432,6 +435,7 @@ def test_compile_merges_equal_moments(axes: tuple[int, ...], nodes: int) -> None
         assert_same_bits(got, expected)
 
 
+@pytest.mark.kernels("their nodes in MLX's graph")
 def test_compile_merges_equal_gradients() -> None:
     """Two losses through one layer: one forward pass, a backward pass for each cotangent."""
     weight = mx.random.normal((5,))
