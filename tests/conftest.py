@@ -34,6 +34,7 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, settings
 from mlx_welford._operations import operations
+from packaging.version import Version
 from problems import FLOAT64_IS_NOT_ON_GPU, SEED
 from selection import BACKENDS, UNTOUCHED, backends_of, parameters, quick, thinned
 from simulator.loader import compile_library
@@ -144,6 +145,10 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             item.add_marker(pytest.mark.skip(reason=FLOAT64_IS_NOT_ON_GPU))
         if FALLBACK and (mark := item.get_closest_marker("kernels")):
             item.add_marker(pytest.mark.skip(reason=f"is about kernels: {mark.args[0]}"))
+        for mark in item.iter_markers("since"):
+            release, reason = mark.args
+            if Version(mx.__version__) < Version(release):
+                item.add_marker(pytest.mark.skip(reason=f"before MLX {release}, {reason}"))
     if PROFILE != "nightly":
         keep(config, items, thinned(items))
     kept = quick(items)
