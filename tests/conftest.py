@@ -27,6 +27,7 @@ import sys
 import zlib
 from collections.abc import Generator, Iterator
 from functools import cache
+from importlib.metadata import version
 from pathlib import Path
 
 import mlx.core as mx
@@ -147,7 +148,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             item.add_marker(pytest.mark.skip(reason=f"is about kernels: {mark.args[0]}"))
         for mark in item.iter_markers("since"):
             release, reason = mark.args
-            if Version(mx.__version__) < Version(release):
+            if Version(version("mlx")) < Version(release):
                 item.add_marker(pytest.mark.skip(reason=f"before MLX {release}, {reason}"))
     if PROFILE != "nightly":
         keep(config, items, thinned(items))
