@@ -130,7 +130,7 @@ build/sanitize/%/stamp: $(VENV)/package.stamp
 		cmake --log-level=WARNING -S . -B $(@D) -G Ninja -DCMAKE_BUILD_TYPE=Debug \
 			-DPython_EXECUTABLE=$(abspath $(PY)) -DCMAKE_CXX_COMPILER=$(CXX) \
 			-DCMAKE_CXX_FLAGS='-O1 -fno-omit-frame-pointer $(SANITIZE_$*)' && \
-		cmake --build $(@D) --target _ext -- --quiet
+		cmake --build $(@D) --target _core _ext -- --quiet
 	@cp -r $(PACKAGE) $(@D)/layout
 	@touch $@
 

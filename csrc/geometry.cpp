@@ -26,6 +26,25 @@ std::optional<Geometry> find_geometry(const mlx::core::Shape& shape, const std::
   return g;
 }
 
+std::optional<Geometry> find_instances(const mlx::core::Shape& shape, int channel_axis) {
+  auto product = [&](size_t first, size_t last) {
+    int64_t size = 1;
+    for (size_t axis = first; axis < last; ++axis) {
+      size *= shape[axis];
+    }
+    return size;
+  };
+  const int64_t before = product(1, channel_axis);
+  const int64_t behind = product(channel_axis + 1, shape.size());
+  if (behind == 1) {
+    return Geometry{.outer = shape[0], .reduce = before, .inner = shape[channel_axis]};
+  }
+  if (before == 1) {
+    return Geometry{.outer = int64_t{shape[0]} * shape[channel_axis], .reduce = behind};
+  }
+  return std::nullopt;
+}
+
 std::vector<int> axis_order(const mlx::core::Shape& shape, const std::vector<int>& axes,
                             const std::vector<int>& last) {
   std::vector<int> order(shape.size());

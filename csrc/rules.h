@@ -24,6 +24,14 @@ struct DtypeError : std::invalid_argument {
   using std::invalid_argument::invalid_argument;
 };
 
+/// Groups of channels that share statistics, for each instance; `number` 0 for none.
+struct Groups {
+  int number = 0;
+  bool interleaved = false;  // channel c is in group c % number; otherwise in c / (C / number)
+
+  bool operator==(const Groups&) const = default;
+};
+
 /// The name that errors begin with, and what this caller requires besides.
 struct Caller {
   std::string name;
@@ -42,13 +50,18 @@ struct Argument {
 /// too.
 std::vector<int> reduced_axes(int ndim, int channel_axis, Statistics statistics);
 
-/// The channel axis, non-negative.
-int check_input(const Argument& x, int axis, Statistics statistics, const Caller& caller);
+/// Groups (none if 0) have the same number of channels.
+void check_groups(int channels, int groups, const Caller& caller);
 
-/// The same, for x and the vectors that go with it.
+/// The channel axis, non-negative.
+int check_input(const Argument& x, int axis, Statistics statistics, int groups,
+                const Caller& caller);
+
+/// The same, for x and the vectors that go with it. Weight and bias are (C), or (N, C) if the
+/// statistics are those of instances; given mean and var are (C), or (N, G) of groups.
 int check_normalize(const Argument& x, const std::optional<Argument>& weight,
                     const std::optional<Argument>& bias, const std::optional<Argument>& mean,
-                    const std::optional<Argument>& var, int axis, Statistics statistics,
+                    const std::optional<Argument>& var, int axis, Statistics statistics, int groups,
                     const Caller& caller);
 
 void check_running_statistics(const Argument& running_mean, const Argument& running_var,

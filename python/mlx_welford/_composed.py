@@ -17,16 +17,29 @@ from mlx_welford._core import Statistics
 StreamOrDevice = mx.Stream | mx.Device | None
 Number = float | array
 
+check_groups = _core.check_groups
 mlx_version = None
 shader_hash = None
 
 
 def count_channels(
-    x: array, axis: int, statistics: Statistics, caller: str, several_values: bool = False
+    x: array,
+    axis: int,
+    statistics: Statistics,
+    caller: str,
+    several_values: bool = False,
+    groups: int = 0,
 ) -> int:
     """The number of channels of x, after checking it."""
     channel_axis = _core.check_normalize(
-        _seen(x), None, None, statistics, caller, axis=axis, several_values=several_values
+        _seen(x),
+        None,
+        None,
+        statistics,
+        caller,
+        axis=axis,
+        several_values=several_values,
+        groups=groups,
     )
     return x.shape[channel_axis]
 
@@ -44,6 +57,8 @@ def normalize(
     channels: int | None = None,
     several_values: bool = False,
     running: bool = False,
+    groups: int = 0,
+    interleaved: bool = False,
     stream: StreamOrDevice = None,
 ) -> tuple[array, array, array]:
     """``(y, mean, var)``, as csrc/ops.h says."""
@@ -59,10 +74,14 @@ def normalize(
         channels,
         several_values,
         running,
+        groups,
     )
     dtype = _fallback.result_type(*(a for a in (x, weight, bias) if a is not None))
-    if mean is not None:
+    if mean is not None and groups == 0:
         statistics = Statistics.of_batch
+
+    if weight is not None and bias is not None and weight.ndim != bias.ndim:
+        weight, bias = mx.broadcast_arrays(weight, bias, stream=stream)
 
     def cast(a: array | None, to: mx.Dtype) -> array | None:
         return None if a is None else a.astype(to, stream=stream)
@@ -75,6 +94,9 @@ def normalize(
         channel_axis=channel_axis,
         eps=eps,
         stream=stream,
+        groups=groups,
+        interleaved=interleaved,
+        affine_per_instance=any(a is not None and a.ndim == 2 for a in (weight, bias)),
     )
     return found["out"], found["mean"], found["var"]
 

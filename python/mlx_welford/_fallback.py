@@ -3,7 +3,7 @@
 The primitives call these functions for forward-mode derivatives, vmap, derivatives of gradients,
 float64, and wherever no kernel can run. Arguments and results are named like the kernels' buffers
 (metal/bindings.h). x, weight, bias and their gradients have one dtype; statistics are float32, or
-float64 for float64, and have the axes of x that are not in ``axes``.
+float64 for float64, and have the axes of x that are not in ``axes``, or shape (N, groups).
 
 Nothing here needs the extension: where it cannot be loaded, _composed.py calls these functions.
 """
@@ -134,23 +134,26 @@ def normalize(
     channel_axis: int,
     eps: float,
     stream: Stream = None,
+    **channels: Any,
 ) -> Arrays:
     """out = (x - mean) / sqrt(var + eps) * weight + bias
 
-    Without mean and var, those of x are used, and returned.
+    Without mean and var, those of x are used, and returned. ``channels``: options of _Layout.
     """
-    wide = _wide(x, stream)  # once, so that the gradient of x is rounded once
+    layout = _Layout(x, axes, channel_axis, stream, **channels)
+    wide = layout.split(x)
     if mean is None or var is None:
-        own = moments(wide.array, axes=axes, stream=stream)
+        own = moments(wide.array, axes=layout.axes, stream=stream)
         mean, var = own["mean"], own["var"]
-    centred = wide - _wide(mean, stream).expand(axes)
-    # A division: the derivative of rsqrt underflows from variances of 1e25 on.
-    y = centred / (_wide(var, stream) + eps).apply(mx.sqrt).expand(axes)
+    centred = wide - layout.statistic(mean)
+    # Not rsqrt: its derivative underflows from variances of 1e25 on.
+    rstd = (_wide(var, stream) + eps).apply(mx.sqrt).apply(mx.reciprocal)
+    y = centred * rstd.expand(layout.axes)
     if weight is not None:
-        y = y * _along_channels(weight, x, channel_axis, stream)
+        y = y * layout.parameter(weight)
     if bias is not None:
-        y = y + _along_channels(bias, x, channel_axis, stream)
-    return {"out": y.cast(x.dtype), "mean": mean, "var": var}
+        y = y + layout.parameter(bias)
+    return {"out": layout.join(y).cast(x.dtype), "mean": mean, "var": var}
 
 
 def normalize_gradient(
@@ -166,36 +169,35 @@ def normalize_gradient(
     channel_axis: int,
     eps: float,
     stream: Stream = None,
+    **channels: Any,
 ) -> Arrays:
     """Gradients of normalize, for the cotangents g of out, grad_mean of mean and grad_var of var.
 
     Without the latter two the statistics are given, and have gradients of their own.
     """
-    wide_g = _wide(g, stream)
-    rstd = (_wide(var, stream) + eps).apply(mx.rsqrt)
-    normalized = (_wide(x, stream) - _wide(mean, stream).expand(axes)) * rstd.expand(axes)
-    g_normalized = wide_g * normalized
-    all_but_channels = _all_but(channel_axis, x)
-    sum_g = wide_g.sum(all_but_channels)
-    sum_g_normalized = g_normalized.sum(all_but_channels)
-    gradients = {"grad_weight": sum_g_normalized.cast(x.dtype), "grad_bias": sum_g.cast(x.dtype)}
+    layout = _Layout(x, axes, channel_axis, stream, **channels)
+    axes = layout.axes
+    wide_x, wide_g = layout.split(x), layout.split(g)
+    above_zero = _wide(var, stream) + eps
+    rstd = above_zero.apply(mx.rsqrt)
+    normalized = (wide_x - layout.statistic(mean)) * rstd.expand(axes)
+    gradients = {
+        "grad_weight": layout.sums(wide_g * normalized).cast(x.dtype),
+        "grad_bias": layout.sums(wide_g).cast(x.dtype),
+    }
+    weighted = wide_g if weight is None else wide_g * layout.parameter(weight)
     if grad_mean is None or grad_var is None:
-        scale = rstd if weight is None else rstd * _wide(weight, stream)
-        grad_var_given = scale.constant(-0.5) * (scale * rstd * sum_g_normalized)
+        slope = (weighted * normalized).sum(axes) / above_zero
         return gradients | {
-            "out": (wide_g * scale.expand(axes)).cast(x.dtype),
-            "grad_mean": (-(scale * sum_g)).cast(mean.dtype),
-            "grad_var": grad_var_given.cast(var.dtype),
+            "out": layout.join(weighted * rstd.expand(axes)).cast(x.dtype),
+            "grad_mean": (-(rstd * weighted.sum(axes))).cast(mean.dtype),
+            "grad_var": (slope * -0.5).cast(var.dtype),
         }
-    # w * r * (g - mean(g) - xh * mean(g * xh)), and what reaches x through the statistics
-    scale = rstd.expand(axes)
-    if weight is not None:
-        scale = scale * _along_channels(weight, x, channel_axis, stream)
-    g_mean, g_normalized_mean = (a.mean(axes, keepdims=True) for a in (wide_g, g_normalized))
-    projected = wide_g - g_mean - normalized * g_normalized_mean
-    wide_x = _wide(x, stream).array
-    through = moments_gradient(wide_x, mean, grad_mean, grad_var, axes=axes, stream=stream)
-    grad_x = projected * scale + _Array(through["out"], stream)
+    # r * (wg - mean(wg) - xh * mean(wg * xh)), and what reaches x through the statistics
+    means = [a.mean(axes, keepdims=True) for a in (weighted, weighted * normalized)]
+    projected = weighted - means[0] - normalized * means[1]
+    through = moments_gradient(wide_x.array, mean, grad_mean, grad_var, axes=axes, stream=stream)
+    grad_x = layout.join(projected * rstd.expand(axes) + _Array(through["out"], stream))
     return gradients | {"out": grad_x.cast(x.dtype)}
 
 
@@ -225,13 +227,60 @@ def input_gradient(
     return {"out": (direct + (through_mean + through_var)).cast(x.dtype)}
 
 
-def _all_but(channel_axis: int, x: array) -> list[int]:
-    return [axis for axis in range(x.ndim) if axis != channel_axis]
+class _Layout:
+    """How the statistics and parameters of a normalisation lie along x.
 
+    Channels that share statistics are an axis of x of their own: ``split`` makes of C the axes
+    (groups, members), or (members, groups) if the groups are interleaved; ``axes`` are then those
+    to reduce after the split.
+    """
 
-def _along_channels(v: array, x: array, channel_axis: int, stream: Stream) -> _Array:
-    """(C) -> (1, ..., C, ..., 1), to broadcast along the channel axis of x."""
-    return _wide(v, stream).expand(_all_but(channel_axis, x))
+    def __init__(
+        self,
+        x: array,
+        axes: Axes,
+        channel_axis: int,
+        stream: Stream,
+        *,
+        groups: int = 0,
+        interleaved: bool = False,
+        affine_per_instance: bool = False,
+    ) -> None:
+        self.axes = list(axes)
+        self.stream = stream
+        self.first = self.last = channel_axis  # of the channels after the split
+        self.lengths: tuple[int, ...] = ()
+        if groups > 0:
+            self.last += 1
+            members = x.shape[channel_axis] // groups
+            self.lengths = (members, groups) if interleaved else (groups, members)
+            behind = [axis + (axis > channel_axis) for axis in axes]
+            self.axes = sorted([*behind, self.first if interleaved else self.last])
+        kept = {self.first, self.last} | ({0} if affine_per_instance else set())
+        self.shared = [axis for axis in range(x.ndim + self.last - self.first) if axis not in kept]
+
+    def split(self, a: array, axis: int | None = None) -> _Array:
+        """With the channels on this axis, by default that of x, split."""
+        axis = self.first if axis is None else axis
+        wide = _wide(a, self.stream)
+        return wide.apply(mx.unflatten, axis, self.lengths) if self.lengths else wide
+
+    def join(self, a: _Array) -> _Array:
+        """Undoes ``split`` of an array like x."""
+        return a.apply(mx.flatten, self.first, self.last) if self.lengths else a
+
+    def statistic(self, a: array) -> _Array:
+        """A mean or a variance, to broadcast along x."""
+        return _wide(a, self.stream).expand(self.axes)
+
+    def parameter(self, a: array) -> _Array:
+        """A weight or a bias, (C) or (N, C), to broadcast along x."""
+        return self.split(a, -1).expand(self.shared)
+
+    def sums(self, a: _Array) -> _Array:
+        """The sums over what shares a value of a parameter, in its shape."""
+        sums = a.sum(self.shared)
+        return sums.apply(mx.flatten, -2, -1) if self.lengths else sums
 
 
 # ---- Arithmetic ----------------------------------------------------------------------------------

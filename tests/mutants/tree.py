@@ -101,7 +101,7 @@ class Tree:
         self.planted = list(mutants)
         self._install_python(file for file in texts if file.startswith("python/"))
         if changed:
-            self._build_extension()
+            self._build_extensions()
 
     def _site_packages(self) -> Path:
         (folder,) = (self.path / ".venv" / "lib").glob("python3*/site-packages")
@@ -111,12 +111,14 @@ class Tree:
         for file in files:
             shutil.copy(self.path / file, self._site_packages() / Path(file).relative_to("python"))
 
-    def _build_extension(self) -> None:
+    def _build_extensions(self) -> None:
         (folder,) = (path.parent for path in (self.path / "build").glob("*/build.ninja"))
-        done = self._run([self.python, "-m", "cmake", "--build", str(folder), "--target", "_ext"])
+        done = self._run(
+            [self.python, "-m", "cmake", "--build", str(folder), "--target", "_core", "_ext"]
+        )
         if done.returncode != 0:
             raise BuildError(done.stdout)
-        for extension in (folder / "layout" / PACKAGE).glob("_ext*.so"):
+        for extension in (folder / "layout" / PACKAGE).glob("_*.so"):
             target = self._site_packages() / PACKAGE / extension.name
             target.unlink(missing_ok=True)
             shutil.copy(extension, target)

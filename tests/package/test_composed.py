@@ -31,6 +31,17 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "given": {"statistics": INSTANCE, "mean": MEAN, "var": VAR},
     "half": {"x": HALF, "statistics": BATCH, "weight": None, "bias": None},
     "mixed": {"x": HALF, "statistics": BATCH},
+    "groups": {
+        "x": X[:, :4],
+        "statistics": INSTANCE,
+        "groups": 2,
+        "weight": X[:, :4, 0],
+        "bias": None,
+    },
+    "interleaved": {"x": X[:, :4], "statistics": INSTANCE, "groups": 2, "interleaved": True}
+    | {"weight": X[:, :4, 0], "bias": BIAS[:4]},
+    "given of groups": {"x": X[:, :4], "statistics": INSTANCE, "groups": 2, "mean": X[:, :2, 0]}
+    | {"var": X[:, :2, 1], "weight": None, "bias": None},
 }
 CALLS: dict[str, tuple[str, dict[str, Any]]] = {
     "channels": ("count_channels", {"x": X, "axis": 1, "statistics": BATCH, "caller": "L"}),

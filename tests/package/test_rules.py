@@ -59,6 +59,13 @@ BAD: list[Case] = [
     normalize(f32(2, 4), mean=f32(4), var=[[4], "uint8"]),
     normalize(f32(2, 4), mean=f32(5), var=f32(4), running=True),
     normalize(f32(2, 4), mean=f32(4), var=f32(5), running=True),
+    normalize(f32(2, 4), weight=f32(2, 4)),
+    normalize(f32(2, 3, 4), "of_instance", weight=f32(3, 4)),
+    normalize(f32(2, 4), "of_instance", groups=3),
+    normalize(f32(2, 4), "of_instance", groups=2, bias=f32(4, 2)),
+    normalize(f32(2, 4), "of_instance", groups=2, mean=f32(4), var=f32(4)),
+    normalize(f32(2, 4), "of_instance", groups=2, axis=0),
+    normalize(f32(1, 4, 1), "of_instance", groups=4, axis=1, several_values=True),
     running(f32(5), f32(4)),
     running(f32(4), f32(4, 4)),
     running([[4], "int64"], f32(4)),
@@ -79,6 +86,9 @@ BAD: list[Case] = [
 ]
 GOOD: list[tuple[Case, Any]] = [
     (normalize(f32(2, 3, 4), "of_instance", axis=-2, weight=f32(3), channels=3), 1),
+    (normalize(f32(2, 3, 4), "of_instance", weight=f32(2, 4), bias=f32(4)), 2),
+    (normalize(f32(2, 4), "of_instance", groups=2, mean=f32(2, 2), var=f32(2, 2)), 1),
+    (normalize(f32(2, 4, 1), "of_instance", groups=4, axis=1, several_values=True), 1),
     (normalize([[0, 4], "bfloat16"], mean=[[4], "float64"], var=[[4], "float16"]), 1),
     (moments([[2, 3, 4], "float16"], -1, 0), [0, 2]),
     (running([[4], "float16"], f32(4)), None),

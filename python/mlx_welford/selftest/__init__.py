@@ -1,8 +1,7 @@
 """The self-test: every path of the launch plan against float64, then times against mlx.nn.
 
-For computers that nobody of this project can reach, so it is one command, whose output is meant to
-be pasted into an issue: ``python -m mlx_welford selftest``. It has the machine and all versions,
-survives crashes as far as it got, and is short enough for an issue whatever went wrong.
+One command, ``python -m mlx_welford selftest``, whose output can be pasted into an issue. The output
+names the machine and all versions, keeps what was done before a crash, and is always short enough.
 """
 
 from mlx_welford.selftest.publish import publish
