@@ -109,16 +109,6 @@ NB_MODULE(_ext, m) {
   m.def(
       "backend", [](mx::StreamOrDevice s) { return mw::backend_name(mx::to_stream(s)); },
       "stream"_a = nb::none(), "What kernels run on, on this stream.");
-  m.def(
-      "traced_for_any_shape",
-      [](const mx::array& x, mx::StreamOrDevice s) {
-        return mw::traced_for_any_shape(x, mx::to_stream(s));
-      },
-      "x"_a, "stream"_a = nb::none());
-  m.def("number_of_elements", &mx::number_of_elements, "x"_a, "axes"_a, "inverted"_a, "dtype"_a,
-        "stream"_a = nb::none(),
-        "The product of the lengths of these axes; a node of the graph while MLX traces for any "
-        "shape.");
   m.def("use_fallback", &mw::use_fallback, "always"_a,
         "Turns the use of fallbacks in place of all kernels on or off.");
   m.def(

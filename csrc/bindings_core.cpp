@@ -2,6 +2,7 @@
 // the latter by its name in MLX.
 
 #include <nanobind/nanobind.h>
+#include <nanobind/stl/array.h>
 #include <nanobind/stl/optional.h>
 #include <nanobind/stl/pair.h>
 #include <nanobind/stl/string.h>
@@ -62,4 +63,16 @@ NB_MODULE(_core, m) {
         return mw::check_axes(argument(x), axes, {caller});
       },
       "x"_a, "axes"_a, "caller"_a, "The axes, non-negative and sorted.");
+
+  m.def("reduced_axes", &mw::reduced_axes, "ndim"_a, "channel_axis"_a, "statistics"_a,
+        "The axes that share a statistic.");
+
+  m.attr("message_unit") = mw::kMessageUnit;
+  m.def("message_kind", &mw::message_kind, "dtype"_a);
+  m.def(
+      "check_messages",
+      [](const std::vector<mw::MessageHead>& heads, int rank, const std::string& caller) {
+        mw::check_messages(heads, rank, {caller});
+      },
+      "heads"_a, "rank"_a, "caller"_a, "`heads`: the first row of the message of each rank.");
 }

@@ -168,7 +168,7 @@ array input_gradient(const array& x, const array& g, const array& mean, const ar
 
 array rank_moments(const array& x, int axis, const Caller& caller, mx::StreamOrDevice s) {
   const int channel_axis = check_input(argument(x), axis, Statistics::of_batch, 0, caller);
-  return message_of(x, channel_axis, mx::to_stream(s));
+  return message_of(x, channel_axis, message_kind(argument(x).dtype), mx::to_stream(s));
 }
 
 std::tuple<array, array, array> merge_ranks(const array& messages, int ranks, int rank,

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <iterator>
 #include <sstream>
 
 namespace mlx_welford {
@@ -27,8 +28,10 @@ std::string tuple(std::span<const int> values) {
   return text.str();
 }
 
+constexpr const char* kDtypes[] = {"float32", "float16", "bfloat16", "float64"};
+
 void check_floating(const Argument& a, const std::string& what, const Caller& caller) {
-  for (const char* dtype : {"float32", "float16", "bfloat16", "float64"}) {
+  for (const char* dtype : kDtypes) {
     if (a.dtype == dtype) {
       return;
     }
@@ -57,6 +60,20 @@ int check_axis(int axis, int ndim, const char* name, const Caller& caller) {
     fail(caller, "'", name, "' must be in [", -ndim, ", ", ndim - 1, "] but got ", axis, ".");
   }
   return axis < 0 ? axis + ndim : axis;
+}
+
+constexpr int kMark = 0x57454C;  // below 2^24, and an unlikely value in unrelated memory
+
+bool is_message(const MessageHead& head) {
+  const double code = head[0] - kMark;
+  return (code == 0 || code == 1 || code == 2 || code == 3) && head[1] >= 0;
+}
+
+std::string shard(const MessageHead& head) {
+  std::ostringstream text;
+  text << static_cast<int64_t>(head[1]) << " channels of "
+       << kDtypes[static_cast<int>(head[0]) - kMark];
+  return text.str();
 }
 
 }  // namespace
@@ -156,6 +173,38 @@ std::vector<int> check_axes(const Argument& x, std::vector<int> axes, const Call
     fail(caller, "'axes' must not repeat but got ", tuple(as_given), ".");
   }
   return axes;
+}
+
+double message_kind(const std::string& dtype) {
+  return kMark + static_cast<double>(std::find(std::begin(kDtypes), std::end(kDtypes), dtype) -
+                                     std::begin(kDtypes));
+}
+
+double message_count(const MessageHead& head) {
+  return head[2] * static_cast<double>(kMessageUnit) + head[3];
+}
+
+void check_messages(std::span<const MessageHead> heads, int rank, const Caller& caller) {
+  const MessageHead& own = heads[rank];
+  double total = 0;
+  for (size_t other = 0; other < heads.size(); ++other) {
+    const MessageHead& theirs = heads[other];
+    if (!is_message(theirs)) {
+      fail<std::runtime_error>(
+          caller, "The ranks disagree: rank ", rank, " has ", shard(own), ", rank ", other,
+          " sent something else. Do all ranks run the same layers in the same order?");
+    }
+    if (theirs[0] != own[0] || theirs[1] != own[1]) {
+      fail<std::runtime_error>(caller, "The ranks disagree: rank ", rank, " has ", shard(own),
+                               ", rank ", other, " has ", shard(theirs), ".");
+    }
+    total += message_count(theirs);
+  }
+  if (total == 1) {
+    fail<std::runtime_error>(caller,
+                             "expected more than one value per channel in training, but all ranks "
+                             "together have one.");
+  }
 }
 
 }  // namespace mlx_welford

@@ -5,6 +5,8 @@
 // wrong".
 #pragma once
 
+#include <array>
+#include <cstdint>
 #include <optional>
 #include <span>
 #include <stdexcept>
@@ -67,5 +69,23 @@ void check_running_statistics(const Argument& running_mean, const Argument& runn
 
 /// The axes of a reduction of x, non-negative and sorted.
 std::vector<int> check_axes(const Argument& x, std::vector<int> axes, const Caller& caller);
+
+/// The first row of the message that a rank sends about its shard of a batch (csrc/ranks.cpp):
+///
+///   mark and dtype of x | number of channels | values per statistic / unit | the rest of these
+using MessageHead = std::array<double, 4>;
+
+constexpr int64_t kMessageUnit = 1 << 24;  // integers up to here are exact in float32
+
+/// Mark and dtype of x.
+double message_kind(const std::string& dtype);
+
+/// Values per statistic.
+double message_count(const MessageHead& head);
+
+/// Throws std::runtime_error if the ranks disagree about dtype or number of channels, or have a
+/// single value per statistic together. Collectives do not compare sizes among ranks, and where
+/// these disagree, they deliver unrelated memory.
+void check_messages(std::span<const MessageHead> heads, int rank, const Caller& caller);
 
 }  // namespace mlx_welford

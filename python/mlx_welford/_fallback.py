@@ -5,15 +5,15 @@ float64, and wherever no kernel can run. Arguments and results are named like th
 (metal/bindings.h). x, weight, bias and their gradients have one dtype; statistics are float32, or
 float64 for float64, and have the axes of x that are not in ``axes``, or shape (N, groups).
 
-Nothing here needs the extension. Without it, functions that are traced for any shape
-(``shapeless=True``) keep the counts of the shapes at hand.
+Nothing here needs the extension: where it cannot be loaded, _composed.py calls these functions.
 """
 
 from __future__ import annotations
 
+import io
 import math
-import sys
 from collections.abc import Callable, Sequence
+from functools import partial, reduce
 from typing import Any
 
 import mlx.core as mx
@@ -21,7 +21,7 @@ from mlx.core import array
 
 Arrays = dict[str, array]
 Axes = Sequence[int]
-Stream = mx.Stream | None
+Stream = mx.Stream | mx.Device | None
 
 
 # ---- Statistics ----------------------------------------------------------------------------------
@@ -30,9 +30,12 @@ Stream = mx.Stream | None
 def moments(x: array, *, axes: Axes, stream: Stream = None) -> Arrays:
     """mean = sum(x) / m,  var = sum((x - mean)^2) / m,  m = values per statistic."""
     wide = _wide(x, stream)
-    mean = wide.mean(axes, keepdims=True)
-    var = (wide - mean).apply(mx.square).mean(axes)
-    return {"mean": mean.squeeze(axes).finite_or_nan().array, "var": var.array}
+    # A mean of many values is rough, because MLX adds them up in float32. What it lacks is not.
+    rough = wide.mean(axes, keepdims=True).finite_or_nan().apply(mx.stop_gradient)
+    from_rough = wide - rough
+    tail = from_rough.mean(axes, keepdims=True)
+    var = (from_rough - tail).apply(mx.square).mean(axes)
+    return {"mean": (rough + tail).squeeze(axes).array, "var": var.array}
 
 
 def partial_moments(x: array, *, axes: Axes, stream: Stream = None) -> Arrays:
@@ -42,12 +45,11 @@ def partial_moments(x: array, *, axes: Axes, stream: Stream = None) -> Arrays:
     from_rounded = wide - rounded
     tail = from_rounded.mean(axes, keepdims=True)
     m2 = (from_rounded - tail).apply(mx.square).sum(axes, keepdims=True)
-    count = m2.apply(mx.full_like, wide.count(axes))
+    count = m2.apply(mx.zeros_like) + wide.count(axes)
     parts = [part.array for part in (count, rounded, tail, m2)]
     result = _Array(mx.stack(parts, -1, stream=stream), stream)
-    if x.size == 0 or _traced_for_any_shape(x, stream):  # zeros, in place of 0 / 0
-        none = count.expand([-1]).apply(mx.equal, count.constant(0))
-        result = none.apply(mx.where, result.constant(0), result)
+    none = count.expand([-1]).apply(mx.equal, count.constant(0))
+    result = none.apply(mx.where, result.constant(0), result)  # zeros, in place of 0 / 0
     return {"moments": result.squeeze(axes).array}
 
 
@@ -98,22 +100,23 @@ def merge_ranks(messages: array, *, ranks: int, stream: Stream = None) -> Arrays
     """Mean, variance and number of all values, from the messages (csrc/ranks.cpp) of all ranks."""
     channels = messages.shape[0] // ranks - 1
     by_rank = _wide(mx.reshape(messages, (ranks, 1 + channels, 4), stream=stream), stream)
-    about = by_rank.take(0, axis=1)
-    counts = about.take(2, axis=1) * 2**24 + about.take(3, axis=1)
+    heads = by_rank.take(0, axis=1)
+    counts = heads.take(2, axis=1) * 2**24 + heads.take(3, axis=1)
     rows = by_rank.apply(mx.take, mx.arange(1, 1 + channels, stream=stream), axis=1)
     mean, tail, m2 = (rows.take(i, axis=-1) for i in (1, 2, 3))  # (ranks, C)
     total = counts.apply(mx.sum)
     n = counts.expand([1])
     shard = n / total
 
-    # First a rounded mean, then what it lacks.
-    rounded = (shard * mean).sum([0])
-    offsets = mean - rounded + tail
+    # About the mean of a rank that has values, so that the tails are not rounded away.
+    first = counts.constant(0).apply(mx.less, counts).apply(mx.argmax).apply(mx.stop_gradient)
+    about = mean.apply(mx.take, first, axis=0).apply(mx.stop_gradient)
+    offsets = mean - about + tail
     offset = (shard * offsets).sum([0])
     d = offsets - offset
     # d * (n d): for a rank without values n is 0, but d * d may be infinite.
     all_m2 = (m2 + d * (n * d)).sum([0])
-    merged = {"mean": rounded + offset, "var": all_m2 / total, "count": total}
+    merged = {"mean": about + offset, "var": all_m2 / total, "count": total}
     return {name: a.array for name, a in merged.items()}
 
 
@@ -334,50 +337,83 @@ class _Array:
 
     def finite_or_nan(self) -> _Array:
         """As in the kernels, a mean of values that are not all finite is nan; then so is var."""
-        return self.apply(mx.isfinite).apply(mx.where, self, self.constant(math.nan))
+        return self + (self - self)
 
-    def count(self, axes: Axes, *, inverted: bool = False) -> _Array:
-        """The number of values along the axes, or its inverse."""
-        if (extension := _extension()) is not None:
-            dtype = self.array.dtype
-            count = extension.number_of_elements(self.array, axes, inverted, dtype, self.stream)
-            return _Array(count, self.stream)
-        count = math.prod(self.array.shape[axis] for axis in axes)
-        return self.constant(1 / count if inverted else count)
+    def count(self, axes: Axes) -> _Array:
+        """The number of values along the axes."""
+        count = number_of_elements(self.array, axes, self.stream)
+        if isinstance(count, int):
+            return self.constant(count)
+        return _Array(count.astype(self.array.dtype, stream=self.stream), self.stream)
 
     def mean(self, axes: Axes, *, keepdims: bool = False) -> _Array:
-        if not _traced_for_any_shape(self.array, self.stream):
-            return self.apply(mx.mean, axes, keepdims=keepdims)
-        return self.sum(axes, keepdims=keepdims) * self.count(axes, inverted=True)
+        if not traced_for_any_shape():
+            return self._along_each(mx.mean, axes, keepdims)
+        return self._of_twice(mx.mean, axes, keepdims)
 
     def sum(self, axes: Axes, *, keepdims: bool = False) -> _Array:
-        """While MLX traces for any shape, all of these axes may turn out to have length 1.
+        if not traced_for_any_shape():
+            return self._along_each(mx.sum, axes, keepdims)
+        return self._of_twice(mx.sum, axes, keepdims) * 0.5  # exact
 
-        MLX's reduction on the CPU then reads the last element of an empty list. A view that repeats
-        the array has one more axis to reduce; halving that sum is exact.
+    def _along_each(self, reduction: Callable[..., array], axes: Axes, keepdims: bool) -> _Array:
+        """Reduces one axis after another: MLX adds up value by value, and few round less."""
+        reduced = self
+        for axis in reversed(axes):
+            reduced = reduced.apply(reduction, axis, keepdims=True)
+        return reduced if keepdims else reduced.squeeze(axes)
+
+    def _of_twice(self, reduction: Callable[..., array], axes: Axes, keepdims: bool) -> _Array:
+        """Reduces a view that repeats the array, and so has one more axis to reduce.
+
+        While MLX traces for any shape, all of `axes` may turn out to have length 1. MLX's reduction
+        on the CPU then reads the last element of an empty list.
         """
-        if not _traced_for_any_shape(self.array, self.stream):
-            return self.apply(mx.sum, axes, keepdims=keepdims)
-        one = self.constant(1).array
-        twice = mx.full((2, *[1] * self.array.ndim), one, stream=self.stream)
+        twice = mx.full((2, *[1] * self.array.ndim), self.constant(1).array, stream=self.stream)
         whole = self.expand([0]).array
         views = _Array(mx.broadcast_arrays(whole, twice, stream=self.stream)[0], self.stream)
         behind = [0, *(axis + 1 for axis in axes)]
-        sums = views.apply(mx.sum, behind, keepdims=True) * 0.5
-        return sums.squeeze([0] if keepdims else behind)
+        reduced = views.apply(reduction, behind, keepdims=True)
+        return reduced.squeeze([0] if keepdims else behind)
+
+
+def result_type(*arrays: array) -> mx.Dtype:
+    """As ``mx.result_type``, which MLX has only since 0.32."""
+    return reduce(partial(mx.add, stream=mx.cpu), (mx.zeros((), a.dtype) for a in arrays)).dtype
+
+
+def statistics_dtype(dtype: mx.Dtype) -> mx.Dtype:
+    """Float32, but float64 for float64."""
+    return mx.float64 if dtype == mx.float64 else mx.float32
 
 
 def _wide(a: array, stream: Stream) -> _Array:
     """In the dtype that statistics have."""
-    dtype = mx.float64 if a.dtype == mx.float64 else mx.float32
-    return _Array(a.astype(dtype, stream=stream), stream)
+    return _Array(a.astype(statistics_dtype(a.dtype), stream=stream), stream)
 
 
-def _extension() -> Any:
-    return sys.modules.get("mlx_welford._ext")
+# ---- Shapes --------------------------------------------------------------------------------------
+
+_SAMPLE = array([1.0, 2.0])
 
 
-def _traced_for_any_shape(x: array, stream: Stream) -> bool:
-    """MLX tells it in C++ only."""
-    extension = _extension()
-    return extension is not None and bool(extension.traced_for_any_shape(x, stream))
+def traced_for_any_shape() -> bool:
+    """True while MLX traces with ``shapeless=True``: lengths of axes are then no constants.
+
+    In Python MLX tells it by the graph of a mean alone: it divides by a constant, or by a node.
+    """
+    graph = io.StringIO()
+    mx.export_to_dot(graph, mx.mean(_SAMPLE))
+    return "NumberOfElements" in graph.getvalue()
+
+
+def number_of_elements(x: array, axes: Axes, stream: Stream = None) -> int | array:
+    """The product of the lengths of these axes; an array while MLX traces for any shape."""
+    if not traced_for_any_shape():
+        return math.prod(x.shape[axis] for axis in axes)
+    one = array(1, mx.int64)
+    ones, _ = mx.broadcast_arrays(one, mx.stop_gradient(x, stream=stream), stream=stream)
+    twice = _Array(ones, stream)._of_twice(mx.sum, axes, keepdims=True)
+    equal = mx.flatten(twice.apply(mx.floor_divide, twice.constant(2)).array, stream=stream)
+    equal = mx.concatenate([equal, mx.zeros(2, mx.int64, stream=stream)], stream=stream)
+    return mx.max(equal, stream=stream)  # 0 if other axes have length 0

@@ -9,7 +9,6 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.nn import Module
 
-from mlx_welford import _ext
 from mlx_welford._arguments import (
     check_eps,
     check_momentum,
@@ -18,6 +17,7 @@ from mlx_welford._arguments import (
     options,
     set_missing_options,
 )
+from mlx_welford._operations import operations
 from mlx_welford._uninitialized import UninitializedParameter, is_uninitialized
 
 __all__ = ["BatchNorm", "GroupNorm", "InstanceNorm", "set_dtype"]
@@ -50,7 +50,7 @@ class _Normalization(Module):
     if TYPE_CHECKING:  # what the subclasses must have
         num_features = eps = momentum = track_running_stats = cast(Any, None)
 
-    _statistics: ClassVar[_ext.Statistics]
+    _statistics: ClassVar[operations.Statistics]
     _features_argument: ClassVar[str]
     _eps_argument: ClassVar[str] = "eps"
     # Set on layers of mlx.nn that have become one of these: their class and options before.
@@ -164,7 +164,7 @@ class _Normalization(Module):
         updates = self.training and self.track_running_stats
         evaluates = not self.training and self.track_running_stats
         groups, interleaved = self._grouping()
-        y, mean, var = _ext.normalize(
+        y, mean, var = operations.normalize(
             x,
             self.get("weight"),
             self.get("bias"),
@@ -186,9 +186,9 @@ class _Normalization(Module):
 
     def _update_running_statistics(self, x: mx.array, mean: mx.array, var: mx.array) -> None:
         """Updates them, unless the batch is empty."""
-        size = _ext.size_of(x)
+        size = operations.size_of(x)
         if isinstance(size, mx.array):  # the function is being traced for any shape
-            following = self._next_running_statistics(mean, var, size / _ext.size_of(mean))
+            following = self._next_running_statistics(mean, var, size / operations.size_of(mean))
             dict.update(self, {k: mx.where(size > 0, v, self[k]) for k, v in following.items()})
         elif size > 0:
             dict.update(self, self._next_running_statistics(mean, var, size // mean.size))
@@ -199,7 +199,9 @@ class _Normalization(Module):
             return
         name = type(self).__name__
         groups, _ = self._grouping()
-        features = _ext.count_channels(x, self.axis, self._statistics, name, several_values, groups)
+        features = operations.count_channels(
+            x, self.axis, self._statistics, name, several_values, groups
+        )
         check_positive(features, self._features_argument, name)
         self._initialize(features)
 
@@ -239,7 +241,7 @@ class _Normalization(Module):
             momentum = 1 / batches.astype(mean.dtype)
         elif getattr(momentum, "shape", ()) != ():
             momentum = one_momentum(momentum, name)
-        following["running_mean"], following["running_var"] = _ext.next_running_statistics(
+        following["running_mean"], following["running_var"] = operations.next_running_statistics(
             self["running_mean"], self["running_var"], mean, var, momentum, count, name
         )
         return following
@@ -340,7 +342,7 @@ class InstanceNorm(_Normalization, nn.InstanceNorm):
     momentum: float | mx.array | None = 0.1
     track_running_stats: bool = False
 
-    _statistics = _ext.Statistics.of_instance
+    _statistics = operations.Statistics.of_instance
     _features_argument = "dims"
     num_features = _dims
 
@@ -401,7 +403,7 @@ class GroupNorm(_Normalization, nn.GroupNorm):
     affine: InitVar[bool] = True
     pytorch_compatible: bool = False
 
-    _statistics = _ext.Statistics.of_instance
+    _statistics = operations.Statistics.of_instance
     _features_argument = "dims"
     _shown = ("eps", "affine", "pytorch_compatible")
     num_features = _dims
@@ -413,7 +415,7 @@ class GroupNorm(_Normalization, nn.GroupNorm):
         name = type(self).__name__
         check_positive(self.num_groups, "num_groups", name)
         if self.num_features is not None:
-            _ext.check_groups(self.num_features, self.num_groups, name)
+            operations.check_groups(self.num_features, self.num_groups, name)
 
     def _grouping(self) -> tuple[int, bool]:
         return self.num_groups, not self.pytorch_compatible
@@ -483,7 +485,7 @@ class BatchNorm(_Normalization, nn.BatchNorm):
     affine: InitVar[bool] = True
     track_running_stats: bool = True
 
-    _statistics = _ext.Statistics.of_batch
+    _statistics = operations.Statistics.of_batch
     _features_argument = "num_features"
     _shown = ("eps", "momentum", "affine", "track_running_stats")
 

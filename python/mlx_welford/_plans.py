@@ -5,8 +5,8 @@ from typing import Any, Literal, NotRequired, TypedDict
 
 import mlx.core as mx
 
-from mlx_welford import _ext
 from mlx_welford._arguments import check_positive
+from mlx_welford._operations import operations
 
 __all__ = [
     "DTYPES",
@@ -24,7 +24,7 @@ __all__ = [
 
 Layer = Literal["batch", "instance", "group"]
 
-DTYPES: dict[str, mx.Dtype] = {name: getattr(mx, name) for name, *_ in _ext.element_types()}
+DTYPES: dict[str, mx.Dtype] = {name: getattr(mx, name) for name, *_ in operations.element_types()}
 """The types that there are shaders for, by name."""
 
 
@@ -93,11 +93,13 @@ def normalization_plans(
             is empty.
     """
     of_instance = layer == "group" or (layer == "instance" and not given)
-    statistics = _ext.Statistics.of_instance if of_instance else _ext.Statistics.of_batch
+    statistics = (
+        operations.Statistics.of_instance if of_instance else operations.Statistics.of_batch
+    )
     x = mx.zeros(shape, _dtype(dtype))  # never evaluated
     if layer == "group":
         check_positive(groups, "num_groups", "group_norm")
-    channels = _ext.count_channels(x, axis, statistics, f"{layer}_norm", groups=groups)
+    channels = operations.count_channels(x, axis, statistics, f"{layer}_norm", groups=groups)
     kept = {axis % x.ndim, *([0] if of_instance else [])}
     reduced = [a for a in range(x.ndim) if a not in kept]
     order = _order(shape, reduced, [axis % x.ndim], of_groups=groups > 0)
@@ -194,10 +196,10 @@ def _dtype(name: str) -> mx.Dtype:
 def _order(
     shape: Sequence[int], axes: Sequence[int], last: Sequence[int], *, of_groups: bool = False
 ) -> list[int]:
-    """The order in which kernels take the axes of x, as ``_ext.axis_order``."""
+    """The order in which kernels take the axes of x, as ``operations.axis_order``."""
     if 0 in shape:
         raise ValueError(f"There is nothing to dispatch for an empty array of shape {shape}.")
-    return _ext.axis_order(shape, axes, last, of_groups)
+    return operations.axis_order(shape, axes, last, of_groups)
 
 
 def _plan(
@@ -208,9 +210,11 @@ def _plan(
     aligned: bool,
     **options: Any,
 ) -> Plan:
-    """``_ext.launch_plan`` with its options."""
+    """``operations.launch_plan`` with its options."""
     _dtype(dtype)
-    rows, temporaries = _ext.launch_plan(operation, shape, axes, dtype, aligned=aligned, **options)
+    rows, temporaries = operations.launch_plan(
+        operation, shape, axes, dtype, aligned=aligned, **options
+    )
     return {
         "dispatches": [
             {

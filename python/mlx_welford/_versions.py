@@ -1,4 +1,4 @@
-"""Checks that the installed MLX is the release that the extension was built against."""
+"""Whether the installed MLX is the release that the extension was built against."""
 
 import importlib.metadata
 import importlib.util
@@ -16,22 +16,15 @@ _LIBRARIES = {
 }
 
 
-def check() -> None:
-    """Raises ImportError, with the command to run, unless mlx and libmlx are of release MLX.
+def check() -> str | None:
+    """Why the extension cannot be loaded, and what to do; None if it can.
 
-    Call it before the extension is loaded. With another release the extension fails to load, or
-    misreads MLX's objects.
+    It can if mlx and libmlx, whatever package that is in, are of release MLX. With another
+    one, loading the extension fails, or it misreads MLX's objects.
+
+    Raises:
+        ImportError: If mlx or libmlx is not installed. The text has the command to run.
     """
-    libraries = {name: _release(name) for name in _LIBRARIES.get(sys.platform, ())}
-    for name, release in {"mlx": _release("mlx"), **libraries}.items():
-        if release is not None and release != MLX:
-            raise ImportError(
-                f"mlx_welford was built against {name} {MLX}, but {name} {release} is "
-                "installed. MLX's C++ interface changes between releases, so the two must agree.\n"
-                f"Install that release:\n    pip install {_pins(name)}\n"
-                f"or, to use {name} {release}, change the pins in the pyproject.toml of a checkout "
-                "of mlx-welford and build it there:\n    make build"
-            )
     if importlib.util.find_spec("mlx") is None:
         raise ImportError(f"mlx_welford needs mlx. Install it:\n    pip install {_pins('mlx')}")
     if sys.platform == "linux" and not _has_libmlx():
@@ -39,6 +32,17 @@ def check() -> None:
             "mlx is installed without its C++ library, libmlx, which on Linux is a package of its "
             "own. Install it:\n    pip install 'mlx-welford[cpu]'"
         )
+    for name in ("mlx", *_LIBRARIES.get(sys.platform, ())):
+        release = _release(name)
+        if release is not None and release != MLX:
+            return (
+                f"mlx_welford has kernels for {name} {MLX}, but {name} {release} is installed. "
+                "Results are right, but slow: they are composed of MLX's own operations.\n"
+                f"To get the kernels, install that release:\n    pip install {_pins(name)}\n"
+                f"or, to use {name} {release}, change the pins in the pyproject.toml of a checkout "
+                "of mlx-welford and build it there:\n    make build"
+            )
+    return None
 
 
 def _release(name: str) -> str | None:

@@ -6,8 +6,8 @@ from contextlib import contextmanager
 
 import mlx.core as mx
 
-from mlx_welford import _ext
 from mlx_welford._arguments import check_eps, check_positive
+from mlx_welford._operations import operations
 
 __all__ = ["batch_norm", "composed", "group_norm", "instance_norm", "moments"]
 
@@ -63,12 +63,12 @@ def instance_norm(
         Stylization <https://arxiv.org/abs/1607.08022>`_.
     """
     check_eps(eps, "instance_norm")
-    y, _, _ = _ext.normalize(
+    y, _, _ = operations.normalize(
         x,
         weight,
         bias,
         eps,
-        _ext.Statistics.of_instance,
+        operations.Statistics.of_instance,
         "instance_norm",
         axis=axis,
         stream=stream,
@@ -147,12 +147,12 @@ def group_norm(
     """
     check_eps(eps, "group_norm")
     check_positive(num_groups, "num_groups", "group_norm")
-    y, _, _ = _ext.normalize(
+    y, _, _ = operations.normalize(
         x,
         weight,
         bias,
         eps,
-        _ext.Statistics.of_instance,
+        operations.Statistics.of_instance,
         "group_norm",
         mean=mean,
         var=var,
@@ -219,12 +219,12 @@ def batch_norm(
         Internal Covariate Shift <https://arxiv.org/abs/1502.03167>`_.
     """
     check_eps(eps, "batch_norm")
-    return _ext.normalize(
+    return operations.normalize(
         x,
         weight,
         bias,
         eps,
-        _ext.Statistics.of_batch,
+        operations.Statistics.of_batch,
         "batch_norm",
         mean=mean,
         var=var,
@@ -270,7 +270,7 @@ def moments(
         (1983) 242: the merge of two sets' moments.
     """
     axes = [axes] if isinstance(axes, int) else list(axes)
-    return _ext.moments(x, axes, keepdims=keepdims, stream=stream)
+    return operations.moments(x, axes, keepdims=keepdims, stream=stream)
 
 
 _composing = threading.Lock()
@@ -310,4 +310,4 @@ def _change_composing(by: int) -> None:
     global _composing_blocks
     with _composing:
         _composing_blocks += by
-        _ext.use_fallback(_composing_blocks > 0)
+        operations.use_fallback(_composing_blocks > 0)

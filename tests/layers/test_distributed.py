@@ -266,6 +266,7 @@ def test_evaluation_sends_nothing(saved: Results) -> None:
     assert collectives(graph(saved, "evaluation")) == [0, 0]
 
 
+@pytest.mark.kernels("their nodes in MLX's graph")
 def test_as_few_passes_as_without(saved: Results) -> None:
     """The operations that read x, whose traffic test_traffic.py counts: 2R + 1W and 4R + 1W."""
     if saved.ranks == 1:

@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Literal
 
+from mlx_welford._operations import operations
 from mlx_welford._plans import (
     DTYPES,
     Plans,
@@ -77,7 +78,9 @@ class Case:
 
     @cached_property
     def plans(self) -> Plans:
-        """What the shaders would dispatch for it, whatever it runs on."""
+        """What the shaders would dispatch for it, whatever it runs on; nothing without kernels."""
+        if not operations.shader_kernels():
+            return {"forward": {"dispatches": [], "temporary_bytes": 0}}
         if self.operation == "moments":
             return moments_plans(self.shape, self.axes, dtype=self.dtype, aligned=self.aligned)
         if self.operation == "shard":

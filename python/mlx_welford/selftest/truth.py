@@ -291,6 +291,6 @@ def _count(x: mx.array, axes: list[int]) -> int:
 
 def ulp(magnitude: float, dtype: mx.Dtype) -> float:
     """The distance between neighbours of the type around a magnitude."""
-    about = mx.finfo(dtype)
-    exponent = math.floor(math.log2(max(magnitude, about.smallest_normal)))
-    return about.eps * 2.0**exponent
+    smallest_normal = 2.0 ** (-14 if dtype == mx.float16 else -126)
+    exponent = math.floor(math.log2(max(magnitude, smallest_normal)))
+    return mx.finfo(dtype).eps * 2.0**exponent
