@@ -154,7 +154,7 @@ void bind_launch(nb::module_& m) {
          bool bias, std::array<bool, 4> wanted, bool aligned, uint32_t max_threads,
          const std::string& architecture,
          const std::map<std::string, int64_t>& tuning) -> DispatchesAndTemporaries {
-        const auto geometry = find_geometry(mlx::core::Shape(shape.begin(), shape.end()), axes);
+        const auto geometry = find_geometry(shape, axes);
         if (!geometry || geometry->size() == 0) {
           throw std::invalid_argument("[launch_plan] no kernels for this shape and these axes.");
         }
@@ -194,9 +194,7 @@ void bind_launch(nb::module_& m) {
   m.def(
       "axis_order",
       [](const std::vector<int>& shape, const std::vector<int>& axes,
-         const std::vector<int>& last) {
-        return axis_order(mlx::core::Shape(shape.begin(), shape.end()), axes, last);
-      },
+         const std::vector<int>& last) { return axis_order(shape, axes, last); },
       "shape"_a, "axes"_a, "last"_a,
       "The order in which kernels take the axes of an array to reduce `axes`: as they are where "
       "they "

@@ -6,7 +6,8 @@
 
 namespace mlx_welford {
 
-std::optional<Geometry> find_geometry(const mlx::core::Shape& shape, const std::vector<int>& axes) {
+std::optional<Geometry> find_geometry(std::span<const int32_t> shape,
+                                      const std::vector<int>& axes) {
   // Walk from the fastest axis to the slowest; a level ends where reduced and kept axes change
   // over.
   Geometry g;
@@ -26,7 +27,7 @@ std::optional<Geometry> find_geometry(const mlx::core::Shape& shape, const std::
   return g;
 }
 
-std::vector<int> axis_order(const mlx::core::Shape& shape, const std::vector<int>& axes,
+std::vector<int> axis_order(std::span<const int32_t> shape, const std::vector<int>& axes,
                             const std::vector<int>& last) {
   std::vector<int> order(shape.size());
   std::iota(order.begin(), order.end(), 0);

@@ -3,9 +3,8 @@
 
 #include <cstdint>
 #include <optional>
+#include <span>
 #include <vector>
-
-#include "mlx/array.h"
 
 namespace mlx_welford {
 
@@ -69,11 +68,11 @@ struct Wanted {
 
 /// The geometry of a reduction over `axes` (unique, non-negative) of a row-contiguous array, or
 /// nothing when its kept and reduced axes alternate too often for (merge, outer, reduce, inner).
-std::optional<Geometry> find_geometry(const mlx::core::Shape& shape, const std::vector<int>& axes);
+std::optional<Geometry> find_geometry(std::span<const int32_t> shape, const std::vector<int>& axes);
 
 /// The order in which kernels take the axes of an array: as they are if they have a geometry, else
 /// with those in `last` behind the others.
-std::vector<int> axis_order(const mlx::core::Shape& shape, const std::vector<int>& axes,
+std::vector<int> axis_order(std::span<const int32_t> shape, const std::vector<int>& axes,
                             const std::vector<int>& last);
 
 }  // namespace mlx_welford
