@@ -4,7 +4,8 @@ from importlib import import_module
 
 from mlx_welford import _versions
 
-_versions.check()  # first, because with another release of libmlx the extension would crash
+# Where _ext is found. First, because the extension for another libmlx would crash.
+__path__.append(str(_versions.extension_folder()))
 # Loads libmlx from the folder of mlx; the extension alone would look for it beside itself.
 import_module("mlx.core")
 

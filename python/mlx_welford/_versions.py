@@ -1,13 +1,13 @@
-"""Checks that the installed MLX is the release that the extension was built against."""
+"""Chooses the extension for the installed MLX."""
 
 import importlib.metadata
 import importlib.util
 import sys
 from pathlib import Path
 
-from mlx_welford._build import MLX, PACKAGE
+from mlx_welford._build import PACKAGE, RELEASES
 
-__all__ = ["MLX", "PACKAGE", "check"]
+__all__ = ["PACKAGE", "RELEASES", "extension_folder"]
 
 # The packages that contain libmlx. mlx itself contains it only if built from source.
 _LIBRARIES = {
@@ -16,29 +16,38 @@ _LIBRARIES = {
 }
 
 
-def check() -> None:
-    """Raises ImportError, with the command to run, unless mlx and libmlx are of release MLX.
+def extension_folder() -> Path:
+    """The folder that holds _ext for the installed MLX.
 
-    Call it before the extension is loaded. With another release the extension fails to load, or
-    misreads MLX's objects.
+    Raises ImportError, with the command to run, unless there is one, and mlx and libmlx are of the
+    same release. The extension for another release would fail to load, or misread MLX's objects.
     """
-    libraries = {name: _release(name) for name in _LIBRARIES.get(sys.platform, ())}
-    for name, release in {"mlx": _release("mlx"), **libraries}.items():
-        if release is not None and release != MLX:
-            raise ImportError(
-                f"mlx_welford was built against {name} {MLX}, but {name} {release} is "
-                "installed. MLX's C++ interface changes between releases, so the two must agree.\n"
-                f"Install that release:\n    pip install {_pins(name)}\n"
-                f"or, to use {name} {release}, change the pins in the pyproject.toml of a checkout "
-                "of mlx-welford and build it there:\n    make build"
-            )
     if importlib.util.find_spec("mlx") is None:
-        raise ImportError(f"mlx_welford needs mlx. Install it:\n    pip install {_pins('mlx')}")
+        raise ImportError(f"mlx_welford needs mlx. Install it:\n    pip install {_pins()}")
     if sys.platform == "linux" and not _has_libmlx():
         raise ImportError(
             "mlx is installed without its C++ library, libmlx, which on Linux is a package of its "
             "own. Install it:\n    pip install 'mlx-welford[cpu]'"
         )
+    installed = {
+        name: release
+        for name in ("mlx", *_LIBRARIES.get(sys.platform, ()))
+        if (release := _release(name)) is not None
+    }
+    found = " and ".join(f"{name} {release}" for name, release in installed.items())
+    if len(set(installed.values())) > 1:
+        raise ImportError(
+            f"This environment has {found}, which must be of the same release:\n"
+            f"    pip install {_pins(*installed)}"
+        )
+    release = installed.get("mlx", RELEASES[-1])
+    if release not in RELEASES:
+        raise ImportError(
+            f"This build of mlx_welford is for mlx {', '.join(RELEASES)}, but this environment has "
+            f"{found}. MLX's C++ interface changes between releases.\n"
+            f"Install one of these releases:\n    pip install {_pins(*installed)}"
+        )
+    return Path(__file__).parent / f"mlx-{release}"
 
 
 def _release(name: str) -> str | None:
@@ -48,11 +57,11 @@ def _release(name: str) -> str | None:
         return None
 
 
-def _pins(name: str) -> str:
-    """Arguments for pip that install release MLX of `name` and of the packages that must match."""
-    default = "mlx-cpu" if sys.platform == "linux" else "mlx"
-    names = dict.fromkeys(["mlx", default if name == "mlx" else name])
-    return " ".join(f"'{name}=={MLX}'" for name in names)
+def _pins(*names: str) -> str:
+    """Arguments for pip that install the newest release that there is an extension for."""
+    if not names:
+        names = ("mlx", "mlx-cpu") if sys.platform == "linux" else ("mlx",)
+    return " ".join(f"'{name}=={RELEASES[-1]}'" for name in names)
 
 
 def _has_libmlx() -> bool:
