@@ -25,6 +25,13 @@ LAUNCHER ?=
 # Any interpreter builds with the tools in $(VENV), of which none is compiled for one CPython.
 PYTHONS ?= $(shell $(PY) cmake/interpreters.py)
 SITE_PACKAGES = $(abspath $(wildcard $(VENV)/lib/python3*/site-packages))
+# The releases of MLX that wheels are for. `make wheels RELEASES=0.32.4` leaves the others out.
+RELEASES ?= $(shell sed -n 's/^mlx = "\(.*\)"/\1/p' cmake/releases.toml)
+# The library, the headers and the nanobind of each, for a platform as pip names it.
+release_folders = $(RELEASES:%=build/releases/$(1)/%)
+release_stamps = $(addsuffix /stamp,$(call release_folders,$(1)))
+empty :=
+FOR_RELEASES = MLX_WELFORD_RELEASES='$(subst $(empty) ,;,$(abspath $(call release_folders,$(1))))'
 BUILD_WHEEL = PYTHONPATH=$(SITE_PACKAGES) $$python -m pip --disable-pip-version-check --quiet wheel \
 	--no-build-isolation --no-deps --no-index \
 	--config-settings=cmake.define.MLX_WELFORD_WERROR=$(WERROR) \
@@ -32,8 +39,10 @@ BUILD_WHEEL = PYTHONPATH=$(SITE_PACKAGES) $$python -m pip --disable-pip-version-
 	$(if $(LAUNCHER),--config-settings=cmake.define.CMAKE_CXX_COMPILER_LAUNCHER='$(LAUNCHER)')
 # Finds out on which releases of Linux wheels run; libmlx is there with mlx-cpu or mlx-cuda.
 AUDITWHEEL = PATH="$(abspath $(VENV)/bin):$$PATH" $(PY) -m auditwheel repair --exclude libmlx.so --wheel-dir $(DIST)
-MACOS_MLX := build/macos/mlx
-AARCH64_MLX := build/aarch64/mlx
+# The oldest systems that MLX's wheels are for.
+MACOS_PLATFORM := macosx_14_0_arm64
+LINUX_PLATFORM := manylinux_2_35_
+PLATFORM := $(if $(filter Darwin,$(shell uname)),$(MACOS_PLATFORM),$(LINUX_PLATFORM)$(shell uname -m))
 DIST ?= dist
 # What wheels are made of: this checkout, or an unpacked source distribution.
 SOURCE ?= .
@@ -156,7 +165,8 @@ endif
 # For the interpreter of .venv, which must be of the version that Debian has.
 $(MACOS_WHEELS)/stamp: $(VENV)/package.stamp
 	@rm -rf $(@D)
-	@$(MAKE) --no-print-directory wheel-macos DIST=$(@D) PYTHONS='$(abspath $(PY))'
+	@$(MAKE) --no-print-directory wheel-macos DIST=$(@D) PYTHONS='$(abspath $(PY))' \
+		RELEASES=$(lastword $(RELEASES))
 	@touch $@
 
 bench: build ## measure all of docs/performance.md: BENCH_ARGS="--only cases-tuned"
@@ -175,61 +185,51 @@ sdist: $(VENV)/requirements.stamp ## pack the sources into dist/
 	$(PY) -m build --sdist --no-isolation --outdir $(DIST)
 
 # In build folders of their own, since `make build` has other options.
-wheels: build ## build wheels for this Linux into dist/: PYTHONS="python3.12 python3.13"
+wheels: build $(call release_stamps,$(PLATFORM)) ## wheels for this system into dist/: PYTHONS="python3.12 python3.13"
 	@rm -rf build/unaudited
 	for python in $(PYTHONS); do \
-		$(BUILD_WHEEL) --config-settings=build-dir=build/wheel-{wheel_tag} \
+		$(call FOR_RELEASES,$(PLATFORM)) $(BUILD_WHEEL) \
+			--config-settings=build-dir=build/wheel-{wheel_tag} \
 			--wheel-dir build/unaudited $(SOURCE) || exit; \
 	done
-	$(AUDITWHEEL) build/unaudited/*.whl
+	$(if $(filter macosx%,$(PLATFORM)),mkdir -p $(DIST) && cp build/unaudited/*.whl $(DIST),$(AUDITWHEEL) build/unaudited/*.whl)
 
-# Wheels for another system: (platform, end of the extension's name, CMake's toolchain, folder of
-# MLX, folder of the wheels). The variables tell scikit-build-core what the tag and that name are.
+# Wheels for another system: (platform, end of the extension's name, CMake's toolchain, pip's name
+# of the platform, folder of the wheels). The variables tell scikit-build-core what the tag and that
+# name are.
 define build_wheels_for
 	for python in $(PYTHONS); do \
 		tag=$$($$python -c 'import sys; print(sys.implementation.cache_tag)'); \
 		_PYTHON_HOST_PLATFORM=$(1) SETUPTOOLS_EXT_SUFFIX=.$$tag-$(2) \
 		ZIG_GLOBAL_CACHE_DIR=$(CURDIR)/build/macos/zig ZIG_LOCAL_CACHE_DIR=$(CURDIR)/build/macos/zig \
-		$(BUILD_WHEEL) --wheel-dir $(5) \
+		$(call FOR_RELEASES,$(4)) $(BUILD_WHEEL) --wheel-dir $(5) \
 			--config-settings=cmake.define.CMAKE_TOOLCHAIN_FILE=$(3) \
-			--config-settings=cmake.define.MLX_DIR=$(CURDIR)/$(4)/mlx/share/cmake/MLX \
 			$(SOURCE) || exit; \
 	done
 endef
 
-wheel-macos: build $(MACOS_MLX)/stamp ## wheels for macOS on arm64, on Linux
-	$(call build_wheels_for,macosx-14.0-arm64,darwin.so,cmake/macos/toolchain.cmake,$(MACOS_MLX),$(DIST))
+wheel-macos: build $(call release_stamps,$(MACOS_PLATFORM)) ## wheels for macOS on arm64, on Linux
+	$(call build_wheels_for,macosx-14.0-arm64,darwin.so,cmake/macos/toolchain.cmake,$(MACOS_PLATFORM),$(DIST))
 
 # With Debian's cross compiler: g++-aarch64-linux-gnu.
-wheel-aarch64: build $(AARCH64_MLX)/stamp ## wheels for Linux on arm64, on x86-64
+wheel-aarch64: build $(call release_stamps,$(LINUX_PLATFORM)aarch64) ## wheels for Linux on arm64, on x86-64
 	@rm -rf build/unaudited-aarch64
-	$(call build_wheels_for,linux-aarch64,aarch64-linux-gnu.so,cmake/aarch64.cmake,$(AARCH64_MLX),build/unaudited-aarch64)
+	$(call build_wheels_for,linux-aarch64,aarch64-linux-gnu.so,cmake/aarch64.cmake,$(LINUX_PLATFORM)aarch64,build/unaudited-aarch64)
 	$(AUDITWHEEL) build/unaudited-aarch64/*.whl
 
-# MLX's library and headers: for the oldest macOS that its wheels are for, and for Linux on arm64.
-$(MACOS_MLX)/stamp: LIBRARY = mlx-metal
-$(MACOS_MLX)/stamp: PLATFORM = macosx_14_0_arm64
-$(AARCH64_MLX)/stamp: LIBRARY = mlx-cpu
-$(AARCH64_MLX)/stamp: PLATFORM = manylinux_2_35_aarch64
-$(MACOS_MLX)/stamp $(AARCH64_MLX)/stamp: pyproject.toml cmake/pins.py | $(VENV)/requirements.stamp
+# build/releases/PLATFORM/RELEASE
+build/releases/%/stamp: cmake/releases.toml cmake/pins.py | $(VENV)/requirements.stamp
 	@rm -rf $(@D)
-	@$(PIP) install --target $(@D) --no-deps --only-binary :all: \
-		--platform $(PLATFORM) $(LIBRARY)==$$($(PY) cmake/pins.py pin mlx)
+	@$(PIP) install --target $(@D) --no-deps --only-binary :all: --platform $(*D) \
+		$(if $(filter macosx%,$*),mlx-metal,mlx-cpu)==$(*F) nanobind==$$($(PY) cmake/pins.py nanobind $(*F))
 	@touch $@
 
-# The tests with another MLX and its nanobind, in a copy of the sources that pins them.
+# One wheel, with each release in an environment of its own; the results go into docs/building.md.
 TRIED := build/try-mlx
-TRY_ARGS ?= --backend cpu -m "not slow"
-try-mlx: $(VENV)/requirements.stamp ## run the tests with another MLX: MLX=0.32.2 NANOBIND=2.15.0
-	@test -n '$(MLX)' -a -n '$(NANOBIND)' || \
-		{ echo 'Say which: make try-mlx MLX=0.32.2 NANOBIND=2.15.0' >&2; exit 2; }
-	@mkdir -p $(TRIED)
-	@find $(TRIED) -mindepth 1 -maxdepth 1 -not -name $(VENV) -exec rm -rf {} +
-	@$(MAKE) --no-print-directory sdist DIST=$(TRIED)/sdist
-	@tar -xzmf $(TRIED)/sdist/*.tar.gz -C $(TRIED) --strip-components=1
-	@sed -i.orig -e 's/^  "\(mlx\|mlx-cpu\)==[0-9.]*/  "\1==$(MLX)/' \
-		-e 's/^  "nanobind==[0-9.]*/  "nanobind==$(NANOBIND)/' $(TRIED)/pyproject.toml
-	$(MAKE) -C $(TRIED) test PYTEST_ARGS='$(TRY_ARGS)'
+try-mlx: build ## test one wheel with every release of MLX that it is for
+	@rm -rf $(TRIED)/wheel
+	@$(MAKE) --no-print-directory wheels DIST=$(TRIED)/wheel PYTHONS='$(abspath $(PY))'
+	$(PY) cmake/try_releases.py $(TRIED)/wheel/*.whl $(RELEASES)
 
 # CUDA_PY is an interpreter that has all that tests/cuda_twin/README.md asks for; nothing is
 # installed into it. By default it is that of .venv, into which torch is installed if possible.
@@ -247,9 +247,9 @@ PACK_PYTHON ?= $(PY)
 cuda-pack: build ## the same for a machine without internet: PACK_PYTHON=python3.12
 	@rm -rf $(CUDA_PACK)
 	python=$(PACK_PYTHON); $(BUILD_WHEEL) --wheel-dir $(CUDA_PACK)/wheel \
-		--config-settings=build-dir=build/wheel-{wheel_tag} .
+		--config-settings=build-dir=build/wheel-installed-{wheel_tag} .
 	$(PIP) --python $(PACK_PYTHON) install --target $(CUDA_PACK)/site --no-compile --only-binary :all: \
-		mlx-cpu==$$($(PY) cmake/pins.py pin mlx) 'cuda-bindings>=13,<14' hypothesis numpy \
+		mlx-cpu==$(lastword $(RELEASES)) 'cuda-bindings>=13,<14' hypothesis numpy \
 		$(CUDA_PACK)/wheel/*.whl
 	PYTHONPATH=$(TESTS_PATH) $(PY) -m cuda_twin resources --architecture $(CUDA_ARCHITECTURE) > /dev/null
 	tar -czf $(CUDA_PACK).tar.gz --exclude=__pycache__ tests bench build/cuda/programs -C $(CUDA_PACK) site

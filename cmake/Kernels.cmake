@@ -37,7 +37,6 @@ endfunction()
 function(welford_add_variant target source isa)
   add_library(kernels_${isa} OBJECT ${source})
   welford_compile_options(kernels_${isa})
-  target_link_libraries(kernels_${isa} PRIVATE mlx)
   target_compile_definitions(kernels_${isa} PRIVATE MLX_WELFORD_ISA=${isa})
   # Not -ffast-math: NaN and infinity are ordinary values here.
   target_compile_options(kernels_${isa} PRIVATE $<$<NOT:$<CONFIG:Debug>>:-O3> -fno-math-errno

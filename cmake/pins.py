@@ -1,52 +1,57 @@
-"""What pyproject.toml pins, for everyone who needs to know.
+"""What pyproject.toml and releases.toml pin, for everyone who needs to know.
 
 scikit-build-core imports this module as a dynamic-metadata provider: the requirement on mlx and the
-extra [cpu] follow from the build requirements. CMake and make run it:
+extra [cpu] follow from the releases that are built for. CMake and make run it:
 
     python cmake/pins.py version            the version of this package
-    python cmake/pins.py pin NAME           the exact release of the build requirement NAME
+    python cmake/pins.py nanobind MLX       the nanobind for a release of MLX
     python cmake/pins.py requirements       all that developers install, one requirement a line
 """
 
-import re
+import importlib.metadata
+import os
 import sys
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-PYPROJECT: dict[str, Any] = tomllib.loads(
-    (Path(__file__).parents[1] / "pyproject.toml").read_text(encoding="utf-8")
-)
-BUILD_REQUIREMENTS: list[str] = PYPROJECT["build-system"]["requires"]
+
+def _read(file: str) -> dict[str, Any]:
+    return tomllib.loads((Path(__file__).parents[1] / file).read_text(encoding="utf-8"))
 
 
-def pin(name: str) -> str:
-    """The release in the build requirement ``name==release``.
+PYPROJECT = _read("pyproject.toml")
+RELEASES: list[dict[str, str]] = _read("cmake/releases.toml")["release"]
+# Of wheels, on MLX.
+REQUIREMENT = f"mlx>={RELEASES[0]['mlx']}"
 
-    Raises LookupError unless there is exactly one such requirement.
+
+def nanobind(mlx: str) -> str:
+    """The nanobind that an extension for this release of MLX is built with.
+
+    Raises LookupError if releases.toml does not have it.
     """
-    found = [
-        match[1]
-        for requirement in BUILD_REQUIREMENTS
-        if (match := re.fullmatch(rf"{re.escape(name)}\s*==\s*([^\s;*]+)\s*(;.*)?", requirement))
-    ]
-    if len(found) != 1:
-        raise LookupError(
-            f"[build-system].requires in pyproject.toml must pin '{name}==<release>' exactly once."
-        )
-    return found[0]
+    for row in RELEASES:
+        if row["mlx"] == mlx:
+            return row["nanobind"]
+    known = ", ".join(row["mlx"] for row in RELEASES)
+    raise LookupError(f"cmake/releases.toml has no row for MLX {mlx}, only for {known}.")
 
 
 def dynamic_metadata(_settings: Mapping[str, Any], _project: Mapping[str, Any]) -> dict[str, Any]:
-    """The entries of [project] that follow from the pins.
+    """The entries of [project] that follow from the releases of MLX that are built for.
 
-    mlx-cpu is an extra, not a requirement, since it would overwrite the files of mlx-cuda.
+    MLX_WELFORD_RELEASES names them, as in CMakeLists.txt. Without it there is one, the installed
+    release. mlx-cpu is an extra, not a requirement, since it would overwrite the files of mlx-cuda.
     """
-    mlx = pin("mlx")
+    if "MLX_WELFORD_RELEASES" in os.environ:
+        mlx = REQUIREMENT
+    else:
+        mlx = f"mlx=={importlib.metadata.version('mlx')}"
     return {
-        "dependencies": [f"mlx=={mlx}"],
-        "optional-dependencies": {"cpu": [f"mlx-cpu=={mlx}; sys_platform == 'linux'"]},
+        "dependencies": [mlx],
+        "optional-dependencies": {"cpu": [mlx.replace("mlx", "mlx[cpu]")]},
     }
 
 
@@ -59,7 +64,7 @@ def requirements() -> list[str]:
     del extras["torch"]
     groups: dict[str, list[str]] = PYPROJECT["dependency-groups"]
     return [
-        *BUILD_REQUIREMENTS,
+        *PYPROJECT["build-system"]["requires"],
         *(requirement for extra in extras.values() for requirement in extra),
         *(requirement for group in groups.values() for requirement in group),
     ]
@@ -69,8 +74,8 @@ if __name__ == "__main__":
     match sys.argv[1:]:
         case ["version"]:
             print(PYPROJECT["project"]["version"])
-        case ["pin", name]:
-            print(pin(name))
+        case ["nanobind", mlx]:
+            print(nanobind(mlx))
         case ["requirements"]:
             print("\n".join(requirements()))
         case _:

@@ -154,7 +154,7 @@ gpu::Tuning tuning_from(const std::string& architecture,
 }
 
 /// The channel axis: the last that is not reduced.
-int last_kept(const mlx::core::Shape& shape, const std::vector<int>& axes) {
+int last_kept(const std::vector<int>& shape, const std::vector<int>& axes) {
   int axis = static_cast<int>(shape.size()) - 1;
   while (std::find(axes.begin(), axes.end(), axis) != axes.end()) {
     --axis;
@@ -176,9 +176,8 @@ void bind_launch(nb::module_& m) {
          const std::string& architecture, int64_t groups, bool interleaved,
          bool affine_per_instance,
          const std::map<std::string, int64_t>& tuning) -> DispatchesAndTemporaries {
-        const mlx::core::Shape lengths(shape.begin(), shape.end());
-        const auto geometry = groups > 0 ? find_instances(lengths, last_kept(lengths, axes))
-                                         : find_geometry(lengths, axes);
+        const auto geometry =
+            groups > 0 ? find_instances(shape, last_kept(shape, axes)) : find_geometry(shape, axes);
         if (!geometry || geometry->size() == 0) {
           throw std::invalid_argument("[launch_plan] no kernels for this shape and these axes.");
         }
@@ -223,9 +222,7 @@ void bind_launch(nb::module_& m) {
   m.def(
       "axis_order",
       [](const std::vector<int>& shape, const std::vector<int>& axes, const std::vector<int>& last,
-         bool of_groups) {
-        return axis_order(mlx::core::Shape(shape.begin(), shape.end()), axes, last, of_groups);
-      },
+         bool of_groups) { return axis_order(shape, axes, last, of_groups); },
       "shape"_a, "axes"_a, "last"_a, "of_groups"_a = false,
       "The order in which kernels take the axes of an array to reduce `axes`: as they are where "
       "they "

@@ -6,7 +6,8 @@
 
 namespace mlx_welford {
 
-std::optional<Geometry> find_geometry(const mlx::core::Shape& shape, const std::vector<int>& axes) {
+std::optional<Geometry> find_geometry(std::span<const int32_t> shape,
+                                      const std::vector<int>& axes) {
   // Walk from the fastest axis to the slowest; a level ends where reduced and kept axes change
   // over.
   Geometry g;
@@ -26,7 +27,7 @@ std::optional<Geometry> find_geometry(const mlx::core::Shape& shape, const std::
   return g;
 }
 
-std::optional<Geometry> find_instances(const mlx::core::Shape& shape, int channel_axis) {
+std::optional<Geometry> find_instances(std::span<const int32_t> shape, int channel_axis) {
   auto product = [&](size_t first, size_t last) {
     int64_t size = 1;
     for (size_t axis = first; axis < last; ++axis) {
@@ -45,7 +46,7 @@ std::optional<Geometry> find_instances(const mlx::core::Shape& shape, int channe
   return std::nullopt;
 }
 
-std::vector<int> axis_order(const mlx::core::Shape& shape, const std::vector<int>& axes,
+std::vector<int> axis_order(std::span<const int32_t> shape, const std::vector<int>& axes,
                             const std::vector<int>& last, bool of_groups) {
   std::vector<int> order(shape.size());
   std::iota(order.begin(), order.end(), 0);

@@ -3,9 +3,8 @@
 
 #include <cstdint>
 #include <optional>
+#include <span>
 #include <vector>
-
-#include "mlx/array.h"
 
 namespace mlx_welford {
 
@@ -97,16 +96,16 @@ struct Wanted {
 
 /// The geometry of a reduction over `axes` (unique, non-negative) of a row-contiguous array, or
 /// nothing when its kept and reduced axes alternate too often for (merge, outer, reduce, inner).
-std::optional<Geometry> find_geometry(const mlx::core::Shape& shape, const std::vector<int>& axes);
+std::optional<Geometry> find_geometry(std::span<const int32_t> shape, const std::vector<int>& axes);
 
 /// The geometry of instances (N, ..., C, ...), of which each channel has slots of its own: channels
 /// last, or first, which a single position is not, or none if positions lie on both sides of them.
-std::optional<Geometry> find_instances(const mlx::core::Shape& shape, int channel_axis);
+std::optional<Geometry> find_instances(std::span<const int32_t> shape, int channel_axis);
 
 /// The order in which kernels take the axes of an array: as they are if they have a geometry, else
 /// with those in `last` behind the others. For groups the geometry is that of find_instances, and
 /// `last` the channel axis.
-std::vector<int> axis_order(const mlx::core::Shape& shape, const std::vector<int>& axes,
+std::vector<int> axis_order(std::span<const int32_t> shape, const std::vector<int>& axes,
                             const std::vector<int>& last, bool of_groups = false);
 
 }  // namespace mlx_welford

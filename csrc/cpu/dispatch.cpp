@@ -1,6 +1,7 @@
 // Chooses the kernels for the processor at hand.
 
 #include <cstdlib>
+#include <iterator>
 #include <stdexcept>
 #include <string>
 
@@ -25,9 +26,7 @@ namespace {
 
 struct Tables {
   std::string isa;
-  const Kernels* float32;
-  const Kernels* float16;
-  const Kernels* bfloat16;
+  const Kernels* kernels[std::size(kElementTypes)];  // in the order of Element
 };
 
 bool supported(const std::string& isa) {
@@ -50,7 +49,7 @@ const Tables& tables() {
     Tables best;
 #define OFFER(isa)                                                           \
   if (supported(#isa) && (asked == nullptr || std::string(asked) == #isa)) { \
-    best = {#isa, &isa::float32, &isa::float16, &isa::bfloat16};             \
+    best = {#isa, {&isa::float32, &isa::float16, &isa::bfloat16}};           \
   }
     MLX_WELFORD_FOR_EACH_ISA(OFFER)
 #undef OFFER
@@ -67,17 +66,6 @@ const Tables& tables() {
 
 const std::string& instruction_set() { return tables().isa; }
 
-const Kernels& kernels(mlx::core::Dtype dtype) {
-  switch (dtype) {
-    case mlx::core::float32:
-      return *tables().float32;
-    case mlx::core::float16:
-      return *tables().float16;
-    case mlx::core::bfloat16:
-      return *tables().bfloat16;
-    default:
-      throw std::invalid_argument("No CPU kernels for this dtype.");
-  }
-}
+const Kernels& kernels(Element element) { return *tables().kernels[static_cast<int>(element)]; }
 
 }  // namespace mlx_welford::cpu

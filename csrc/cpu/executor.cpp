@@ -181,7 +181,7 @@ Stages::OfTile apply_maps(const array& x, const array* g, const array& out, cons
 
 void moments(const Problem& problem, BoundArrays& a) {
   const Tiling tiling(problem.geometry);
-  const Kernels& k = kernels(a[kX].dtype());
+  const Kernels& k = kernels(problem.element);
   auto* mean = a[kMean].data<float>();
   auto* var = a[kVar].data<float>();
   auto finalize = [&](Workspace& w, int64_t first, int64_t last) {
@@ -193,7 +193,7 @@ void moments(const Problem& problem, BoundArrays& a) {
 
 void partial_moments(const Problem& problem, BoundArrays& a) {
   const Tiling tiling(problem.geometry);
-  const Kernels& k = kernels(a[kX].dtype());
+  const Kernels& k = kernels(problem.element);
   auto* moments = a[kMoments].data<shared::Moments>();
   const auto count = static_cast<float>(problem.geometry.count());
   auto finalize = [&](Workspace& w, int64_t first, int64_t last) {
@@ -212,7 +212,7 @@ void partial_moments(const Problem& problem, BoundArrays& a) {
 
 void moments_gradient(const Problem& problem, BoundArrays& a) {
   const Tiling tiling(problem.geometry);
-  const Kernels& k = kernels(a[kX].dtype());
+  const Kernels& k = kernels(problem.element);
   const auto* mean = a[kMean].data<float>();
   const auto* grad_mean = a[kGradMean].data<float>();
   const auto* grad_var = a[kGradVar].data<float>();
@@ -235,7 +235,7 @@ void normalize(const Problem& problem, BoundArrays& a) {
   const array& x = a[kX];
   auto* mean = a[kMean].data<float>();
   auto* var = a[kVar].data<float>();
-  const Kernels& k = kernels(x.dtype());
+  const Kernels& k = kernels(problem.element);
   const Channels weight(a.optional(kWeight), slots.channels, 1);
   const Channels bias(a.optional(kBias), slots.channels, 0);
   auto finalize = [&](Workspace& w, int64_t first, int64_t last) {
@@ -317,7 +317,7 @@ void normalize_gradient(const Problem& problem, BoundArrays& a) {
   const Tiling tiling(problem.geometry, slots.unit());
   const array& x = a[kX];
   const array& g = a[kG];
-  const Kernels& k = kernels(x.dtype());
+  const Kernels& k = kernels(problem.element);
   const GradientInputs in(problem, a);
   const auto count = static_cast<float>(problem.geometry.count() * slots.members);
   const bool parameters = wanted.weight || wanted.bias;
@@ -390,7 +390,7 @@ void normalize_gradient(const Problem& problem, BoundArrays& a) {
 /// grad x of cotangents that are per value already, and include what the sums would add.
 void input_gradient(const Problem& problem, BoundArrays& a) {
   const Tiling tiling(problem.geometry);
-  const Kernels& k = kernels(a[kX].dtype());
+  const Kernels& k = kernels(problem.element);
   const GradientInputs in(problem, a);
   auto finalize = [&](Workspace& w, int64_t first, int64_t last) {
     for_slots(tiling, problem.slots(), first, last, [&](const Slot& slot, int64_t) {

@@ -4,7 +4,7 @@
 #include <cstdint>
 #include <string>
 
-#include "mlx/dtype.h"
+#include "element.h"
 
 namespace mlx_welford::cpu {
 
@@ -55,9 +55,8 @@ struct Kernels {
   void (*apply)(const void* x, const void* g, Panel, Coefficients, void* y, bool past_caches);
 };
 
-/// The kernels for float32, float16 or bfloat16 in the best instruction set that this processor
-/// has.
-const Kernels& kernels(mlx::core::Dtype dtype);
+/// The kernels for an element type, in the best instruction set that this processor has.
+const Kernels& kernels(Element element);
 
 /// The name of that instruction set: baseline, x86_64_v3 or x86_64_v4. MLX_WELFORD_ISA asks for one
 /// (to test it).

@@ -10,13 +10,18 @@ import warnings
 from importlib import import_module
 from typing import TYPE_CHECKING
 
+import mlx_welford
 from mlx_welford import _versions
 
 __all__ = ["no_kernels", "operations"]
 
-no_kernels: str | None = _versions.check()
+no_kernels: str | None = None
 """Why there are no kernels in this process; None if there are."""
 
+try:
+    mlx_welford.__path__.append(str(_versions.extension_folder()))  # where _ext is found
+except _versions.NoKernelsError as error:
+    no_kernels = str(error)
 if os.environ.get("MLX_WELFORD_BACKEND") == "fallback":  # for tests and bug reports
     no_kernels = "MLX_WELFORD_BACKEND=fallback"
 elif no_kernels is not None:

@@ -6,7 +6,7 @@ import importlib.metadata
 import sys
 from pathlib import Path
 
-from mlx_welford._build import MLX
+from mlx_welford._build import RELEASES
 
 from .cache import CACHE, BuildError, cached, run
 
@@ -46,7 +46,7 @@ def for_macos(version: str, macos: int) -> Path:
 
     def make(folder: Path) -> None:
         where = ["--no-deps", f"--python-version={version}", f"--target={folder}"]
-        mlx = [f"mlx=={MLX}", f"mlx-metal=={MLX}"]
+        mlx = [f"mlx=={RELEASES[-1]}", f"mlx-metal=={RELEASES[-1]}"]
         run([*_PIP, *_platforms(*platforms), *where, *mlx, str(wheels[0])])
 
-    return cached("macos-packages", [version, MLX, *platforms, wheels[0]], make)
+    return cached("macos-packages", [version, RELEASES[-1], *platforms, wheels[0]], make)

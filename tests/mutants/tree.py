@@ -118,7 +118,8 @@ class Tree:
         )
         if done.returncode != 0:
             raise BuildError(done.stdout)
-        for extension in (folder / "layout" / PACKAGE).glob("_*.so"):
-            target = self._site_packages() / PACKAGE / extension.name
+        layout = folder / "layout"
+        for extension in (layout / PACKAGE).rglob("_*.so"):
+            target = self._site_packages() / extension.relative_to(layout)
             target.unlink(missing_ok=True)
             shutil.copy(extension, target)

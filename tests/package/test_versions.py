@@ -1,8 +1,10 @@
-"""Beside another MLX than it was built against the package does without its extension."""
+"""The extension is chosen by the installed MLX; without one MLX's operations take its place."""
 
 import importlib.metadata
 import importlib.util
+import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -11,8 +13,11 @@ from importlib.machinery import ModuleSpec
 from pathlib import Path
 
 import mlx_welford  # must load before anything is replaced
+import nanobind
+import pins
 import pytest
-from mlx_welford import _versions
+import try_releases
+from mlx_welford import _ext, _versions
 
 
 def install(
@@ -41,11 +46,49 @@ def install(
     monkeypatch.setattr(sys, "platform", platform)
 
 
-def test_the_build_was_for_the_mlx_that_is_installed() -> None:
-    assert importlib.metadata.version("mlx") == _versions.MLX
-    assert _versions.check() is None
+def test_the_build_has_an_extension_for_the_mlx_that_is_installed() -> None:
+    release = importlib.metadata.version("mlx")
+    assert release in _versions.RELEASES
+    folder = _versions.extension_folder()
+    assert folder == Path(mlx_welford.__file__).parent / f"mlx-{release}"
+    assert Path(_ext.__file__).parent == folder
+    assert _ext.mlx_version == release
 
 
+def test_the_build_requirements_are_the_newest_row() -> None:
+    newest = pins.RELEASES[-1]
+    requirements = pins.PYPROJECT["build-system"]["requires"]
+    assert requirements[:3] == [
+        f"mlx=={newest['mlx']}",
+        f"mlx-cpu=={newest['mlx']}; sys_platform == 'linux'",
+        f"nanobind=={newest['nanobind']}",
+    ]
+
+
+def test_the_table_names_the_internals_of_the_nanobind_that_is_installed() -> None:
+    internals = {row["nanobind"]: row["internals"] for row in pins.RELEASES}
+    header = Path(nanobind.include_dir()).parent / "src" / "nb_internals.h"
+    texts = [path.read_text() for path in (header, *header.parents[1].rglob("nb_*.h"))]
+    (version,) = {
+        found[1]
+        for text in texts
+        if (found := re.search(r"define NB_INTERNALS_VERSION (\d+)", text))
+    }
+    assert internals[nanobind.__version__] == f"v{version}"
+
+
+def test_the_page_has_a_row_for_each_release_and_what_was_tried() -> None:
+    results = json.loads(try_releases.RESULTS.read_text())
+    assert try_releases.table(results) in try_releases.PAGE.read_text()
+    assert results.keys() <= {row["mlx"] for row in pins.RELEASES}
+
+
+def test_a_release_without_a_row_has_no_nanobind() -> None:
+    with pytest.raises(LookupError, match=r"no row for MLX 0\.1\.2, only for 0\.32\.0, "):
+        pins.nanobind("0.1.2")
+
+
+@pytest.mark.parametrize("release", ["0.1.0", "0.1.10"])
 @pytest.mark.parametrize(
     ("platform", "libraries"),
     [
@@ -56,47 +99,70 @@ def test_the_build_was_for_the_mlx_that_is_installed() -> None:
         ("darwin", []),
     ],
 )
-def test_the_same_release_passes(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, platform: str, libraries: list[str]
+def test_each_release_has_its_extension(
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    platform: str,
+    libraries: list[str],
+    release: str,
 ) -> None:
-    install(monkeypatch, tmp_path, platform, dict.fromkeys(["mlx", *libraries], _versions.MLX))
-    assert _versions.check() is None
+    install(monkeypatch, tmp_path, platform, dict.fromkeys(["mlx", *libraries], release))
+    monkeypatch.setattr(_versions, "RELEASES", ("0.1.0", "0.1.10"))
+    assert _versions.extension_folder().name == f"mlx-{release}"
 
 
 @pytest.mark.parametrize(
-    ("platform", "name", "cure"),
+    ("platform", "library", "cure"),
     [
-        ("linux", "mlx", "pip install 'mlx=={0}' 'mlx-cpu=={0}'"),
         ("linux", "mlx-cpu", "pip install 'mlx=={0}' 'mlx-cpu=={0}'"),
         ("linux", "mlx-cuda-12", "pip install 'mlx=={0}' 'mlx-cuda-12=={0}'"),
-        ("darwin", "mlx", "pip install 'mlx=={0}'\n"),
         ("darwin", "mlx-metal", "pip install 'mlx=={0}' 'mlx-metal=={0}'"),
     ],
 )
 def test_another_release_is_named_with_its_cure(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, platform: str, name: str, cure: str
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, platform: str, library: str, cure: str
 ) -> None:
-    installed = {"mlx": _versions.MLX, "mlx-cpu": _versions.MLX, name: "0.1.2"}
-    install(monkeypatch, tmp_path, platform, installed)
-    message = _versions.check()
-    assert message is not None
-    assert f"kernels for {name} {_versions.MLX}, but {name} 0.1.2 is installed" in message
-    assert cure.format(_versions.MLX) in message
-    assert "make build" in message
+    install(monkeypatch, tmp_path, platform, {"mlx": "0.1.2", library: "0.1.2"})
+    with pytest.raises(_versions.NoKernelsError) as error:
+        _versions.extension_folder()
+    message = str(error.value)
+    assert f"kernels for mlx {', '.join(_versions.RELEASES)}, but this" in message
+    assert f"this environment has mlx 0.1.2 and {library} 0.1.2." in message
+    assert cure.format(_versions.RELEASES[-1]) in message
+    assert message.endswith("make build")
+
+
+@pytest.mark.parametrize(
+    ("platform", "library"),
+    [("linux", "mlx-cpu"), ("linux", "mlx-cuda-13"), ("darwin", "mlx-metal")],
+)
+@pytest.mark.parametrize("newer", ["mlx", "library"])
+def test_a_library_of_another_release_is_named_with_its_cure(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, platform: str, library: str, newer: str
+) -> None:
+    """Even if the package has an extension for both."""
+    releases = {"mlx": "0.1.2", library: "0.1.3"}
+    if newer == "mlx":
+        releases = {"mlx": "0.1.3", library: "0.1.2"}
+    install(monkeypatch, tmp_path, platform, releases)
+    monkeypatch.setattr(_versions, "RELEASES", ("0.1.2", "0.1.3"))
+    with pytest.raises(ImportError, match="must be of the same release") as error:
+        _versions.extension_folder()
+    assert f"pip install 'mlx==0.1.3' '{library}==0.1.3'" in str(error.value)
 
 
 def test_mlx_without_its_library_is_named_with_its_cure(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    install(monkeypatch, tmp_path, "linux", {"mlx": _versions.MLX})
+    install(monkeypatch, tmp_path, "linux", {"mlx": _versions.RELEASES[-1]})
     with pytest.raises(ImportError, match=r"pip install 'mlx-welford\[cpu\]'"):
-        _versions.check()
+        _versions.extension_folder()
 
 
 def test_no_mlx_is_named_with_its_cure(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     install(monkeypatch, tmp_path, "linux", {})
-    with pytest.raises(ImportError, match=rf"pip install 'mlx=={_versions.MLX}'"):
-        _versions.check()
+    with pytest.raises(ImportError, match=rf"pip install 'mlx=={_versions.RELEASES[-1]}'"):
+        _versions.extension_folder()
 
 
 def test_the_newest_mlx_without_its_library_is_named_with_its_cure_too(
@@ -104,7 +170,7 @@ def test_the_newest_mlx_without_its_library_is_named_with_its_cure_too(
 ) -> None:
     install(monkeypatch, tmp_path, "linux", {"mlx": "9.9.9"})
     with pytest.raises(ImportError, match=r"pip install 'mlx-welford\[cpu\]'"):
-        _versions.check()
+        _versions.extension_folder()
 
 
 @pytest.mark.parametrize("first", ["mlx_welford", "mlx.core"])
@@ -145,7 +211,9 @@ print(mw.instance_norm(mx.ones((2, 3, 4))).tolist() == mx.zeros((2, 3, 4)).tolis
 PRETEND = """
 import importlib.metadata, sys, warnings
 version = importlib.metadata.version
-importlib.metadata.version = lambda name: "0.1.2" if name == "mlx" else version(name)
+def pretended(name):
+    return "0.1.2" if version(name) and name.startswith("mlx") else version(name)
+importlib.metadata.version = pretended
 """
 REPORT = """
 with warnings.catch_warnings(record=True) as found:
@@ -189,7 +257,7 @@ def test_the_extension_is_loaded_beside_its_mlx_alone(how: str) -> None:
     assert (said["backend"] == "composed") == without
     if how == "another release":
         assert said["warnings"] == "1 RuntimeWarning in <string>"
-        assert f"for mlx {_versions.MLX}, but mlx 0.1.2 is installed" in said["kernels"]
+        assert "but this environment has mlx 0.1.2 and mlx-cpu 0.1.2" in said["kernels"]
     else:
         assert said["warnings"] == "0"
         assert said["kernels"] == ("MLX_WELFORD_BACKEND=fallback" if without else "yes")
@@ -217,4 +285,4 @@ def test_the_command_line_without_kernels() -> None:
     done = python(PRETEND + program.format(["status", "--shape", "3,4"]))
     assert done.returncode == 2
     assert "There are no launch plans" in done.stderr
-    assert "mlx 0.1.2 is installed" in done.stderr
+    assert "this environment has mlx 0.1.2" in done.stderr

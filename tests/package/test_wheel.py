@@ -1,7 +1,8 @@
 """The packages that a release consists of: for macOS on arm64, for Linux, and the sources.
 
-Wheels are built for the running CPython and for the newest other one that is here with headers. Of
-those for macOS, whatever can be found out without a Mac. What this does not show: that they run.
+Wheels are built for the running CPython, with the oldest and the newest release of MLX, and for the
+newest other CPython that is here with headers, with the newest MLX alone. Of those for macOS,
+whatever can be found out without a Mac. What this does not show: that they run.
 """
 
 import email
@@ -34,15 +35,18 @@ from macos import (
     shaders,
     unaccounted,
 )
-from mlx_welford._build import MLX, PACKAGE
+from mlx_welford._build import PACKAGE
+from pins import RELEASES
 
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(sys.platform != "linux", reason="these targets of the Makefile are Linux's"),
 ]
 
+NEWEST, OLDEST_MLX = RELEASES[-1]["mlx"], RELEASES[0]["mlx"]
 # Installed to see them refused.
-OTHER_RELEASES = ("0.31.2", "0.32.0", "0.32.1", "0.32.2", "0.32.3")
+OTHER_RELEASES = ("0.31.2", "0.32.1")
+LARGEST = 8_000_000  # bytes of a wheel for all releases
 TIMEOUT = 1800  # seconds, for what takes up to 100 where nothing else runs
 
 
@@ -77,6 +81,11 @@ class CPython:
     def tag(self) -> str:
         return "cp" + self.release.replace(".", "")
 
+    @property
+    def built_for(self) -> list[str]:
+        """The releases of MLX that its wheels are built for here."""
+        return [OLDEST_MLX, NEWEST] if self.path == sys.executable else [NEWEST]
+
 
 @cache
 def interpreters() -> list[CPython]:
@@ -107,12 +116,15 @@ def cpython(request: pytest.FixtureRequest) -> CPython:
     return others[-1]
 
 
-def make(target: str, folder: Path, cpython: CPython, source: Path | None = None) -> Path:
+def make(
+    target: str, folder: Path, cpython: CPython, releases: list[str], source: Path | None = None
+) -> Path:
     """The one file that a target of the Makefile puts into `folder`. Warnings are errors.
 
     Of this checkout what does not depend on the CPython is compiled once, of another folder anew.
     """
     variables = [f"DIST={folder}", f"PYTHONS={cpython.path}", "WERROR=ON"]
+    variables.append(f"RELEASES={' '.join(releases)}")
     if source is None:
         once = [
             sys.executable,
@@ -139,17 +151,23 @@ def fields(files: Mapping[str, bytes], name: str) -> Message:
 
 @pytest.fixture(scope="module")
 def macos_wheel(cpython: CPython, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make("wheel-macos", tmp_path_factory.mktemp("macos"), cpython)
+    return make("wheel-macos", tmp_path_factory.mktemp("macos"), cpython, cpython.built_for)
 
 
 @pytest.fixture(scope="module")
 def linux_wheel(cpython: CPython, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make("wheels", tmp_path_factory.mktemp("linux"), cpython)
+    return make("wheels", tmp_path_factory.mktemp("linux"), cpython, cpython.built_for)
 
 
 @pytest.fixture(scope="module")
 def sdist(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make("sdist", tmp_path_factory.mktemp("sdist"), interpreters()[0])
+    return make("sdist", tmp_path_factory.mktemp("sdist"), interpreters()[0], [])
+
+
+def libraries(cpython: CPython, ending: str) -> set[str]:
+    """The modules of a wheel for one platform: _core once, _ext for each release of MLX."""
+    modules = ("_core", *(f"mlx-{release}/_ext" for release in cpython.built_for))
+    return {f"mlx_welford/{module}.cpython-{cpython.tag[2:]}-{ending}" for module in modules}
 
 
 def unpacked(wheel: Path, module: str, cpython: CPython, folder: Path) -> Path:
@@ -158,12 +176,20 @@ def unpacked(wheel: Path, module: str, cpython: CPython, folder: Path) -> Path:
         return Path(archive.extract(name, folder))
 
 
+@pytest.fixture(scope="module", params=[OLDEST_MLX, NEWEST])
+def release(request: pytest.FixtureRequest, cpython: CPython) -> str:
+    if request.param not in cpython.built_for:
+        pytest.skip("to save time, wheels for another CPython are for the newest MLX alone")
+    return str(request.param)
+
+
 @pytest.fixture(scope="module")
 def extension(
-    macos_wheel: Path, cpython: CPython, tmp_path_factory: pytest.TempPathFactory
+    macos_wheel: Path, cpython: CPython, release: str, tmp_path_factory: pytest.TempPathFactory
 ) -> Path:
-    """The macOS wheel's extension."""
-    return unpacked(macos_wheel, "_ext", cpython, tmp_path_factory.mktemp("extension"))
+    """The macOS wheel's extension for a release of MLX."""
+    folder = tmp_path_factory.mktemp("extension")
+    return unpacked(macos_wheel, f"mlx-{release}/_ext", cpython, folder)
 
 
 # ---- macOS ---------------------------------------------------------------------------------------
@@ -294,19 +320,21 @@ def test_every_unwind_entry_fits_its_function(extension: Path) -> None:
     }
 
 
-def test_every_undefined_symbol_is_accounted_for(extension: Path, cpython: CPython) -> None:
-    assert unaccounted(extension, cpython.path, cpython.release) == set()
+def test_every_undefined_symbol_is_accounted_for(
+    extension: Path, cpython: CPython, release: str
+) -> None:
+    assert unaccounted(extension, cpython.path, cpython.release, release) == set()
 
 
 @pytest.mark.parametrize("platform", NEWER_PLATFORMS)
-def test_fits_the_mlx_of_newer_systems(extension: Path, platform: str) -> None:
+def test_fits_the_mlx_of_newer_systems(extension: Path, release: str, platform: str) -> None:
     """There the extension meets another build of libmlx: its classes and symbols must agree."""
-    others = headers(platform)
-    for path in headers().rglob("*.h*"):
-        assert path.read_bytes() == (others / path.relative_to(headers())).read_bytes(), path
-    of_mlx = set(read(extension).imports) & read(libmlx()).exports
+    ours, others = headers(release=release), headers(platform, release)
+    for path in ours.rglob("*.h*"):
+        assert path.read_bytes() == (others / path.relative_to(ours)).read_bytes(), path
+    of_mlx = set(read(extension).imports) & read(libmlx(release=release)).exports
     assert len(of_mlx) > 30
-    assert of_mlx <= read(libmlx(platform)).exports
+    assert of_mlx <= read(libmlx(platform, release)).exports
 
 
 @pytest.mark.parametrize(
@@ -325,9 +353,9 @@ def test_fits_the_mlx_of_newer_systems(extension: Path, platform: str) -> None:
         "s_kmaxTotalThreadsPerThreadgroupE",
     ],
 )
-def test_the_metal_encoder_is_in_it(extension: Path, function: str) -> None:
+def test_the_metal_encoder_is_in_it(extension: Path, release: str, function: str) -> None:
     (symbol,) = (symbol for symbol in read(extension).imports if function in symbol)
-    assert symbol in read(libmlx()).exports
+    assert symbol in read(libmlx(release=release)).exports
 
 
 def test_the_shaders_are_in_it_and_the_simulator_is_not(extension: Path) -> None:
@@ -343,10 +371,17 @@ def test_the_shaders_are_in_it_and_the_simulator_is_not(extension: Path) -> None
     assert not {"_dlopen", "_dlsym"} & set(read(extension).imports)
 
 
-def test_is_small_and_names_no_path_of_this_machine(macos_wheel: Path) -> None:
+def size_for_all_releases(wheel: Path, cpython: CPython) -> int:
+    """At most what a wheel for all releases of MLX takes: the others like the largest one."""
+    with zipfile.ZipFile(wheel) as archive:
+        largest = max(file.compress_size for file in archive.infolist())
+    return wheel.stat().st_size + (len(RELEASES) - len(cpython.built_for)) * largest
+
+
+def test_is_small_and_names_no_path_of_this_machine(macos_wheel: Path, cpython: CPython) -> None:
     files = contents(macos_wheel)
-    assert macos_wheel.stat().st_size < 2_000_000
-    assert sum(map(len, files.values())) < 2_000_000
+    assert {name for name in files if name.endswith(".so")} == libraries(cpython, "darwin.so")
+    assert size_for_all_releases(macos_wheel, cpython) < LARGEST
     for folder in (str(ROOT), sys.prefix, sys.base_prefix, str(Path.home())):
         for name, data in files.items():
             assert folder.encode() not in data, name
@@ -360,15 +395,19 @@ def test_the_same_sources_give_the_same_bytes(
     with tarfile.open(sdist) as archive:
         archive.extractall(tmp_path, filter="data")
     unpacked = tmp_path / f"mlx_welford-{PACKAGE}"
-    assert_same(make("wheel-macos", tmp_path / "wheel", cpython, unpacked), macos_wheel)
+    wheel = make("wheel-macos", tmp_path / "wheel", cpython, [NEWEST], unpacked)
+    assert differing(wheel, macos_wheel) == {"RECORD", "_build.py"}
 
 
-def assert_same(wheel: Path, expected: Path) -> None:
-    assert wheel.name == expected.name
-    files, others = contents(wheel), contents(expected)
-    assert files.keys() == others.keys()
-    assert [name for name in files if files[name] != others[name]] == []
-    assert wheel.read_bytes() == expected.read_bytes()
+def differing(wheel: Path, other: Path) -> set[str]:
+    """The files in which a wheel for the newest MLX differs from one for the oldest as well.
+
+    What the other one holds for the oldest MLX is left out.
+    """
+    assert wheel.name == other.name
+    files, others = contents(wheel), contents(other)
+    assert files.keys() == {name for name in others if f"mlx-{OLDEST_MLX}/" not in name}
+    return {Path(name).name for name in files if files[name] != others[name]}
 
 
 # ---- Any wheel -----------------------------------------------------------------------------------
@@ -394,17 +433,20 @@ def test_the_package_is_complete(linux_wheel: Path) -> None:
     assert {name for name in held if not name.endswith((".so", "py.typed"))} == sources
 
 
-def test_requires_exactly_the_mlx_that_it_was_built_against(linux_wheel: Path) -> None:
+def test_requires_the_oldest_mlx_that_has_a_row_or_newer(
+    linux_wheel: Path, cpython: CPython
+) -> None:
     files = contents(linux_wheel)
     metadata = fields(files, "METADATA")
     assert (metadata["Name"], metadata["Version"]) == ("mlx-welford", PACKAGE)
     assert metadata["License-File"] == "LICENSE"
     requirements = metadata.get_all("Requires-Dist") or []
-    assert [line for line in requirements if "extra" not in line] == [f"mlx=={MLX}"]
+    assert [line for line in requirements if "extra" not in line] == [f"mlx>={OLDEST_MLX}"]
     (cpu,) = (line for line in requirements if 'extra == "cpu"' in line)
-    assert re.fullmatch(rf'mlx-cpu=={MLX}; sys_platform == "linux" and .*', cpu)
+    assert cpu == f'mlx[cpu]>={OLDEST_MLX}; extra == "cpu"'
     assert {"bench", "cpu"} <= set(metadata.get_all("Provides-Extra") or [])
-    assert f'MLX = "{MLX}"'.encode() in files["mlx_welford/_build.py"]
+    built_for = "".join(f'"{release}", ' for release in cpython.built_for).rstrip()
+    assert f"RELEASES = ({built_for})" in files["mlx_welford/_build.py"].decode()
 
 
 # ---- Linux ---------------------------------------------------------------------------------------
@@ -414,9 +456,12 @@ def test_is_tagged_manylinux_without_a_copy_of_libmlx(linux_wheel: Path, cpython
     assert re.search(rf"-{cpython.tag}-{cpython.tag}-manylinux_2_\d+_\w+\.whl$", linux_wheel.name)
     files = contents(linux_wheel)
     assert [name for name in files if name.split("/")[0].endswith(".libs")] == []
-    core, extension = (files[name] for name in sorted(files) if name.endswith(".so"))
-    assert b"$ORIGIN/../mlx/lib" in extension
-    assert b"simulator_dispatch" not in extension
+    assert size_for_all_releases(linux_wheel, cpython) < LARGEST
+    core, *extensions = (files[name] for name in sorted(files) if name.endswith(".so"))
+    assert len(extensions) == len(cpython.built_for)
+    for extension in extensions:
+        assert b"$ORIGIN/../../mlx/lib" in extension
+        assert b"simulator_dispatch" not in extension
     assert b"libmlx" not in core
 
 
@@ -424,12 +469,18 @@ def test_is_tagged_manylinux_without_a_copy_of_libmlx(linux_wheel: Path, cpython
 def test_the_sdist_builds_in_isolation_to_the_same_bytes(
     linux_wheel: Path, sdist: Path, cpython: CPython, tmp_path: Path
 ) -> None:
-    """pip alone, in an empty environment, fetches all that pyproject.toml says a build needs."""
+    """pip alone, in an empty environment, fetches all that pyproject.toml says a build needs.
+
+    It builds for the newest MLX alone.
+    """
     pip = pip_of(environment(tmp_path / "venv", cpython))
     run(*pip, "wheel", "--no-deps", "--wheel-dir", tmp_path / "wheel", sdist)
     (wheel,) = (tmp_path / "wheel").iterdir()
     # auditwheel rewrites what it has found out about: compare what it was given.
-    assert_same(wheel, ROOT / "build" / "unaudited" / wheel.name)
+    other = ROOT / "build" / "unaudited" / wheel.name
+    assert differing(wheel, other) == {"METADATA", "RECORD", "_build.py"}
+    requirements = fields(contents(wheel), "METADATA").get_all("Requires-Dist") or []
+    assert [line for line in requirements if "extra" not in line] == [f"mlx=={NEWEST}"]
 
 
 @pytest.mark.parametrize("cpython", ["running"], indirect=True)
@@ -437,22 +488,22 @@ def test_is_built_for_arm64_too(cpython: CPython, tmp_path: Path) -> None:
     """Compiled and linked against the libmlx that it will meet, which has all that it refers to."""
     if shutil.which("aarch64-linux-gnu-g++") is None:
         pytest.skip("there is no cross compiler here (Debian's g++-aarch64-linux-gnu)")
-    wheel = make("wheel-aarch64", tmp_path, cpython)
+    wheel = make("wheel-aarch64", tmp_path, cpython, cpython.built_for)
     assert re.search(rf"-{cpython.tag}-{cpython.tag}-manylinux_2_\d+_aarch64\.whl$", wheel.name)
     files = contents(wheel)
-    libraries = {
-        f"mlx_welford/{module}.cpython-{cpython.tag[2:]}-aarch64-linux-gnu.so"
-        for module in ("_core", "_ext")
-    }
-    assert {name for name in files if name.endswith(".so")} == libraries
-    core, extension = (elf(files[name]) for name in sorted(libraries))
-    assert {core.header.machine_type.name, extension.header.machine_type.name} == {"AARCH64"}
-    assert "libmlx.so" in extension.libraries
+    modules = libraries(cpython, "aarch64-linux-gnu.so")
+    assert {name for name in files if name.endswith(".so")} == modules
+    core, *extensions = (elf(files[name]) for name in sorted(modules))
+    assert core.header.machine_type.name == "AARCH64"
     assert "libmlx.so" not in core.libraries
-    libmlx = elf((ROOT / "build" / "aarch64" / "mlx" / "mlx" / "lib" / "libmlx.so").read_bytes())
-    of_mlx = {n for n in names(extension.imported_symbols) if n.startswith("_ZN3mlx4core")}
-    assert len(of_mlx) > 30
-    assert of_mlx <= names(libmlx.exported_symbols)
+    for release, extension in zip(cpython.built_for, extensions, strict=True):
+        assert extension.header.machine_type.name == "AARCH64"
+        assert "libmlx.so" in extension.libraries
+        folder = ROOT / "build" / "releases" / "manylinux_2_35_aarch64" / release
+        libmlx = elf((folder / "mlx" / "lib" / "libmlx.so").read_bytes())
+        of_mlx = {n for n in names(extension.imported_symbols) if n.startswith("_ZN3mlx4core")}
+        assert len(of_mlx) > 30
+        assert of_mlx <= names(libmlx.exported_symbols)
 
 
 def elf(data: bytes) -> lief.ELF.Binary:
@@ -479,12 +530,15 @@ def pip_of(python: Path) -> list[str]:
 
 
 def test_passes_the_self_test_in_an_empty_environment(
-    linux_wheel: Path, cpython: CPython, tmp_path: Path
+    linux_wheel: Path, cpython: CPython, release: str, tmp_path: Path
 ) -> None:
-    python = environment(tmp_path / "venv", cpython, f"{linux_wheel}[cpu]")
+    """With the oldest and the newest MLX, from the same wheel."""
+    python = environment(tmp_path / "venv", cpython, f"{linux_wheel}[cpu]", f"mlx=={release}")
     run(python, "-m", "mlx_welford", "selftest", "--quick", "--no-times", "--no-json")
-    program = "import mlx_welford as mw; print(mw.__file__)"
-    assert run(python, "-c", program).startswith(str(tmp_path))
+    program = "import mlx_welford as mw; print(mw._ext.__file__, mw.status()['mlx_built_against'])"
+    file, built_against = run(python, "-c", program).split()
+    assert file.startswith(str(tmp_path))
+    assert (Path(file).parent.name, built_against) == (f"mlx-{release}", release)
 
 
 @pytest.mark.parametrize("cpython", ["running"], indirect=True)
@@ -493,12 +547,13 @@ def test_another_mlx_is_refused_with_the_cure(
 ) -> None:
     """The extension, which could crash beside it, is not even loaded (see test_versions.py)."""
     python = environment(tmp_path / "venv", cpython, "--no-deps", linux_wheel)
-    for release in sorted({*OTHER_RELEASES} - {MLX}):
+    for release in OTHER_RELEASES:
         packages = [f"mlx=={release}", f"mlx-cpu=={release}"]
         run(*pip_of(python), "install", "--quiet", "--no-deps", *packages)
         with pytest.raises(AssertionError) as error:
             run(python, "-c", "import mlx_welford")
         message = str(error.value)
-        assert f"built against mlx {MLX}, but mlx {release} is installed" in message
-        assert f"pip install 'mlx=={MLX}' 'mlx-cpu=={MLX}'" in message
+        said = f"is for mlx {', '.join(cpython.built_for)}, but this environment has mlx {release}"
+        assert said in message
+        assert f"pip install 'mlx=={NEWEST}' 'mlx-cpu=={NEWEST}'" in message
         assert "ImportError" in message

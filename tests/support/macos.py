@@ -20,7 +20,7 @@ from functools import cache
 from pathlib import Path
 
 import lief
-from mlx_welford._build import MLX
+from mlx_welford._build import RELEASES
 from simulator.oracle.metallib import fetch_wheel
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -80,13 +80,15 @@ def run(command: Sequence[str | Path]) -> None:
 
 
 @cache
-def wheel(package: str, platform: str = PLATFORM, python: str = RUNNING) -> Path:
-    """The unpacked macOS wheel of ``package`` in MLX's pinned release, for a CPython.
+def wheel(
+    package: str, platform: str = PLATFORM, python: str = RUNNING, release: str = RELEASES[-1]
+) -> Path:
+    """The unpacked macOS wheel of ``package`` in a release of MLX, for a CPython.
 
     Raises RuntimeError, with pip's own words, when it cannot be had.
     """
     return fetch_wheel(
-        MLX,
+        release,
         CACHE,
         package=package,
         platform=platform,
@@ -95,17 +97,17 @@ def wheel(package: str, platform: str = PLATFORM, python: str = RUNNING) -> Path
     )
 
 
-def headers(platform: str = PLATFORM) -> Path:
-    return wheel("mlx-metal", platform) / "mlx" / "include"
+def headers(platform: str = PLATFORM, release: str = RELEASES[-1]) -> Path:
+    return wheel("mlx-metal", platform, release=release) / "mlx" / "include"
 
 
-def libmlx(platform: str = PLATFORM) -> Path:
-    return wheel("mlx-metal", platform) / "mlx" / "lib" / "libmlx.dylib"
+def libmlx(platform: str = PLATFORM, release: str = RELEASES[-1]) -> Path:
+    return wheel("mlx-metal", platform, release=release) / "mlx" / "lib" / "libmlx.dylib"
 
 
-def mlx_core(python: str = RUNNING) -> Path:
+def mlx_core(python: str = RUNNING, release: str = RELEASES[-1]) -> Path:
     """MLX's own Python bindings, linked by Apple's tools against the system's libraries."""
-    (core,) = (wheel("mlx", python=python) / "mlx").glob("core*.so")
+    (core,) = (wheel("mlx", python=python, release=release) / "mlx").glob("core*.so")
     return core
 
 
@@ -204,19 +206,24 @@ def _is_of_c(symbol: str, library: str | None) -> bool:
 
 
 @cache
-def _of_mlx(python: str) -> set[str]:
+def _of_mlx(python: str, release: str) -> set[str]:
     """What libmlx defines, and what it and MLX's bindings import: it is there wherever MLX is."""
-    mlx, core = read(libmlx()), read(mlx_core(python))
+    mlx, core = read(libmlx(release=release)), read(mlx_core(python, release))
     return mlx.exports | set(mlx.imports) | set(core.imports)
 
 
-def unaccounted(path: Path, interpreter: str = sys.executable, python: str = RUNNING) -> set[str]:
-    """Undefined symbols that nothing is known to define once MLX is loaded.
+def unaccounted(
+    path: Path,
+    interpreter: str = sys.executable,
+    python: str = RUNNING,
+    release: str = RELEASES[-1],
+) -> set[str]:
+    """Undefined symbols that nothing is known to define once this release of MLX is loaded.
 
     ``interpreter`` is a CPython of the release, ``python``, that the file is for.
     """
     imports = read(path).imports
-    known = _of_mlx(python) | SYSTEM
+    known = _of_mlx(python, release) | SYSTEM
     known |= {f"_{name}" for name in _of_python((symbol[1:] for symbol in imports), interpreter)}
     return {
         symbol
