@@ -1,7 +1,7 @@
-"""What pyproject.toml pins, for everyone who needs to know.
+"""What pyproject.toml says of releases, for everyone who needs to know.
 
-scikit-build-core imports this module as a dynamic-metadata provider: the requirement on mlx and the
-extra [cpu] follow from the build requirements. CMake and make run it:
+scikit-build-core imports this module as a dynamic-metadata provider for the requirement on mlx and
+the extra [cpu]. CMake and make run it:
 
     python cmake/pins.py version            the version of this package
     python cmake/pins.py pin NAME           the exact release of the build requirement NAME
@@ -39,14 +39,14 @@ def pin(name: str) -> str:
 
 
 def dynamic_metadata(_settings: Mapping[str, Any], _project: Mapping[str, Any]) -> dict[str, Any]:
-    """The entries of [project] that follow from the pins.
+    """The entries of [project] about mlx: any release from the oldest on, with kernels or without.
 
     mlx-cpu is an extra, not a requirement, since it would overwrite the files of mlx-cuda.
     """
-    mlx = pin("mlx")
+    oldest = PYPROJECT["tool"]["mlx-welford"]["oldest-mlx"]
     return {
-        "dependencies": [f"mlx=={mlx}"],
-        "optional-dependencies": {"cpu": [f"mlx-cpu=={mlx}; sys_platform == 'linux'"]},
+        "dependencies": [f"mlx>={oldest}"],
+        "optional-dependencies": {"cpu": [f"mlx[cpu]>={oldest}; sys_platform == 'linux'"]},
     }
 
 

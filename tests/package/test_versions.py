@@ -13,6 +13,7 @@ from pathlib import Path
 import mlx_welford  # must load before anything is replaced
 import pytest
 from mlx_welford import _versions
+from pins import PYPROJECT
 
 
 def install(
@@ -44,6 +45,15 @@ def install(
 def test_the_build_was_for_the_mlx_that_is_installed() -> None:
     assert importlib.metadata.version("mlx") == _versions.MLX
     assert _versions.check() is None
+
+
+def test_any_mlx_from_the_oldest_on_is_accepted() -> None:
+    """Without an upper bound: releases without kernels work, too."""
+    oldest = PYPROJECT["tool"]["mlx-welford"]["oldest-mlx"]
+    requirements = importlib.metadata.requires("mlx-welford") or []
+    assert [r for r in requirements if "extra" not in r] == [f"mlx>={oldest}"]
+    (cpu,) = (r for r in requirements if 'extra == "cpu"' in r)
+    assert cpu.startswith(f'mlx[cpu]>={oldest}; sys_platform == "linux"')
 
 
 @pytest.mark.parametrize(
