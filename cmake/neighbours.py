@@ -9,7 +9,7 @@ import re
 import subprocess
 import sys
 
-from pins import REQUIREMENT
+from pins import OLDEST
 from try_releases import fill
 
 # Published projects that normalise, some with a pin of mlx; the releases that were read.
@@ -35,7 +35,7 @@ def resolved(project: str) -> str:
     """The release of mlx that both can have, or why there is none."""
     done = subprocess.run(
         UV,
-        input=f"{REQUIREMENT}\n{project}\n",
+        input=f"mlx>={OLDEST}\n{project}\n",
         env=os.environ | {"MACOSX_DEPLOYMENT_TARGET": "14.0"},
         capture_output=True,
         text=True,

@@ -1,15 +1,13 @@
-"""What pyproject.toml and releases.toml pin, for everyone who needs to know.
+"""What pyproject.toml and releases.toml say of releases, for everyone who needs to know.
 
-scikit-build-core imports this module as a dynamic-metadata provider: the requirement on mlx and the
-extra [cpu] follow from the releases that are built for. CMake and make run it:
+scikit-build-core imports this module as a dynamic-metadata provider for the requirement on mlx and
+the extra [cpu]. CMake and make run it:
 
     python cmake/pins.py version            the version of this package
     python cmake/pins.py nanobind MLX       the nanobind for a release of MLX
     python cmake/pins.py requirements       all that developers install, one requirement a line
 """
 
-import importlib.metadata
-import os
 import sys
 import tomllib
 from collections.abc import Mapping
@@ -23,8 +21,8 @@ def _read(file: str) -> dict[str, Any]:
 
 PYPROJECT = _read("pyproject.toml")
 RELEASES: list[dict[str, str]] = _read("cmake/releases.toml")["release"]
-# Of wheels, on MLX.
-REQUIREMENT = f"mlx>={RELEASES[0]['mlx']}"
+OLDEST: str = PYPROJECT["tool"]["mlx-welford"]["oldest-mlx"]
+"""The oldest MLX that the package works with, with kernels or without."""
 
 
 def nanobind(mlx: str) -> str:
@@ -40,18 +38,13 @@ def nanobind(mlx: str) -> str:
 
 
 def dynamic_metadata(_settings: Mapping[str, Any], _project: Mapping[str, Any]) -> dict[str, Any]:
-    """The entries of [project] that follow from the releases of MLX that are built for.
+    """The entries of [project] about mlx: any release from the oldest on, with kernels or without.
 
-    MLX_WELFORD_RELEASES names them, as in CMakeLists.txt. Without it there is one, the installed
-    release. mlx-cpu is an extra, not a requirement, since it would overwrite the files of mlx-cuda.
+    mlx-cpu is an extra, not a requirement, since it would overwrite the files of mlx-cuda.
     """
-    if "MLX_WELFORD_RELEASES" in os.environ:
-        mlx = REQUIREMENT
-    else:
-        mlx = f"mlx=={importlib.metadata.version('mlx')}"
     return {
-        "dependencies": [mlx],
-        "optional-dependencies": {"cpu": [mlx.replace("mlx", "mlx[cpu]")]},
+        "dependencies": [f"mlx>={OLDEST}"],
+        "optional-dependencies": {"cpu": [f"mlx[cpu]>={OLDEST}; sys_platform == 'linux'"]},
     }
 
 

@@ -201,7 +201,7 @@ def backend(stream: StreamOrDevice = None) -> str:
     return "composed"
 
 
-def use_fallback(always: bool) -> None:
+def use_fallback(_always: bool) -> None:
     """Nothing else is ever used."""
 
 

@@ -55,6 +55,14 @@ def test_the_build_has_an_extension_for_the_mlx_that_is_installed() -> None:
     assert _ext.mlx_version == release
 
 
+def test_any_mlx_from_the_oldest_on_is_accepted() -> None:
+    """Without an upper bound: releases without kernels work, too."""
+    requirements = importlib.metadata.requires("mlx-welford") or []
+    assert [r for r in requirements if "extra" not in r] == [f"mlx>={pins.OLDEST}"]
+    (cpu,) = (r for r in requirements if 'extra == "cpu"' in r)
+    assert cpu.startswith(f'mlx[cpu]>={pins.OLDEST}; sys_platform == "linux"')
+
+
 def test_the_build_requirements_are_the_newest_row() -> None:
     newest = pins.RELEASES[-1]
     requirements = pins.PYPROJECT["build-system"]["requires"]
