@@ -29,6 +29,7 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, settings
 from mlx_welford import _ext
+from older_mlx import difference
 from problems import FLOAT64_IS_NOT_ON_GPU, SEED
 from selection import BACKENDS, UNTOUCHED, backends_of, parameters, quick, thinned
 from simulator.loader import compile_library
@@ -123,6 +124,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     for item in items:
         if "gpu" in backends_of(item) and needs_float64(item):
             item.add_marker(pytest.mark.skip(reason=FLOAT64_IS_NOT_ON_GPU))
+        if (reason := difference(item)) is not None:
+            item.add_marker(pytest.mark.skip(reason=reason))
     if PROFILE != "nightly":
         keep(config, items, thinned(items))
     kept = quick(items)
