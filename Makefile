@@ -92,12 +92,17 @@ demo: build ## train a small network with both libraries, then compare their spe
 # (tests/conftest.py). JOBS=0 runs all in one process, as a debugger needs.
 JOBS ?= auto
 PYTEST = $(PY) -m pytest --numprocesses $(JOBS) --dist loadfile --no-loadscope-reorder
+# Unless tests are selected or the profile is quick, also without the extension (docs/testing.md).
+FALLBACK_PROFILE := quick
 test: build ## run the tests: PYTEST_ARGS="-k moments -x" JOBS=auto
 	$(PYTEST) $(PYTEST_ARGS)
+	$(if $(PYTEST_ARGS)$(filter quick,$(MLX_WELFORD_TEST_PROFILE)),,MLX_WELFORD_BACKEND=fallback \
+		MLX_WELFORD_TEST_PROFILE=$(FALLBACK_PROFILE) $(PYTEST))
 
 test-quick: export MLX_WELFORD_TEST_PROFILE = quick
 test-quick: test ## a few rows of every test, in a minute
 test-nightly: export MLX_WELFORD_TEST_PROFILE = nightly
+test-nightly: FALLBACK_PROFILE := nightly
 test-nightly: test ## whole tables and many random problems, for hours
 
 # The CPU's kernels and the layers under GCC's sanitizers, each in a build of its own (Linux).

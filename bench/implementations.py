@@ -1,4 +1,7 @@
-"""What is compared: mlx.nn and mlx_welford, each also under mx.compile; torch; and a copy."""
+"""What is compared: mlx.nn and mlx_welford, each also under mx.compile; torch; and a copy.
+
+A GroupNorm is also compared with our InstanceNorm of the same input.
+"""
 
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -23,9 +26,11 @@ OURS = "mlx_welford"
 OURS_COMPILED = "mlx_welford compiled"
 TORCH = "torch"
 TORCH_MPS = "torch mps"
+INSTANCE = "InstanceNorm"
 COPY = "copy"
-PEERS = (BASELINE, COMPILED, OURS, OURS_COMPILED, TORCH, TORCH_MPS)
+PEERS = (BASELINE, COMPILED, OURS, OURS_COMPILED, INSTANCE, TORCH, TORCH_MPS)
 OF_MLX_NN = (BASELINE, COMPILED)
+OF_TORCH = (TORCH, TORCH_MPS)
 OF_MLX = (*OF_MLX_NN, OURS, OURS_COMPILED)
 
 RESHAPED = "mlx.nn.BatchNorm refuses 5-D input: it gets x as (N, D*H*W, C), which costs nothing"
@@ -48,8 +53,15 @@ def note(case: Case, implementation: str) -> str:
 
 
 def modes_of(case: Case) -> tuple[str, ...]:
-    """The modes to measure. InstanceNorm does the same work in evaluation as in forward."""
+    """The modes to measure. Only BatchNorm does less work in evaluation than in forward."""
     return (FORWARD, BOTH, EVALUATION) if case.norm == "BatchNorm" else (FORWARD, BOTH)
+
+
+def takes_part(case: Case, implementation: str) -> bool:
+    """False where an implementation has no such layer, or says nothing about the case."""
+    if implementation == INSTANCE:
+        return case.norm == "GroupNorm"
+    return not (case.interleaved and implementation in OF_TORCH)
 
 
 def absent(wanted: Sequence[str]) -> dict[str, str]:
@@ -91,12 +103,12 @@ def steps(
     mlx = MlxImplementations(case, dtype, x, cotangent)
     makers: dict[str, Callable[[str], Step]] = {}
     for name in implementations:
-        if name in OF_MLX:
-            makers[name] = partial(mlx.step, name)
-        else:
+        if name in OF_TORCH:
             device = "mps" if name == TORCH_MPS else "cpu"
             torch = TorchImplementation(case, dtype, x, cotangent, device=device)
             makers[name] = torch.step
+        else:
+            makers[name] = partial(mlx.step, name)
     del x, cotangent
 
     result = {
@@ -134,7 +146,8 @@ class MlxImplementations:
             return [forward(x), *_running_statistics(layer)]
 
         def train_and_differentiate(x: mx.array, cotangent: mx.array) -> list[mx.array]:
-            parameters = layer.trainable_parameters()
+            # In this order: that of a layer's attributes differs between classes.
+            parameters = {name: layer[name] for name in ("weight", "bias") if name in layer}
 
             def of_parameters(x: mx.array, *values: mx.array) -> mx.array:
                 layer.update(dict(zip(parameters, values, strict=True)))
@@ -159,11 +172,14 @@ class MlxImplementations:
 
     def _layer(self, name: str) -> nn.Module:
         case = self._case
-        if name in OF_MLX_NN:
-            layer: nn.Module = getattr(nn, case.norm)(case.channels, affine=case.affine)
+        order = {"pytorch_compatible": not case.interleaved} if case.groups else {}
+        if name == INSTANCE:
+            layer: nn.Module = mw.InstanceNorm(case.channels, affine=case.affine, axis=case.axis)
+        elif name in OF_MLX_NN:
+            layer = getattr(nn, case.norm)(*case.sizes, affine=case.affine, **order)
         else:
             ours = getattr(mw, case.norm)
-            layer = ours(case.channels, affine=case.affine, axis=case.axis)
+            layer = ours(*case.sizes, affine=case.affine, axis=case.axis, **order)
         layer.set_dtype(self._dtype)
         mx.eval(layer.state)
         return layer

@@ -8,15 +8,17 @@ import matplotlib as mpl
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from .implementations import BASELINE, BOTH, COPY, FORWARD, OURS, TORCH
+from .implementations import BASELINE, BOTH, COPY, FORWARD, INSTANCE, OURS, TORCH
 from .results import Report, Row
 from .settings import AS_FOUND, TUNED
+from .suite import GROUPS
 
 Reports = Mapping[str, Report]
 
 COLOURS = {
     BASELINE: "#8c8c8c",
     TORCH: "#c4453c",
+    INSTANCE: "#6fa83c",
     OURS: "#1f6fb4",
     COPY: "#222222",
 }
@@ -29,6 +31,10 @@ def draw(reports: Reports, directory: Path) -> list[Path]:
     """Draws the plots for which there are figures."""
     wanted: dict[str, tuple[Callable[[Reports], Figure], tuple[str, ...]]] = {
         "cases": (cases, ("cases-tuned", "cases-as-found")),
+        "groups": (
+            lambda reports: cases(in_folder(reports, GROUPS)),
+            (f"{GROUPS}cases-tuned", f"{GROUPS}cases-as-found"),
+        ),
         "memory": (memory, ("cases-tuned",)),
         "bandwidth": (bandwidth, ("sizes-tuned", "sizes-as-found")),
         "scaling": (scaling, ("sizes-tuned",)),
@@ -42,6 +48,15 @@ def draw(reports: Reports, directory: Path) -> list[Path]:
     return written
 
 
+def in_folder(reports: Reports, folder: str) -> Reports:
+    """Those in a folder of the results, by their names there; "" is the top."""
+    return {
+        job.removeprefix(folder): report
+        for job, report in reports.items()
+        if job.startswith(folder) and "/" not in job.removeprefix(folder)
+    }
+
+
 def cases(reports: Reports) -> Figure:
     """Time relative to the copy: a line for every case, full dots tuned, hollow ones as found."""
     names = _cases(reports["cases-tuned"])
@@ -49,9 +64,11 @@ def cases(reports: Reports) -> Figure:
     panels = figure.subplots(1, 2, sharey=True)
     for panel, mode in zip(panels, (FORWARD, BOTH), strict=True):
         for setting, job in ((AS_FOUND, "cases-as-found"), (TUNED, "cases-tuned")):
-            for implementation in (BASELINE, TORCH, OURS):
+            for implementation in (BASELINE, TORCH, INSTANCE, OURS):
                 rows = reports[job].only(mode=mode, implementation=implementation).rows
                 rows = [row for row in rows if row.case in names]
+                if not rows:
+                    continue  # nor in the legend
                 colour = COLOURS[implementation]
                 panel.scatter(
                     [row.copies for row in rows],

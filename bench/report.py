@@ -9,20 +9,30 @@ README.md beside this file says what they mean.
 
 import argparse
 import re
+import statistics
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from . import macs, plots
-from .implementations import BASELINE, BOTH, COPY, EVALUATION, FORWARD, OF_MLX, OURS, TORCH
-from .plots import MEBIBYTE, Reports
+from .implementations import (
+    BASELINE,
+    BOTH,
+    COPY,
+    EVALUATION,
+    FORWARD,
+    INSTANCE,
+    OF_MLX,
+    OURS,
+    TORCH,
+)
+from .plots import MEBIBYTE, Reports, in_folder
 from .results import Report, Row
-from .settings import AS_FOUND, TUNED
-from .suite import COLD, RESULTS
+from .settings import TUNED
+from .suite import COLD, GROUPS, RESULTS, SUFFIXES
 
-SETTINGS = {AS_FOUND: "as-found", TUNED: "tuned"}
-NAMES = (BASELINE, TORCH, OURS)
-MODES = (FORWARD, BOTH, EVALUATION)
+NAMES = (BASELINE, TORCH, INSTANCE, OURS)
 
 # Of the table of ratios: operation, layer, whether channels are last, mode.
 OPERATIONS = (
@@ -43,8 +53,8 @@ OPERATIONS = (
 
 
 def machine(reports: Reports) -> str:
-    """Where the figures come from; the same for all jobs but for setting and threads."""
-    environment = next(iter(reports.values())).environment
+    """Where the figures come from; the same for all jobs but for setting, threads and load."""
+    environment = reports["cases-tuned"].environment
     told = {
         "date": "",
         "cpu": "",
@@ -56,6 +66,7 @@ def machine(reports: Reports) -> str:
         "numpy": "numpy ",
         "python": "Python ",
         "commit": "commit ",
+        "load_average": "load average ",
     }
     words = []
     for name, unit in told.items():
@@ -72,7 +83,7 @@ def machine(reports: Reports) -> str:
 
 def ratios(reports: Reports) -> str:
     """Every operation: from the best to the worst case of 32 MB and more, in copies."""
-    columns = [(name, setting) for setting in SETTINGS for name in NAMES]
+    columns = _columns(reports, "cases")
     header = ["float32", "limit", *(f"{name}, {setting}" for name, setting in columns)]
     body = []
     for label, norm, channels_last, mode in OPERATIONS:
@@ -80,7 +91,7 @@ def ratios(reports: Reports) -> str:
             setting: reports[f"cases-{suffix}"].only(
                 norm=norm, channels_last=channels_last, mode=mode
             )
-            for setting, suffix in SETTINGS.items()
+            for setting, suffix in SUFFIXES.items()
         }
         limits = [row.limit for row in _large(chosen[TUNED].only(implementation=OURS))]
         if limits:
@@ -93,15 +104,18 @@ def ratios(reports: Reports) -> str:
 def of_mode(mode: str) -> Callable[[Reports], str]:
     def section(reports: Reports) -> str:
         """Every case of 1 MiB and more in copies."""
-        columns = [(name, setting) for setting in SETTINGS for name in NAMES]
-        header = ["case", "x", "limit", *(f"{name}, {setting}" for name, setting in columns)]
+        columns = _columns(reports, "cases")
+        grouped = any(row.groups for row in reports["cases-tuned"].rows)
+        header = ["case", "x", *(["groups"] if grouped else []), "limit"]
+        header += [f"{name}, {setting}" for name, setting in columns]
         large = _large(reports["cases-tuned"].only(mode=mode, implementation=OURS))
         body = [
             [
                 row.case,
                 _shape(row),
+                *([f"{row.groups}"] if grouped else []),
                 f"{row.limit:.2g}",
-                *(_copies(reports[f"cases-{SETTINGS[s]}"], row, mode, name) for name, s in columns),
+                *(_copies(reports[f"cases-{SUFFIXES[s]}"], row, mode, name) for name, s in columns),
             ]
             for row in large
         ]
@@ -117,7 +131,7 @@ def of_mode(mode: str) -> Callable[[Reports], str]:
 
 def halves(reports: Reports) -> str:
     """16 bits: copies of x in its own type, and our time relative to float32."""
-    columns = [(name, setting) for setting in SETTINGS for name in NAMES]
+    columns = _columns(reports, "halves")
     header = ["case", "mode", "dtype", *(f"{name}, {setting}" for name, setting in columns)]
     header.append("ms by ms in float32")
     body = []
@@ -130,7 +144,7 @@ def halves(reports: Reports) -> str:
                 row.mode,
                 row.dtype,
                 *(
-                    _copies(reports[f"halves-{SETTINGS[s]}"], row, row.mode, name, row.dtype)
+                    _copies(reports[f"halves-{SUFFIXES[s]}"], row, row.mode, name, row.dtype)
                     for name, s in columns
                 ),
                 "" if whole is None else f"{time / whole.figures.milliseconds:.2f}",
@@ -141,13 +155,13 @@ def halves(reports: Reports) -> str:
 
 def small(reports: Reports) -> str:
     """64 KB in microseconds."""
-    columns = [(name, setting) for setting in SETTINGS for name in NAMES]
+    columns = _columns(reports, "cases")
     header = ["case", "mode", *(f"{name}, {setting}" for name, setting in columns)]
     rows = reports["cases-tuned"].only(implementation=OURS).rows
     body = []
     for row in (row for row in rows if row.x_bytes < MEBIBYTE):
         found = [
-            _find(reports[f"cases-{SETTINGS[s]}"], row.case, row.mode, name) for name, s in columns
+            _find(reports[f"cases-{SUFFIXES[s]}"], row.case, row.mode, name) for name, s in columns
         ]
         times = ["" if f is None else f"{1e3 * f.figures.milliseconds:.0f}" for f in found]
         body.append([row.case, row.mode, *times])
@@ -168,11 +182,12 @@ def compiled(reports: Reports) -> str:
 
 def memory(reports: Reports) -> str:
     """Peak above the inputs in forward+backward, in sizes of x."""
+    names = [name for name, setting in _columns(reports, "cases") if setting == TUNED]
     body = []
     for row in reports["cases-tuned"].only(implementation=OURS, mode=BOTH).rows:
-        found = [_find(reports["cases-tuned"], row.case, BOTH, name) for name in NAMES]
+        found = [_find(reports["cases-tuned"], row.case, BOTH, name) for name in names]
         body.append([row.case, _shape(row), *(_memory(f) for f in found)])
-    return _markdown(["case", "x", *NAMES], body)
+    return _markdown(["case", "x", *names], body)
 
 
 def sizes(reports: Reports) -> str:
@@ -208,21 +223,110 @@ def cold(reports: Reports) -> str:
     return _markdown(["implementation", "first call, ms", "later calls, ms"], body)
 
 
-# Section, and the jobs that it needs.
-SECTIONS: dict[str, tuple[Callable[[Reports], str], tuple[str, ...]]] = {
-    "machine": (machine, ()),
-    "ratios": (ratios, ("cases-tuned", "cases-as-found")),
-    **{mode: (of_mode(mode), ("cases-tuned", "cases-as-found")) for mode in MODES},
+@dataclass(frozen=True)
+class Claim:
+    """A bound of a ratio, that each case of 32 MB and more has to keep."""
+
+    text: str
+    mode: str
+    bound: float
+    ratio: Callable[[Report, Row], float | None]
+    at_least: bool = False
+
+
+def _by_instance_norm(report: Report, row: Row) -> float | None:
+    other = _find(report, row.case, row.mode, INSTANCE)
+    return None if other is None else row.figures.milliseconds / other.figures.milliseconds
+
+
+CLAIMS = (
+    Claim("forward, in times of InstanceNorm", FORWARD, 1.15, _by_instance_norm),
+    Claim("forward+backward, in times of InstanceNorm", BOTH, 1.15, _by_instance_norm),
+    Claim("forward, in copies", FORWARD, 1.6, lambda _, row: row.copies),
+    Claim("forward+backward, in copies", BOTH, 4.4, lambda _, row: row.copies),
+    Claim(
+        "forward+backward, times as fast as mlx.nn in torch's order of groups",
+        BOTH,
+        8,
+        lambda _, row: None if row.interleaved else row.speed,
+        at_least=True,
+    ),
+)
+
+
+def claims(reports: Reports) -> str:
+    """Whether each claim holds in all cases, its worst case, and the median of all."""
+    body = []
+    for claim in CLAIMS:
+        cells = [f"at {'least' if claim.at_least else 'most'} {claim.bound:g}"]
+        for suffix in SUFFIXES.values():
+            report = reports[f"cases-{suffix}"]
+            rows = report.only(implementation=OURS, mode=claim.mode).rows
+            ratios = {row.case: claim.ratio(report, row) for row in rows}
+            known = [(ratio, case) for case, ratio in ratios.items() if ratio is not None]
+            if not known:
+                cells.append("")
+                continue
+            ratio, case = (min if claim.at_least else max)(known)
+            holds = ratio >= claim.bound if claim.at_least else ratio <= claim.bound
+            middle = statistics.median(ratio for ratio, _ in known)
+            answer = "yes" if holds else "no"
+            cells.append(f"{answer}: {_number(ratio)} ({case}), median {_number(middle)}")
+        body.append([claim.text, *cells])
+    return _markdown(["claim", "bound", *SUFFIXES], body)
+
+
+Section = tuple[Callable[[Reports], str], tuple[str, ...]]
+"""What makes it, and the jobs that it needs."""
+
+CASES = ("cases-tuned", "cases-as-found")
+
+COMMON: dict[str, Section] = {
+    "machine": (machine, ("cases-tuned",)),
+    FORWARD: (of_mode(FORWARD), CASES),
+    BOTH: (of_mode(BOTH), CASES),
     "halves": (halves, ("halves-tuned", "halves-as-found", "cases-tuned")),
-    "small": (small, ("cases-tuned", "cases-as-found")),
     "compiled": (compiled, ("compiled",)),
-    "memory": (memory, ("cases-tuned",)),
-    "sizes": (sizes, ("sizes-tuned", "sizes-as-found")),
-    "cold": (cold, ("cold-mlx_welford",)),
+    "memory": (memory, CASES),
 }
 
 
+def _sections(folder: str, sections: Mapping[str, Section]) -> dict[str, Section]:
+    """Sections of the results in a folder, by their names in documents."""
+
+    def of_folder(make: Callable[[Reports], str]) -> Callable[[Reports], str]:
+        return lambda reports: make(in_folder(reports, folder))
+
+    return {
+        folder + name: (of_folder(make), tuple(folder + job for job in jobs))
+        for name, (make, jobs) in sections.items()
+    }
+
+
+SECTIONS = _sections(
+    "",
+    COMMON
+    | {
+        "ratios": (ratios, CASES),
+        EVALUATION: (of_mode(EVALUATION), CASES),
+        "small": (small, CASES),
+        "sizes": (sizes, ("sizes-tuned", "sizes-as-found")),
+        "cold": (cold, ("cold-mlx_welford",)),
+    },
+) | _sections(GROUPS, COMMON | {"claims": (claims, CASES)})
+
+
 # Parts of tables
+
+
+def _columns(reports: Reports, job: str) -> list[tuple[str, str]]:
+    """Implementation and setting of each column: those that were measured."""
+    return [
+        (name, setting)
+        for setting, suffix in SUFFIXES.items()
+        for name in NAMES
+        if reports[f"{job}-{suffix}"].only(implementation=name).rows
+    ]
 
 
 def _setting(report: Report) -> str:
@@ -291,7 +395,10 @@ def _markdown(header: Sequence[str], body: Sequence[Sequence[str]]) -> str:
 
 def read(directory: Path) -> dict[str, Report]:
     """The reports by job."""
-    return {path.stem: Report.read(path) for path in sorted(directory.glob("*.json"))}
+    return {
+        path.relative_to(directory).with_suffix("").as_posix(): Report.read(path)
+        for path in sorted(directory.rglob("*.json"))
+    }
 
 
 def refresh(text: str, reports: Reports) -> str:

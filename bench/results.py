@@ -5,14 +5,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from mlx_welford._plans import normalization_plans, traffic
+from mlx_welford._plans import Layer, normalization_plans, traffic
 
 from .environment import Environment
 from .harness import Figures, Samples, net
 from .implementations import BACKWARD, BASELINE, BOTH, COPY, EVALUATION, FORWARD, Key, note
-from .workloads import DTYPES, Case
+from .workloads import DTYPES, Case, Norm
 
-SCHEMA = 3
+SCHEMA = 4
 """Version of the file format; changes when fields change their names or meanings."""
 
 
@@ -25,6 +25,8 @@ class Row:
     norm: str
     shape: tuple[int, ...]
     channels_last: bool
+    groups: int  # 0 but for a GroupNorm
+    interleaved: bool
     dtype: str
     mode: str
     implementation: str
@@ -62,6 +64,8 @@ def rows(case: Case, dtype: str, samples: Mapping[Key, Samples], modes: Sequence
             norm=case.norm,
             shape=case.shape,
             channels_last=case.channels_last,
+            groups=case.groups,
+            interleaved=case.interleaved,
             dtype=dtype,
             mode=mode,
             implementation=name,
@@ -80,18 +84,28 @@ def rows(case: Case, dtype: str, samples: Mapping[Key, Samples], modes: Sequence
     return [row(*key) for key in keys]
 
 
+LAYERS: dict[Norm, Layer] = {
+    "BatchNorm": "batch",
+    "InstanceNorm": "instance",
+    "GroupNorm": "group",
+}
+"""What launch plans call the layers."""
+
+
 def moved_bytes(case: Case, dtype: str, mode: str) -> int:
     """Bytes that the operation's launch plan reads and writes, without small arrays."""
     if mode == BACKWARD:
         return moved_bytes(case, dtype, BOTH) - moved_bytes(case, dtype, FORWARD)
     plans = normalization_plans(
-        "batch" if case.norm == "BatchNorm" else "instance",
+        LAYERS[case.norm],
         case.shape,
         axis=case.axis,
         dtype=dtype,
         weight=case.affine,
         bias=case.affine,
         given=mode == EVALUATION,
+        groups=case.groups,
+        interleaved=case.interleaved,
         wanted=("x", "weight", "bias") if mode == BOTH else (),
     )
     return traffic(plans, case.elements * DTYPES[dtype].size)

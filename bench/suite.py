@@ -8,18 +8,31 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import mlx.core as mx
 
 from . import settings
 from .environment import cores
-from .implementations import BASELINE, BOTH, COMPILED, EVALUATION, FORWARD, OF_MLX, OURS, TORCH
-from .settings import AS_FOUND, TUNED
-from .workloads import SMALL, SOME, SWEEP, TARGETS, Case
+from .implementations import (
+    BASELINE,
+    BOTH,
+    COMPILED,
+    EVALUATION,
+    FORWARD,
+    INSTANCE,
+    OF_MLX,
+    OURS,
+    TORCH,
+)
+from .settings import AS_FOUND, SETTINGS, TUNED
+from .workloads import GROUPED, GROUPED_SOME, SMALL, SOME, SWEEP, TARGETS, Case
 
 RESULTS = Path(__file__).parents[1] / "build" / "bench"
+
+SUFFIXES = {setting: setting.replace(" ", "-") for setting in SETTINGS}  # of names of jobs
+GROUPS = "groups/"  # folder of the results of GroupNorm
 
 COLD_CASE = "resnet50-stage1"
 COLD = (BASELINE, COMPILED, TORCH, OURS)
@@ -58,40 +71,55 @@ class Job:
 
 def jobs() -> list[Job]:
     """All measurements; first those that depend most on an idle machine."""
+    names = (BASELINE, TORCH, OURS)
     result = []
     for setting in (TUNED, AS_FOUND):
-        suffix = setting.replace(" ", "-")
         result += [
+            *_cases("", setting, TARGETS + SMALL, SOME, names),
+            *_cases(GROUPS, setting, GROUPED, GROUPED_SOME, (INSTANCE, *names)),
             Job(
-                f"cases-{suffix}",
-                _names(TARGETS + SMALL),
-                0.15,
-                setting,
-                implementations=(BASELINE, TORCH, OURS),
-            ),
-            Job(
-                f"halves-{suffix}",
-                SOME,
-                0.1,
-                setting,
-                dtypes=("float16", "bfloat16"),
-                implementations=(BASELINE, TORCH, OURS),
-            ),
-            Job(
-                f"sizes-{suffix}",
+                f"sizes-{SUFFIXES[setting]}",
                 _names(SWEEP),
                 0.1,
                 setting,
                 modes=(FORWARD, BOTH),
-                implementations=(BASELINE, TORCH, OURS),
+                implementations=names,
             ),
         ]
-    return [*result, _compiled(), *_fewer_threads(), *_cold()]
+    return [*result, *_compiled(), *_fewer_threads(), *_cold()]
 
 
-def _compiled() -> Job:
+def _cases(
+    folder: str,
+    setting: str,
+    cases: Sequence[Case],
+    some: Sequence[str],
+    implementations: Sequence[str],
+) -> list[Job]:
+    """All cases in float32, and some in 16 bits."""
+    whole = Job(
+        f"{folder}cases-{SUFFIXES[setting]}",
+        _names(cases),
+        0.15,
+        setting,
+        implementations=implementations,
+    )
+    halves = replace(
+        whole,
+        name=f"{folder}halves-{SUFFIXES[setting]}",
+        cases=some,
+        seconds=0.1,
+        dtypes=("float16", "bfloat16"),
+    )
+    return [whole, halves]
+
+
+def _compiled() -> list[Job]:
     """Only a few cases: mx.compile hardly changes mlx.nn's time, and compiling takes long."""
-    return Job("compiled", [*SOME, *_names(SMALL)], 0.1, TUNED, implementations=OF_MLX)
+    return [
+        Job(f"{folder}compiled", cases, 0.1, TUNED, implementations=OF_MLX)
+        for folder, cases in (("", [*SOME, *_names(SMALL)]), (GROUPS, GROUPED_SOME))
+    ]
 
 
 def _fewer_threads() -> list[Job]:

@@ -16,10 +16,11 @@ HEADINGS = ("ms", "20-80 %", "copies", "x mlx.nn", "memory/x", "GB/s")
 def table(of_one_case: Sequence[Row], environment: Environment) -> Table:
     first = of_one_case[0]
     shape = "x".join(map(str, first.shape))
+    norm = f"{first.norm}({first.groups})" if first.groups else first.norm
     nominal = environment.get("nominal_gigabytes_per_second")
     notes = sorted({row.note for row in of_one_case if row.note})
     result = Table(
-        title=f"{first.model}: {first.norm} {shape} ({environment['setting']})",
+        title=f"{first.model}: {norm} {shape} ({environment['setting']})",
         caption="\n".join(f"* {text}" for text in notes) or None,
         title_justify="left",
         caption_justify="left",

@@ -81,9 +81,10 @@ class TorchImplementation:
     def _layer(self) -> torch.nn.Module:
         import torch
 
-        dimensions = max(1, len(self._case.shape) - 2)
-        kind = getattr(torch.nn, f"{self._case.norm}{dimensions}d")
-        layer: torch.nn.Module = kind(self._case.channels, affine=self._case.affine)
+        case = self._case
+        dimensions = "" if case.groups else f"{max(1, len(case.shape) - 2)}d"
+        kind = getattr(torch.nn, case.norm + dimensions)
+        layer: torch.nn.Module = kind(*case.sizes, affine=case.affine)
         return layer.to(device=self._device, dtype=self._dtype)
 
 

@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 Values = npt.NDArray[np.float32]
-Norm = Literal["BatchNorm", "InstanceNorm"]
+Norm = Literal["BatchNorm", "InstanceNorm", "GroupNorm"]
 
 DTYPES = {"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16}
 
@@ -26,6 +26,8 @@ class Case:
     axis: int = -1  # of the channels
     quick: bool = False  # part of the quick comparison
     large: bool = False  # only when asked for by name: mlx.nn takes minutes and many GB on a CPU
+    groups: int = 0  # of a GroupNorm
+    interleaved: bool = False  # channel c in group c % groups, as in mlx.nn; else as in torch
 
     @property
     def elements(self) -> int:
@@ -36,8 +38,26 @@ class Case:
         return self.shape[self.axis]
 
     @property
+    def sizes(self) -> tuple[int, ...]:
+        """First arguments of the layer: the same in mlx.nn, torch and mlx_welford."""
+        return (self.groups, self.channels) if self.groups else (self.channels,)
+
+    @property
     def channels_last(self) -> bool:
         return self.axis in (-1, len(self.shape) - 1)
+
+
+def group(
+    name: str,
+    model: str,
+    shape: tuple[int, ...],
+    groups: int = 32,
+    *,
+    axis: int = -1,
+    interleaved: bool = False,
+) -> Case:
+    """A GroupNorm with weight and bias."""
+    return Case(name, model, "GroupNorm", shape, axis=axis, groups=groups, interleaved=interleaved)
 
 
 def first(name: str, model: str, norm: Norm, shape: tuple[int, ...], affine: bool = True) -> Case:
@@ -77,6 +97,14 @@ MODELS = (
     Case("nnunet-level3", "nnU-Net 128^3, level 3", "InstanceNorm", (2, 32, 32, 32, 128)),
     Case("quartznet", "QuartzNet, 16 s of speech", "BatchNorm", (16, 800, 512)),
     Case("adain-vc", "AdaIN-VC, content encoder", "InstanceNorm", (256, 128, 128), False),
+    Case(
+        "sd-unet-32-b2",
+        "Stable Diffusion, U-Net at 32x32",
+        "GroupNorm",
+        (2, 32, 32, 640),
+        quick=True,
+        groups=32,
+    ),
 )
 """Layers at the batch sizes of their models, for `compare.py`."""
 
@@ -104,6 +132,38 @@ TARGETS = (
 )
 """Tensors of 32 MB and more in float32, which no cache holds."""
 
+GROUPED = (
+    group("sd-unet-64", "Stable Diffusion, U-Net at 64x64, batch 8", (8, 64, 64, 320)),
+    group("sd-unet-32", "Stable Diffusion, U-Net at 32x32, batch 16", (16, 32, 32, 640)),
+    group("sd-unet-16", "Stable Diffusion, U-Net at 16x16, batch 32", (32, 16, 16, 1280)),
+    group("sd-unet-8", "Stable Diffusion, U-Net at 8x8, batch 128", (128, 8, 8, 1280)),
+    group(
+        "sd-unet-64-nchw",
+        "Stable Diffusion, U-Net at 64x64, channels first",
+        (8, 320, 64, 64),
+        axis=1,
+    ),
+    group(
+        "sd-unet-64-interleaved",
+        "Stable Diffusion, U-Net at 64x64, groups in mlx.nn's own order",
+        (8, 64, 64, 320),
+        interleaved=True,
+    ),
+    group("sd-vae-512", "Stable Diffusion, VAE decoder at 512x512", (1, 512, 512, 128)),
+    group("sd-vae-256", "Stable Diffusion, VAE decoder at 256x256", (1, 256, 256, 256)),
+    group("sd-vae-128", "Stable Diffusion, VAE decoder at 128x128", (1, 128, 128, 512)),
+    group("flux-vae-256", "FLUX, VAE decoder at 256x256", (1, 256, 256, 512)),
+    group("mdx23c-g4", "MDX23C, level 2, 4 groups", (1, 256, 128, 512), 4, axis=1),
+    group(
+        "mdx23c-gc", "MDX23C, level 2, a group for each channel", (1, 256, 128, 512), 256, axis=1
+    ),
+    group("wav2vec2", "wav2vec 2.0, first layer, 10 s of speech", (1, 512, 31999), 512, axis=1),
+)
+"""GroupNorms of 32 MB and more in float32."""
+
+GROUPED_SOME = ("sd-unet-64", "sd-unet-64-interleaved", "flux-vae-256")
+"""Those of them that are measured in 16 bits and under mx.compile, too."""
+
 SOME = ("resnet50-stem-b16", "byol-projector", "style-256px", "style-512px-nchw")
 """Those of them that are measured in 16 bits and under mx.compile, too."""
 
@@ -125,4 +185,4 @@ SWEEP = tuple(
 )
 """One layer from 1 GB to 64 KB in float32: so the largest finds the memory in one piece."""
 
-CASES = MODELS + TARGETS + SMALL + SWEEP
+CASES = MODELS + TARGETS + GROUPED + SMALL + SWEEP

@@ -34,10 +34,11 @@ NB_MODULE(_ext, m) {
   m.def(
       "count_channels",
       [](const mx::array& x, int axis, mw::Statistics statistics, const std::string& caller,
-         bool several_values) {
-        return mw::count_channels(x, axis, statistics, {caller, std::nullopt, several_values});
+         bool several_values, int groups) {
+        return mw::count_channels(x, axis, statistics, groups,
+                                  {caller, std::nullopt, several_values});
       },
-      "x"_a, "axis"_a, "statistics"_a, "caller"_a, "several_values"_a = false);
+      "x"_a, "axis"_a, "statistics"_a, "caller"_a, "several_values"_a = false, "groups"_a = 0);
 
   m.def(
       "normalize",
@@ -45,14 +46,14 @@ NB_MODULE(_ext, m) {
          const std::optional<mx::array>& bias, double eps, mw::Statistics statistics,
          const std::string& caller, const std::optional<mx::array>& mean,
          const std::optional<mx::array>& var, int axis, std::optional<int> channels,
-         bool several_values, bool running, mx::StreamOrDevice s) {
+         bool several_values, bool running, int groups, bool interleaved, mx::StreamOrDevice s) {
         return mw::normalize(x, weight, bias, eps, mean, var, axis, statistics,
-                             {caller, channels, several_values, running}, s);
+                             {groups, interleaved}, {caller, channels, several_values, running}, s);
       },
       "x"_a, "weight"_a.none(), "bias"_a.none(), "eps"_a, "statistics"_a, "caller"_a,
       "mean"_a.none() = nb::none(), "var"_a.none() = nb::none(), "axis"_a = -1,
       "channels"_a.none() = nb::none(), "several_values"_a = false, "running"_a = false,
-      "stream"_a = nb::none());
+      "groups"_a = 0, "interleaved"_a = false, "stream"_a = nb::none());
 
   m.def(
       "moments",
@@ -108,16 +109,6 @@ NB_MODULE(_ext, m) {
   m.def(
       "backend", [](mx::StreamOrDevice s) { return mw::backend_name(mx::to_stream(s)); },
       "stream"_a = nb::none(), "What kernels run on, on this stream.");
-  m.def(
-      "traced_for_any_shape",
-      [](const mx::array& x, mx::StreamOrDevice s) {
-        return mw::traced_for_any_shape(x, mx::to_stream(s));
-      },
-      "x"_a, "stream"_a = nb::none());
-  m.def("number_of_elements", &mx::number_of_elements, "x"_a, "axes"_a, "inverted"_a, "dtype"_a,
-        "stream"_a = nb::none(),
-        "The product of the lengths of these axes; a node of the graph while MLX traces for any "
-        "shape.");
   m.def("use_fallback", &mw::use_fallback, "always"_a,
         "Turns the use of fallbacks in place of all kernels on or off.");
   m.def(

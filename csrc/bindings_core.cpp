@@ -2,6 +2,7 @@
 // the latter by its name in MLX.
 
 #include <nanobind/nanobind.h>
+#include <nanobind/stl/array.h>
 #include <nanobind/stl/optional.h>
 #include <nanobind/stl/pair.h>
 #include <nanobind/stl/string.h>
@@ -37,15 +38,15 @@ NB_MODULE(_core, m) {
       [](const Array& x, const std::optional<Array>& weight, const std::optional<Array>& bias,
          mw::Statistics statistics, const std::string& caller, const std::optional<Array>& mean,
          const std::optional<Array>& var, int axis, std::optional<int> channels,
-         bool several_values, bool running) {
+         bool several_values, bool running, int groups) {
         return mw::check_normalize(argument(x), argument(weight), argument(bias), argument(mean),
-                                   argument(var), axis, statistics,
+                                   argument(var), axis, statistics, groups,
                                    {caller, channels, several_values, running});
       },
       "x"_a, "weight"_a.none(), "bias"_a.none(), "statistics"_a, "caller"_a,
       "mean"_a.none() = nb::none(), "var"_a.none() = nb::none(), "axis"_a = -1,
       "channels"_a.none() = nb::none(), "several_values"_a = false, "running"_a = false,
-      "The channel axis, non-negative.");
+      "groups"_a = 0, "The channel axis, non-negative.");
 
   m.def(
       "check_running_statistics",
@@ -62,4 +63,16 @@ NB_MODULE(_core, m) {
         return mw::check_axes(argument(x), axes, {caller});
       },
       "x"_a, "axes"_a, "caller"_a, "The axes, non-negative and sorted.");
+
+  m.def("reduced_axes", &mw::reduced_axes, "ndim"_a, "channel_axis"_a, "statistics"_a,
+        "The axes that share a statistic.");
+
+  m.attr("message_unit") = mw::kMessageUnit;
+  m.def("message_kind", &mw::message_kind, "dtype"_a);
+  m.def(
+      "check_messages",
+      [](const std::vector<mw::MessageHead>& heads, int rank, const std::string& caller) {
+        mw::check_messages(heads, rank, {caller});
+      },
+      "heads"_a, "rank"_a, "caller"_a, "`heads`: the first row of the message of each rank.");
 }

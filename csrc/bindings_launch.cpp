@@ -29,6 +29,13 @@ namespace mlx_welford {
 
 namespace {
 
+void add(nb::dict& d, const Grouping& grouping) {
+  d["grouping.channels"] = grouping.channels;
+  d["grouping.groups"] = grouping.groups;
+  d["grouping.members"] = grouping.members;
+  d["grouping.interleaved"] = grouping.interleaved;
+}
+
 nb::dict to_dict(const Sweep& s) {
   nb::dict d;
   d["segments"] = s.segments;
@@ -46,6 +53,9 @@ nb::dict to_dict(const Sweep& s) {
   d["has_sums"] = s.has_sums;
   d["count"] = s.count;
   d["eps"] = s.eps;
+  add(d, s.grouping);
+  d["run"] = s.run;
+  d["jump"] = s.jump;
   return d;
 }
 
@@ -58,7 +68,8 @@ nb::dict to_dict(const Merge& s) {
   d["has_weight"] = s.has_weight;
   d["has_bias"] = s.has_bias;
   d["eps"] = s.eps;
-  d["padding"] = s.padding;
+  d["weight_per_slot"] = s.weight_per_slot;
+  add(d, s.grouping);
   return d;
 }
 
@@ -69,6 +80,7 @@ nb::dict to_dict(const gpu::Dispatch& dispatch) {
   d["element"] = kernel.element ? nb::cast(type_of(*kernel.element).name) : nb::none();
   d["vector"] = kernel.walk ? nb::cast(kernel.walk->vector) : nb::none();
   d["pattern"] = kernel.walk ? nb::cast(gpu::name_of(kernel.walk->pattern)) : nb::none();
+  d["grouped"] = kernel.walk && kernel.walk->grouped;
   d["host_name"] = gpu::host_name(kernel);
   d["instantiation"] = gpu::instantiation(kernel);
   nb::list buffers;
@@ -141,6 +153,15 @@ gpu::Tuning tuning_from(const std::string& architecture,
   return tuning;
 }
 
+/// The channel axis: the last that is not reduced.
+int last_kept(const std::vector<int>& shape, const std::vector<int>& axes) {
+  int axis = static_cast<int>(shape.size()) - 1;
+  while (std::find(axes.begin(), axes.end(), axis) != axes.end()) {
+    --axis;
+  }
+  return axis;
+}
+
 using Dispatches = nb::typed<nb::list, nb::typed<nb::dict, nb::str, nb::any>>;
 using DispatchesAndTemporaries = std::tuple<Dispatches, std::map<std::string, int64_t>>;
 
@@ -152,9 +173,11 @@ void bind_launch(nb::module_& m) {
       [](const std::string& operation, const std::vector<int>& shape, const std::vector<int>& axes,
          const std::string& element, int64_t channels, double eps, bool given, bool weight,
          bool bias, std::array<bool, 4> wanted, bool aligned, uint32_t max_threads,
-         const std::string& architecture,
+         const std::string& architecture, int64_t groups, bool interleaved,
+         bool affine_per_instance,
          const std::map<std::string, int64_t>& tuning) -> DispatchesAndTemporaries {
-        const auto geometry = find_geometry(shape, axes);
+        const auto geometry =
+            groups > 0 ? find_instances(shape, last_kept(shape, axes)) : find_geometry(shape, axes);
         if (!geometry || geometry->size() == 0) {
           throw std::invalid_argument("[launch_plan] no kernels for this shape and these axes.");
         }
@@ -162,10 +185,13 @@ void bind_launch(nb::module_& m) {
                               .element = found(find_element(element)),
                               .geometry = *geometry,
                               .channels = channels,
+                              .groups = groups,
+                              .interleaved = interleaved,
                               .eps = static_cast<float>(eps),
                               .given = given,
                               .has_weight = weight,
                               .has_bias = bias,
+                              .affine_per_instance = affine_per_instance,
                               .wanted = {wanted[0], wanted[1], wanted[2], wanted[3]},
                               .aligned = aligned};
         const gpu::Plan plan = gpu::plan(
@@ -183,19 +209,21 @@ void bind_launch(nb::module_& m) {
       "operation"_a, "shape"_a, "axes"_a, "element"_a, nb::kw_only(), "channels"_a = 1,
       "eps"_a = 1e-5, "given"_a = false, "weight"_a = false, "bias"_a = false,
       "wanted"_a = std::array<bool, 4>{false, false, false, false}, "aligned"_a = true,
-      "max_threads"_a = 1024, "architecture"_a = "", "tuning"_a = std::map<std::string, int64_t>{},
+      "max_threads"_a = 1024, "architecture"_a = "", "groups"_a = 0, "interleaved"_a = false,
+      "affine_per_instance"_a = false, "tuning"_a = std::map<std::string, int64_t>{},
       "The dispatches for a problem over non-negative `axes`, and the bytes of the temporary "
       "arrays. "
       "`element`: the type of x by name, one of element_types. "
       "`wanted`: gradients of x, the given statistics, weight, bias. "
+      "`groups` of channels, the last axis that is kept, share statistics (csrc/problem.h). "
       "`architecture`: the GPU, as Metal calls it (\"applegpu_g13s\"). "
       "`tuning`: constants of csrc/gpu/tuning.h by name, where they are not to be Apple's.");
 
   m.def(
       "axis_order",
-      [](const std::vector<int>& shape, const std::vector<int>& axes,
-         const std::vector<int>& last) { return axis_order(shape, axes, last); },
-      "shape"_a, "axes"_a, "last"_a,
+      [](const std::vector<int>& shape, const std::vector<int>& axes, const std::vector<int>& last,
+         bool of_groups) { return axis_order(shape, axes, last, of_groups); },
+      "shape"_a, "axes"_a, "last"_a, "of_groups"_a = false,
       "The order in which kernels take the axes of an array to reduce `axes`: as they are where "
       "they "
       "can walk over them (csrc/geometry.h), else with those in `last` behind the others.");

@@ -1,3 +1,5 @@
+#include <nanobind/stl/string.h>
+
 #include "bindings.h"
 #include "rules.h"
 
@@ -13,6 +15,13 @@ void bind_rules(nb::module_& m) {
       PyErr_SetString(PyExc_TypeError, e.what());
     }
   });
+
+  m.def(
+      "check_groups",
+      [](int channels, int groups, const std::string& caller) {
+        check_groups(channels, groups, {caller});
+      },
+      nb::arg("channels"), nb::arg("groups"), nb::arg("caller"));
 
   nb::enum_<Statistics>(m, "Statistics", "Where the statistics of a normalisation come from.")
       .value("of_instance", Statistics::of_instance)

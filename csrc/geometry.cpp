@@ -27,11 +27,30 @@ std::optional<Geometry> find_geometry(std::span<const int32_t> shape,
   return g;
 }
 
+std::optional<Geometry> find_instances(std::span<const int32_t> shape, int channel_axis) {
+  auto product = [&](size_t first, size_t last) {
+    int64_t size = 1;
+    for (size_t axis = first; axis < last; ++axis) {
+      size *= shape[axis];
+    }
+    return size;
+  };
+  const int64_t before = product(1, channel_axis);
+  const int64_t behind = product(channel_axis + 1, shape.size());
+  if (behind == 1) {
+    return Geometry{.outer = shape[0], .reduce = before, .inner = shape[channel_axis]};
+  }
+  if (before == 1) {
+    return Geometry{.outer = int64_t{shape[0]} * shape[channel_axis], .reduce = behind};
+  }
+  return std::nullopt;
+}
+
 std::vector<int> axis_order(std::span<const int32_t> shape, const std::vector<int>& axes,
-                            const std::vector<int>& last) {
+                            const std::vector<int>& last, bool of_groups) {
   std::vector<int> order(shape.size());
   std::iota(order.begin(), order.end(), 0);
-  if (!find_geometry(shape, axes)) {
+  if (!(of_groups ? find_instances(shape, last[0]) : find_geometry(shape, axes))) {
     std::erase_if(
         order, [&](int axis) { return std::find(last.begin(), last.end(), axis) != last.end(); });
     order.insert(order.end(), last.begin(), last.end());

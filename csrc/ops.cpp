@@ -74,26 +74,28 @@ array update_coefficients(const Number& momentum, const Number& count, mx::Dtype
 /// The order in which kernels take the axes of x. In a graph that MLX traces for any shape, one
 /// that fits all shapes: without axes of length 1, which could belong to any level.
 std::vector<int> order_of(const array& x, const std::vector<int>& axes,
-                          const std::vector<int>& last, mx::Stream s) {
+                          const std::vector<int>& last, mx::Stream s, bool of_groups = false) {
   const mx::Shape no_ones(x.ndim(), 2);
-  return axis_order(traced_for_any_shape(x, s) ? no_ones : x.shape(), axes, last);
+  return axis_order(traced_for_any_shape(x, s) ? no_ones : x.shape(), axes, last, of_groups);
 }
 
 }  // namespace
 
-int count_channels(const array& x, int axis, Statistics statistics, const Caller& caller) {
-  return x.shape(check_input(argument(x), axis, statistics, caller));
+int count_channels(const array& x, int axis, Statistics statistics, int groups,
+                   const Caller& caller) {
+  return x.shape(check_input(argument(x), axis, statistics, groups, caller));
 }
 
 std::tuple<array, array, array> normalize(const array& x_, const std::optional<array>& weight_,
                                           const std::optional<array>& bias_, double eps,
                                           const std::optional<array>& mean_,
                                           const std::optional<array>& var_, int axis,
-                                          Statistics statistics, const Caller& caller,
-                                          mx::StreamOrDevice s_) {
-  int channel_axis = check_normalize(argument(x_), argument(weight_), argument(bias_),
-                                     argument(mean_), argument(var_), axis, statistics, caller);
-  if (mean_) {
+                                          Statistics statistics, const Groups& groups,
+                                          const Caller& caller, mx::StreamOrDevice s_) {
+  int channel_axis =
+      check_normalize(argument(x_), argument(weight_), argument(bias_), argument(mean_),
+                      argument(var_), axis, statistics, groups.number, caller);
+  if (mean_ && groups.number == 0) {
     statistics = Statistics::given;
   }
   const auto s = mx::to_stream(s_);
@@ -107,13 +109,19 @@ std::tuple<array, array, array> normalize(const array& x_, const std::optional<a
   array x = cast(x_, dtype, s);
   auto weight = cast(weight_, dtype, s);
   auto bias = cast(bias_, dtype, s);
+  const bool affine_per_instance = (weight && weight->ndim() == 2) || (bias && bias->ndim() == 2);
+  if (weight && bias && weight->ndim() != bias->ndim()) {
+    const auto both = mx::broadcast_arrays({*weight, *bias}, s);
+    weight = both[0];
+    bias = both[1];
+  }
   auto mean = cast(mean_, statistics_dtype(dtype), s);
   auto var = cast(var_, statistics_dtype(dtype), s);
 
   const int ndim = static_cast<int>(x.ndim());
   // Kernels read channels first or last; channels on another axis are moved to the end and back.
   auto axes = reduced_axes(ndim, channel_axis, statistics);
-  const auto order = order_of(x, axes, {channel_axis}, s);
+  const auto order = order_of(x, axes, {channel_axis}, s, groups.number > 0);
   const bool moved = !std::is_sorted(order.begin(), order.end());
   const int home = channel_axis;
   if (moved) {
@@ -127,9 +135,11 @@ std::tuple<array, array, array> normalize(const array& x_, const std::optional<a
                .axes = std::move(axes),
                .channel_axis = channel_axis,
                .eps = eps,
+               .groups = groups,
                .given = mean.has_value(),
                .has_weight = weight.has_value(),
-               .has_bias = bias.has_value()},
+               .has_bias = bias.has_value(),
+               .affine_per_instance = affine_per_instance},
               {{kX, x}, {kMean, mean}, {kVar, var}, {kWeight, weight}, {kBias, bias}});
   array y = moved ? mx::moveaxis(outputs[kOut], -1, home, s) : outputs[kOut];
   return {y, mean ? *mean : outputs[kMean], var ? *var : outputs[kVar]};
@@ -139,7 +149,7 @@ array input_gradient(const array& x, const array& g, const array& mean, const ar
                      const std::optional<array>& weight, double eps, const array& grad_mean,
                      const array& grad_var, int axis, const Caller& caller, mx::StreamOrDevice s_) {
   const auto s = mx::to_stream(s_);
-  const int channel_axis = check_input(argument(x), axis, Statistics::given, caller);
+  const int channel_axis = check_input(argument(x), axis, Statistics::given, 0, caller);
   return compute(s,
                  {.operation = Operation::input_gradient,
                   .axes = reduced_axes(static_cast<int>(x.ndim()), channel_axis, Statistics::given),
@@ -157,8 +167,8 @@ array input_gradient(const array& x, const array& g, const array& mean, const ar
 }
 
 array rank_moments(const array& x, int axis, const Caller& caller, mx::StreamOrDevice s) {
-  const int channel_axis = check_input(argument(x), axis, Statistics::of_batch, caller);
-  return message_of(x, channel_axis, mx::to_stream(s));
+  const int channel_axis = check_input(argument(x), axis, Statistics::of_batch, 0, caller);
+  return message_of(x, channel_axis, message_kind(argument(x).dtype), mx::to_stream(s));
 }
 
 std::tuple<array, array, array> merge_ranks(const array& messages, int ranks, int rank,

@@ -17,17 +17,18 @@ namespace mlx_welford {
 using mlx::core::array;
 
 /// The number of channels of x, after checking its dtype, its dimensions and `axis`.
-int count_channels(const array& x, int axis, Statistics statistics, const Caller& caller);
+int count_channels(const array& x, int axis, Statistics statistics, int groups,
+                   const Caller& caller);
 
 /// (y, mean, var) with y = (x - mean) / sqrt(var + eps) * weight + bias, and the statistics of x or
-/// the given ones (C). y has the dtype result_type(x, weight, bias); mean and biased var are
-/// float32, (N, C) per instance or (C) per batch.
+/// the given ones: (C), or (N, G) of groups. y has the dtype result_type(x, weight, bias); mean and
+/// biased var are float32, (N, C) per instance, (N, G) of groups or (C) per batch.
 std::tuple<array, array, array> normalize(const array& x, const std::optional<array>& weight,
                                           const std::optional<array>& bias, double eps,
                                           const std::optional<array>& mean,
                                           const std::optional<array>& var, int axis,
-                                          Statistics statistics, const Caller& caller,
-                                          mlx::core::StreamOrDevice s = {});
+                                          Statistics statistics, const Groups& groups,
+                                          const Caller& caller, mlx::core::StreamOrDevice s = {});
 
 /// The gradient with respect to x of `normalize` with given statistics that depend on x, as those
 /// of a batch do of which x is a shard. `grad_mean` and `grad_var` (C) are the cotangents of the

@@ -20,12 +20,19 @@ FallbackCall KernelPrimitive::fallback_call(const Arrays& inputs) const {
   for (size_t i = 0; i < inputs.size(); ++i) {
     call.arguments.emplace_back(kBufferNames[signature_.inputs[i].buffer], inputs[i]);
   }
-  if (!a.axes.empty()) {
+  if (a.operation != Operation::running_statistics) {
     call.arguments.emplace_back("axes", a.axes);
   }
   if (a.channel_axis >= 0) {
     call.arguments.emplace_back("channel_axis", a.channel_axis);
     call.arguments.emplace_back("eps", a.eps);
+  }
+  if (a.groups.number > 0) {
+    call.arguments.emplace_back("groups", a.groups.number);
+    call.arguments.emplace_back("interleaved", a.groups.interleaved);
+  }
+  if (a.affine_per_instance) {
+    call.arguments.emplace_back("affine_per_instance", true);
   }
   for (const Operand& output : signature_.outputs) {
     call.outputs.push_back(kBufferNames[output.buffer]);
@@ -58,6 +65,9 @@ std::vector<mx::Dtype> KernelPrimitive::output_dtypes(const Arrays& inputs) {
 /// checked the inputs of the trace; a graph that was traced for any shape is called with others,
 /// and kernels would read past the end of an array that is too short.
 std::vector<mx::Shape> KernelPrimitive::output_shapes(const Arrays& inputs) {
+  if (attributes_.groups.number > 0) {
+    check_groups(inputs[0].shape(attributes_.channel_axis), attributes_.groups.number, {name()});
+  }
   for (size_t i = 1; i < inputs.size(); ++i) {
     const mx::Shape shape = shape_of(signature_.inputs[i], attributes_, inputs);
     if (inputs[i].shape() != shape) {
@@ -81,10 +91,13 @@ Problem KernelPrimitive::problem(const Arrays& inputs) const {
   Problem problem{.operation = a.operation,
                   .element = element_of(x.dtype()),
                   .geometry = {},
+                  .groups = a.groups.number,
+                  .interleaved = a.groups.interleaved,
                   .eps = static_cast<float>(a.eps),
                   .given = a.given,
                   .has_weight = a.has_weight,
                   .has_bias = a.has_bias,
+                  .affine_per_instance = a.affine_per_instance,
                   .wanted = a.wanted};
   if (a.operation == Operation::running_statistics) {
     problem.channels = x.size();
@@ -93,7 +106,9 @@ Problem KernelPrimitive::problem(const Arrays& inputs) const {
     return problem;
   }
   // ops.cpp moves axes until there is one.
-  problem.geometry = find_geometry(x.shape(), a.axes).value();
+  problem.geometry = (a.groups.number > 0 ? find_instances(x.shape(), a.channel_axis)
+                                          : find_geometry(x.shape(), a.axes))
+                         .value();
   if (a.channel_axis >= 0) {
     problem.channels = x.shape(a.channel_axis);
   }

@@ -40,8 +40,7 @@ class MergeRanks : public FallbackPrimitive {
   std::string caller_;
 };
 
-/// The message of a rank (1 + C, 4): a row with the number of values per statistic of x and what
-/// all ranks must agree about, then the partial moments of x.
-array message_of(const array& x, int channel_axis, mlx::core::Stream s);
+/// The message of a rank (1 + C, 4): a MessageHead of this kind, then the partial moments of x.
+array message_of(const array& x, int channel_axis, double kind, mlx::core::Stream s);
 
 }  // namespace mlx_welford

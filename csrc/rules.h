@@ -5,6 +5,8 @@
 // wrong".
 #pragma once
 
+#include <array>
+#include <cstdint>
 #include <optional>
 #include <span>
 #include <stdexcept>
@@ -20,6 +22,14 @@ enum class Statistics { of_instance, of_batch, given };
 /// An argument of the wrong dtype; a TypeError in Python.
 struct DtypeError : std::invalid_argument {
   using std::invalid_argument::invalid_argument;
+};
+
+/// Groups of channels that share statistics, for each instance; `number` 0 for none.
+struct Groups {
+  int number = 0;
+  bool interleaved = false;  // channel c is in group c % number; otherwise in c / (C / number)
+
+  bool operator==(const Groups&) const = default;
 };
 
 /// The name that errors begin with, and what this caller requires besides.
@@ -40,13 +50,18 @@ struct Argument {
 /// too.
 std::vector<int> reduced_axes(int ndim, int channel_axis, Statistics statistics);
 
-/// The channel axis, non-negative.
-int check_input(const Argument& x, int axis, Statistics statistics, const Caller& caller);
+/// Groups (none if 0) have the same number of channels.
+void check_groups(int channels, int groups, const Caller& caller);
 
-/// The same, for x and the vectors that go with it.
+/// The channel axis, non-negative.
+int check_input(const Argument& x, int axis, Statistics statistics, int groups,
+                const Caller& caller);
+
+/// The same, for x and the vectors that go with it. Weight and bias are (C), or (N, C) if the
+/// statistics are those of instances; given mean and var are (C), or (N, G) of groups.
 int check_normalize(const Argument& x, const std::optional<Argument>& weight,
                     const std::optional<Argument>& bias, const std::optional<Argument>& mean,
-                    const std::optional<Argument>& var, int axis, Statistics statistics,
+                    const std::optional<Argument>& var, int axis, Statistics statistics, int groups,
                     const Caller& caller);
 
 void check_running_statistics(const Argument& running_mean, const Argument& running_var,
@@ -54,5 +69,23 @@ void check_running_statistics(const Argument& running_mean, const Argument& runn
 
 /// The axes of a reduction of x, non-negative and sorted.
 std::vector<int> check_axes(const Argument& x, std::vector<int> axes, const Caller& caller);
+
+/// The first row of the message that a rank sends about its shard of a batch (csrc/ranks.cpp):
+///
+///   mark and dtype of x | number of channels | values per statistic / unit | the rest of these
+using MessageHead = std::array<double, 4>;
+
+constexpr int64_t kMessageUnit = 1 << 24;  // integers up to here are exact in float32
+
+/// Mark and dtype of x.
+double message_kind(const std::string& dtype);
+
+/// Values per statistic.
+double message_count(const MessageHead& head);
+
+/// Throws std::runtime_error if the ranks disagree about dtype or number of channels, or have a
+/// single value per statistic together. Collectives do not compare sizes among ranks, and where
+/// these disagree, they deliver unrelated memory.
+void check_messages(std::span<const MessageHead> heads, int rank, const Caller& caller);
 
 }  // namespace mlx_welford

@@ -94,7 +94,8 @@ mx::Shape shape_of(const Operand& operand, const Attributes& a, const Arrays& in
     return first;
   }
   if (operand.per == Per::channel) {
-    return {first[a.channel_axis]};
+    const auto channels = first[a.channel_axis];
+    return a.affine_per_instance ? mx::Shape{first[0], channels} : mx::Shape{channels};
   }
   if (operand.per == Per::update) {
     return {3};
@@ -103,6 +104,8 @@ mx::Shape shape_of(const Operand& operand, const Attributes& a, const Arrays& in
   if (a.operation == Operation::running_statistics) {  // (C) of a batch, (N, C) of instances
     kept = inputs[2].shape();
     kept.back() = first.back();
+  } else if (a.groups.number > 0) {
+    kept = {first[0], a.groups.number};
   } else {
     for (int axis = 0; axis < static_cast<int>(first.size()); ++axis) {
       if (std::find(a.axes.begin(), a.axes.end(), axis) == a.axes.end()) {

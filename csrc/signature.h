@@ -7,6 +7,7 @@
 
 #include "bound_arrays.h"
 #include "problem.h"
+#include "rules.h"
 
 namespace mlx_welford {
 
@@ -19,9 +20,11 @@ struct Attributes {
   std::vector<int> axes{};  // that share a statistic; none for running statistics
   int channel_axis = -1;    // of a normalisation, non-negative
   double eps = 0;
-  bool given = false;  // the statistics are given, one per channel
+  Groups groups{};
+  bool given = false;  // the statistics are given
   bool has_weight = false;
   bool has_bias = false;
+  bool affine_per_instance = false;
   Wanted wanted{};  // of a gradient
 
   bool operator==(const Attributes&) const = default;
@@ -33,8 +36,8 @@ constexpr int kMomentsRow = 4;  // numbers of partial moments: count, mean, tail
 /// channels, that of statistics for all others.
 enum class Per {
   element,    // of the first input
-  channel,    // (C)
-  statistic,  // the axes that are kept
+  channel,    // (C), or (N, C) if affine parameters are per instance
+  statistic,  // the axes that are kept, or (N, G)
   moments,    // of each statistic: (..., kMomentsRow)
   update,     // (3)
 };

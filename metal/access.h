@@ -69,37 +69,77 @@ struct Elements<T, 8> : Vector<T> {
 
 // ---- Access patterns ---------------------------------------------------------------------------
 
+struct Division {
+  long quotient;
+  long remainder;
+};
+
+/// a / b for a >= 0. Beyond 32 bits, which is hardly ever needed, bit by bit: a division of 64 bits
+/// is so long a piece of code that kernels take more registers for its sake.
+inline Division division_of(long a, long b) {
+  if (a < b) {
+    return Division{0, a};
+  }
+  if (a <= 0xffffffff) {
+    return Division{long(uint(a) / uint(b)), long(uint(a) % uint(b))};
+  }
+  Division d{0, 0};
+  for (int bit = 62; bit >= 0; --bit) {
+    const long r = 2 * d.remainder + (a >> bit & 1);
+    d = Division{2 * d.quotient + (r < b ? 0 : 1), r - (r < b ? 0 : b)};
+  }
+  return d;
+}
+
+inline long remainder(long a, long b) { return division_of(a, b).remainder; }
+
 /// What the values of one column belong to. Statistic and channel are maps of their own: of several
 /// slots in a row, take the first from slot_at and the others from next.
 struct Slot {
   long statistic;
-  long channel;
+  long channel;   // index of weight and bias
+  uint position;  // of a group: see Grouped
 };
 
-/// a % b for a >= 0. Beyond 32 bits, which is hardly ever needed, bit by bit: a division of 64 bits
-/// is so long a piece of code that kernels take more registers for its sake.
-inline long remainder(long a, long b) {
-  if (a < b) {
-    return a;
-  }
-  if (a <= 0xffffffff) {
-    return long(uint(a) % uint(b));
-  }
-  long r = 0;
-  for (int bit = 62; bit >= 0; --bit) {
-    r = 2 * r + (a >> bit & 1);
-    r -= r < b ? 0 : b;
-  }
-  return r;
-}
-
-inline Slot slot_at(constant Sweep& sweep, long index) {
-  return Slot{index, remainder(index, sweep.channels)};
-}
-
 /// Without a division, since every thread takes this step for each of its columns.
-inline Slot next(constant Sweep& sweep, Slot s) {
-  return Slot{s.statistic + 1, s.channel + 1 == sweep.channels ? 0 : s.channel + 1};
+inline long channel_behind(constant Sweep& sweep, Slot s) {
+  return s.channel + 1 == sweep.channels ? 0 : s.channel + 1;
+}
+
+/// Each slot has a statistic of its own.
+struct Separate {
+  enum { grouped = 0 };
+
+  /// The weight of sums that were not weighted yet.
+  static float of_sums(float weight) { return weight; }
+
+  /// True for the slot that writes what is of its statistic.
+  static bool leads(constant Sweep&, Place, Slot) { return true; }
+
+  static Slot slot_at(constant Sweep& sweep, long index) {
+    return Slot{index, remainder(index, sweep.channels), 0};
+  }
+
+  static Slot next(constant Sweep& sweep, Slot s) {
+    return Slot{s.statistic + 1, channel_behind(sweep, s), 0};
+  }
+};
+
+/// The statistic of a group, and a channel's position in the pattern in which groups repeat: among
+/// the members of its group, or among the groups if they are interleaved.
+struct InGroup {
+  long statistic;
+  uint position;
+};
+
+inline uint period_of(constant Grouping& of) { return of.interleaved ? of.groups : of.members; }
+
+inline InGroup in_group(constant Grouping& of, long slot) {
+  const Division d = division_of(slot, of.channels);
+  const uint channel = uint(d.remainder);
+  const uint position = channel % period_of(of);
+  const uint group = of.interleaved ? position : channel / of.members;
+  return InGroup{d.quotient * of.groups + group, position};
 }
 
 /// What one thread reads: vectors at first, first + step, ..., and perhaps a single element from
@@ -129,7 +169,7 @@ inline uint in_order(uint group, uint groups, bool reverse) {
 }
 
 /// inner > 1: lanes across neighbouring columns, each with V statistics of its own.
-struct Columns {
+struct Columns : Separate {
   template <int V>
   struct Statistics {
     enum { count = V };
@@ -149,11 +189,16 @@ struct Columns {
   template <int V>
   static Walk walk(constant Sweep& sweep, Piece at, Place p) {
     const long column = (long(at.strip) * sweep.across + p.across) * V;
+    return walk_down(sweep, at, p, column, column < sweep.inner);
+  }
+
+  /// From the column on.
+  static Walk walk_down(constant Sweep& sweep, Piece at, Place p, long column, bool inside) {
     const long outer = remainder(at.segment, sweep.outer);
     const long begin = long(at.piece) * sweep.piece;
     const uint positions = uint(metal::min(long(sweep.piece), sweep.reduce - begin));
     Walk w;
-    w.inside = column < sweep.inner;
+    w.inside = inside;
     w.first = (at.segment * sweep.reduce + begin + p.along) * sweep.inner + column;
     w.step = sweep.along * uint(sweep.inner);
     w.vectors =
@@ -167,7 +212,7 @@ struct Columns {
 };
 
 /// inner == 1: lanes along the reduction, all with the same statistic.
-struct Rows {
+struct Rows : Separate {
   template <int V>
   struct Statistics {
     enum { count = 1 };
@@ -210,3 +255,46 @@ struct Rows {
     return w;
   }
 };
+
+/// The same walks where the channels of a group share statistics. The sums of a group are weighted
+/// when they are merged.
+template <typename A>
+struct Grouped : A {
+  enum { grouped = 1 };
+
+  static float of_sums(float) { return 1.0f; }
+
+  static bool leads(constant Sweep& sweep, Place p, Slot s) {
+    return sweep.grouping.interleaved ? p.across < sweep.run : s.position == 0;
+  }
+
+  static Slot slot_at(constant Sweep& sweep, long index) {
+    const InGroup in = in_group(sweep.grouping, index);
+    return Slot{in.statistic, remainder(index, sweep.channels), in.position};
+  }
+
+  /// Within an instance, in which all columns of a vector are.
+  static Slot next(constant Sweep& sweep, Slot s) {
+    constant Grouping& of = sweep.grouping;
+    const bool again = s.position + 1 == period_of(of);
+    const long behind = of.interleaved ? 1 - long(of.groups) : 1;
+    return Slot{s.statistic + (again ? behind : long(of.interleaved)), channel_behind(sweep, s),
+                again ? 0 : s.position + 1};
+  }
+};
+
+/// Strips of whole groups: `run` vectors side by side, and as many of each other member `jump`
+/// columns behind them.
+struct GroupedColumns : Grouped<Columns> {
+  template <int V>
+  static Walk walk(constant Sweep& sweep, Piece at, Place p) {
+    const long first = (long(at.strip) * sweep.run + p.across % sweep.run) * V;
+    const uint member = p.across / sweep.run;
+    const bool inside = sweep.jump == 0
+                            ? member == 0 && first < sweep.inner
+                            : member < sweep.grouping.members && first < long(sweep.jump);
+    return walk_down(sweep, at, p, first + member * long(sweep.jump), inside);
+  }
+};
+
+typedef Grouped<Rows> GroupedRows;

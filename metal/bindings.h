@@ -60,23 +60,33 @@ enum BufferIndex {
   kX = 1,             // x
   kMean = 2,          // float, per statistic
   kVar = 3,           // float, per statistic
-  kWeight = 4,        // per channel
-  kBias = 5,          // per channel
+  kWeight = 4,        // per channel, or per slot
+  kBias = 5,          // likewise
   kOut = 6,           // y or gradient of x
   kG = 7,             // cotangent of y
   kGradMean = 8,      // float, per statistic: cotangent of mean, or gradient of the given mean
   kGradVar = 9,       // float, per statistic: likewise of var
   kPartials = 10,     // Moments or Sums, (part, slot)
   kSums = 11,         // Sums, per slot
-  kGradWeight = 12,   // per channel
-  kGradBias = 13,     // per channel
+  kGradWeight = 12,   // as weight
+  kGradBias = 13,     // as bias
   kMoments = 14,      // Moments, per statistic
   kUpdate = 15,       // float, 3: 1 - momentum, momentum, unbiased by biased variance
   kRunningMean = 16,  // per channel
   kRunningVar = 17,   // per channel
   kNextMean = 18,     // per channel: the running mean after this batch
   kNextVar = 19,      // per channel
-  kBuffers = 20,
+  kGroupSums = 20,    // Sums, weighted, per statistic of a group
+  kBuffers = 21,
+};
+
+/// The channels that share statistics. Slot q is that of channel q % channels of instance
+/// q / channels.
+struct Grouping {
+  shared_uint channels;
+  shared_uint groups;       // of an instance
+  shared_uint members;      // channels of a group
+  shared_uint interleaved;  // channel c is in group c % groups; otherwise in c / members
 };
 
 /// A walk over an array.
@@ -89,20 +99,24 @@ struct Sweep {
   shared_long outer;
   shared_long reduce;
   shared_long inner;
-  shared_long channels;
-  shared_uint piece;   // positions of a piece; a thread's own are within kSpan elements
-  shared_uint pieces;  // of a strip
-  shared_uint strips;  // of a segment (columns) or in all (rows)
-  shared_uint across;  // a power of two, up to kSimd (columns)
-  shared_uint along;   // a multiple of kSimd (rows)
+  shared_long channels;  // values of weight: of slot q it is q % channels
+  shared_uint piece;     // positions of a piece; a thread's own are within kSpan elements
+  shared_uint pieces;    // of a strip
+  shared_uint strips;    // of a segment (columns) or in all (rows)
+  shared_uint across;    // a power of two, up to kSimd (columns)
+  shared_uint along;     // a multiple of kSimd (rows)
   shared_uint has_weight;
   shared_uint has_bias;
   shared_uint has_sums;
   float count;  // values per statistic
   float eps;
+  Grouping grouping;
+  shared_uint run;   // of columns of groups: vectors that lie side by side
+  shared_uint jump;  // columns from a run to the next member's; 0: there is one run
 };
 
-/// A merge of `parts` partial results of each of `columns`, which lie as (part, column).
+/// A merge of `parts` partial results of each of `columns`, which lie as (part, column); or of each
+/// member of a group, which lie as (part, slot).
 struct Merge {
   shared_long columns;
   shared_long parts;
@@ -111,7 +125,8 @@ struct Merge {
   shared_uint has_weight;
   shared_uint has_bias;
   float eps;
-  shared_uint padding;  // to whole words of 8 bytes, so that every byte is a defined one
+  shared_uint weight_per_slot;  // weight has a value for each slot
+  Grouping grouping;
 };
 
 #ifndef __METAL_VERSION__

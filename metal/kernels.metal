@@ -28,14 +28,14 @@ inline Sums sums_of(uint present, const device float* sums, long slot) {
 }
 
 /// The means of a thread's slots.
-template <int S>
+template <typename A, int S>
 inline void load_means(constant Sweep& sweep, Walk w, const device float* mean,
                        thread float* means) {
-  Slot slot = slot_at(sweep, w.slot);
+  Slot slot = A::slot_at(sweep, w.slot);
   WELFORD_UNROLL
   for (int i = 0; i < S; ++i) {
     means[i] = w.inside ? mean[slot.statistic] : 0.0f;
-    slot = next(sweep, slot);
+    slot = A::next(sweep, slot);
   }
 }
 
@@ -57,13 +57,13 @@ template <typename T, int V, typename A>
   find_moments<T, V, S>(x + w.first, w, found);
   merge_along<Moments, S, false>(found, p, entries);
   if (p.along == 0 && w.inside) {
-    Slot slot = slot_at(sweep, w.slot);
+    Slot slot = A::slot_at(sweep, w.slot);
     WELFORD_UNROLL
     for (int i = 0; i < S; ++i) {
       const Moments m = finalized(found[i]);
       mean[slot.statistic] = m.mean;
       var[slot.statistic] = m.m2 / m.count;
-      slot = next(sweep, slot);
+      slot = A::next(sweep, slot);
     }
   }
 }
@@ -105,7 +105,7 @@ template <typename T, int V, typename A>
   const Place p = A::place(sweep, thread_index);
   const Walk w = A::template walk<V>(sweep, A::locate(sweep, group, groups, false), p);
   float means[S];
-  load_means<S>(sweep, w, mean, means);
+  load_means<A, S>(sweep, w, mean, means);
   Sums found[S];
   find_sums<T, V, S>(x + w.first, g + w.first, w, means, found);
   merge_along<Sums, S, false>(found, p, entries);
@@ -119,27 +119,42 @@ template <typename T, int V, typename A>
 
 // ---- Merges ------------------------------------------------------------------------------------
 
-/// The merge over all parts of one column, known to its first thread along. A thread takes four
-/// parts at a time: their loads overlap, and equal ones take one division instead of four.
+/// Parts (part, column) of one column.
 template <typename M>
-inline M merge_parts(constant Merge& merging, const device M* partials, M identity, long column,
-                     Place p, threadgroup M* entries) {
+struct OfColumn {
+  const device M* own;
+  long columns;
+
+  static M at(OfColumn of, long part) { return of.own[part * of.columns]; }
+};
+
+template <typename M>
+inline OfColumn<M> of_column(constant Merge& merging, const device M* partials, long column) {
+  return OfColumn<M>{partials + column, merging.columns};
+}
+
+/// How many parts a column has: none beyond the last column.
+inline long parts_of(constant Merge& merging, long column) {
+  return column < merging.columns ? merging.parts : 0;
+}
+
+/// The merge over `parts` parts of one column, known to its first thread along. A thread takes four
+/// at a time: their loads overlap, and equal ones take one division instead of four.
+template <typename M, typename Of>
+inline M merge_parts(constant Merge& merging, Of of, M identity, long parts, Place p,
+                     threadgroup M* entries) {
   M all[1] = {identity};
-  if (column < merging.columns) {
-    const device M* own = partials + column;
-    const long step = merging.along * merging.columns;
-    const long end = merging.parts * merging.columns;
-    long i = p.along * merging.columns;
-    for (; i + 3 * step < end; i += 4 * step) {
-      const M a = own[i];
-      const M b = own[i + step];
-      const M c = own[i + 2 * step];
-      const M d = own[i + 3 * step];
-      all[0] = merge(all[0], merge(merge(a, b), merge(c, d)));
-    }
-    for (; i < end; i += step) {
-      all[0] = merge(all[0], M(own[i]));
-    }
+  const long step = merging.along;
+  long i = p.along;
+  for (; i + 3 * step < parts; i += 4 * step) {
+    const M a = Of::at(of, i);
+    const M b = Of::at(of, i + step);
+    const M c = Of::at(of, i + 2 * step);
+    const M d = Of::at(of, i + 3 * step);
+    all[0] = merge(all[0], merge(merge(a, b), merge(c, d)));
+  }
+  for (; i < parts; i += step) {
+    all[0] = merge(all[0], Of::at(of, i));
   }
   merge_along<M, 1, false>(all, p, entries);
   return all[0];
@@ -155,7 +170,8 @@ inline M merge_parts(constant Merge& merging, const device M* partials, M identi
   threadgroup Moments entries[kEntries];
   const Place p = place_across(thread_index, merging.across, merging.along);
   const long column = long(group) * merging.across + p.across;
-  const Moments all = finalized(merge_parts(merging, partials, no_moments(), column, p, entries));
+  const Moments all = finalized(merge_parts(merging, of_column(merging, partials, column),
+                                            no_moments(), parts_of(merging, column), p, entries));
   if (p.along == 0 && column < merging.columns) {
     mean[column] = all.mean;
     var[column] = all.m2 / all.count;
@@ -171,7 +187,8 @@ inline M merge_parts(constant Merge& merging, const device M* partials, M identi
   threadgroup Moments entries[kEntries];
   const Place p = place_across(thread_index, merging.across, merging.along);
   const long column = long(group) * merging.across + p.across;
-  const Moments all = finalized(merge_parts(merging, partials, no_moments(), column, p, entries));
+  const Moments all = finalized(merge_parts(merging, of_column(merging, partials, column),
+                                            no_moments(), parts_of(merging, column), p, entries));
   if (p.along == 0 && column < merging.columns) {
     moments[column] = all;
   }
@@ -186,13 +203,101 @@ inline M merge_parts(constant Merge& merging, const device M* partials, M identi
   threadgroup Sums entries[kEntries];
   const Place p = place_across(thread_index, merging.across, merging.along);
   const long column = long(group) * merging.across + p.across;
-  const Sums all = merge_parts(merging, partials, Sums{0.0f, 0.0f}, column, p, entries);
+  const Sums all = merge_parts(merging, of_column(merging, partials, column), Sums{0.0f, 0.0f},
+                               parts_of(merging, column), p, entries);
   if (p.along == 0 && column < merging.columns) {
     sums[column] = all;
   }
 }
 
-/// Gradients (channel) of weight and bias from sums and var (part, channel): parts are instances.
+/// The slots of a statistic's group, first, first + step, ..., and likewise their channels.
+struct Members {
+  long first;
+  long channel;
+  long step;
+};
+
+inline Members members_of(constant Grouping& of, long statistic) {
+  const Division d = division_of(statistic, of.groups);
+  const long channel = d.remainder * (of.interleaved ? 1 : of.members);
+  return Members{d.quotient * of.channels + channel, channel, of.interleaved ? of.groups : 1};
+}
+
+/// Partial moments (part, slot) of one group: those of its members side by side.
+struct MomentsOfGroup {
+  const device Moments* partials;
+  Members slots;
+  long all_slots;
+  uint members;
+
+  static Moments at(MomentsOfGroup of, long i) {
+    const long part = uint(i) / of.members;
+    const long member = uint(i) % of.members;
+    return of.partials[part * of.all_slots + of.slots.first + member * of.slots.step];
+  }
+};
+
+/// mean and var (statistic) of groups from partial moments (part, slot).
+[[kernel]] void merge_group_moments(constant Merge& merging [[buffer(kParameters)]],
+                                    const device Moments* partials [[buffer(kPartials)]],
+                                    device float* mean [[buffer(kMean)]],
+                                    device float* var [[buffer(kVar)]],
+                                    uint group [[threadgroup_position_in_grid]],
+                                    uint thread_index [[thread_position_in_threadgroup]]) {
+  threadgroup Moments entries[kEntries];
+  const Place p = place_across(thread_index, merging.across, merging.along);
+  const long statistic = long(group) * merging.across + p.across;
+  const uint members = merging.grouping.members;
+  const MomentsOfGroup of{partials, members_of(merging.grouping, statistic),
+                          merging.columns * members, members};
+  const Moments all = finalized(
+      merge_parts(merging, of, no_moments(), parts_of(merging, statistic) * members, p, entries));
+  if (p.along == 0 && statistic < merging.columns) {
+    mean[statistic] = all.mean;
+    var[statistic] = all.m2 / all.count;
+  }
+}
+
+/// Sums (slot) of one group, weighted.
+template <typename T>
+struct WeightedSums {
+  const device Sums* sums;
+  const device T* weight;
+  Members slots;
+  uint has_weight;
+  uint weight_per_slot;
+
+  static Sums at(WeightedSums of, long i) {
+    const long slot = of.slots.first + i * of.slots.step;
+    const long channel = of.slots.channel + i * of.slots.step;
+    const float w = weight_of(of.has_weight, of.weight, of.weight_per_slot ? slot : channel);
+    const Sums own = of.sums[slot];
+    return Sums{w * own.g, w * own.gd};
+  }
+};
+
+/// Weighted sums (statistic) of groups from sums (slot).
+template <typename T>
+[[kernel]] void merge_group_sums(constant Merge& merging [[buffer(kParameters)]],
+                                 const device Sums* sums [[buffer(kSums)]],
+                                 const device T* weight [[buffer(kWeight)]],
+                                 device Sums* group_sums [[buffer(kGroupSums)]],
+                                 uint group [[threadgroup_position_in_grid]],
+                                 uint thread_index [[thread_position_in_threadgroup]]) {
+  threadgroup Sums entries[kEntries];
+  const Place p = place_across(thread_index, merging.across, merging.along);
+  const long statistic = long(group) * merging.across + p.across;
+  const WeightedSums<T> of{sums, weight, members_of(merging.grouping, statistic),
+                           merging.has_weight, merging.weight_per_slot};
+  const Sums all = merge_parts(merging, of, Sums{0.0f, 0.0f},
+                               parts_of(merging, statistic) * merging.grouping.members, p, entries);
+  if (p.along == 0 && statistic < merging.columns) {
+    group_sums[statistic] = all;
+  }
+}
+
+/// Gradients (channel) of weight and bias from sums (part, channel), where parts are instances, and
+/// var (statistic).
 template <typename T>
 [[kernel]] void parameter_gradients(constant Merge& merging [[buffer(kParameters)]],
                                     const device Sums* sums [[buffer(kSums)]],
@@ -209,7 +314,8 @@ template <typename T>
     for (long part = p.along; part < merging.parts; part += merging.along) {
       const long i = part * merging.columns + channel;
       const Sums of_part = sums[i];
-      const float rstd = rstd_of(var[i], merging.eps);
+      const long j = merging.grouping.members > 1 ? in_group(merging.grouping, i).statistic : i;
+      const float rstd = rstd_of(var[j], merging.eps);
       all[0] = merge(all[0], Sums{of_part.g, sum_of_normalized(of_part, rstd)});
     }
   }
@@ -224,7 +330,8 @@ template <typename T>
   }
 }
 
-/// Gradients (channel) of given mean and var from sums (channel).
+/// Gradients (channel) of given mean and var from sums (channel); or of groups, from weighted sums
+/// (statistic).
 template <typename T>
 [[kernel]] void given_gradients(constant Merge& merging [[buffer(kParameters)]],
                                 const device Sums* sums [[buffer(kSums)]],
@@ -238,7 +345,9 @@ template <typename T>
   const long channel = long(group) * merging.across + p.across;
   if (p.along == 0 && channel < merging.columns) {
     const float rstd = rstd_of(var[channel], merging.eps);
-    const float scale = rstd * weight_of(merging.has_weight, weight, channel);
+    const long own =
+        merging.weight_per_slot ? channel : remainder(channel, merging.grouping.channels);
+    const float scale = rstd * weight_of(merging.has_weight, weight, own);
     const Sums all = sums[channel];
     grad_mean[channel] = -scale * all.g;
     grad_var[channel] = -0.5f * scale * rstd * sum_of_normalized(all, rstd);
@@ -303,13 +412,13 @@ template <typename T, int V, typename A>
   const Walk w = A::template walk<V>(sweep, A::locate(sweep, group, groups, true), p);
   if (w.inside) {
     MapX f[S];
-    Slot slot = slot_at(sweep, w.slot);
+    Slot slot = A::slot_at(sweep, w.slot);
     WELFORD_UNROLL
     for (int i = 0; i < S; ++i) {
       const long j = slot.statistic;
       f[i] = forward_map(sweep, mean[j], var[j], weight_of(sweep.has_weight, weight, slot.channel),
                          bias_of(sweep.has_bias, bias, slot.channel));
-      slot = next(sweep, slot);
+      slot = A::next(sweep, slot);
     }
     apply<T, V, S>(x + w.first, x + w.first, w, f, y + w.first);
   }
@@ -332,14 +441,15 @@ template <typename T, int V, typename A>
   if (w.inside) {
     const float per_value = 1.0f / sweep.count;
     MapXG f[S];
-    Slot slot = slot_at(sweep, w.slot);
+    Slot slot = A::slot_at(sweep, w.slot);
     WELFORD_UNROLL
     for (int i = 0; i < S; ++i) {
       const long j = slot.statistic;
-      f[i] = backward_map(sweep, per_value, mean[j], var[j],
-                          weight_of(sweep.has_weight, weight, slot.channel),
-                          sums_of(sweep.has_sums, sums, j), grad_mean[j], grad_var[j]);
-      slot = next(sweep, slot);
+      const float own_weight = weight_of(sweep.has_weight, weight, slot.channel);
+      f[i] = backward_map(sweep, per_value, mean[j], var[j], own_weight,
+                          sums_of(sweep.has_sums, sums, j), A::of_sums(own_weight), grad_mean[j],
+                          grad_var[j]);
+      slot = A::next(sweep, slot);
     }
     apply<T, V, S>(x + w.first, g + w.first, w, f, grad_x + w.first);
   }
@@ -357,12 +467,12 @@ template <typename T, int V, typename A>
   const Walk w = A::template walk<V>(sweep, A::locate(sweep, group, groups, true), p);
   if (w.inside) {
     MapX f[S];
-    Slot slot = slot_at(sweep, w.slot);
+    Slot slot = A::slot_at(sweep, w.slot);
     WELFORD_UNROLL
     for (int i = 0; i < S; ++i) {
       const float rstd = rstd_of(var[slot.statistic], sweep.eps);
       f[i] = MapX{0.0f, rstd * weight_of(sweep.has_weight, weight, slot.channel), 0.0f};
-      slot = next(sweep, slot);
+      slot = A::next(sweep, slot);
     }
     apply<T, V, S>(g + w.first, g + w.first, w, f, grad_x + w.first);
   }
@@ -381,19 +491,96 @@ template <typename T, int V, typename A>
   const Walk w = A::template walk<V>(sweep, A::locate(sweep, group, groups, true), p);
   if (w.inside) {
     MapX f[S];
-    Slot slot = slot_at(sweep, w.slot);
+    Slot slot = A::slot_at(sweep, w.slot);
     WELFORD_UNROLL
     for (int i = 0; i < S; ++i) {
       const long j = slot.statistic;
       const float per_value = 1.0f / sweep.count;
       f[i] = MapX{mean[j], 2.0f * grad_var[j] * per_value, grad_mean[j] * per_value};
-      slot = next(sweep, slot);
+      slot = A::next(sweep, slot);
     }
     apply<T, V, S>(x + w.first, x + w.first, w, f, grad_x + w.first);
   }
 }
 
-// ---- Both passes at once, for groups that a threadgroup can hold --------------------------------
+// ---- Both passes at once, for statistics whose values a threadgroup can hold ---------------------
+
+/// The merge of sets of equally many values, `step` entries apart: without a division for each.
+inline Moments merge_members(const threadgroup Moments* own, uint step, uint members) {
+  const Moments a = own[0];
+  float offset = 0.0f;  // of the mean from that of a
+  float m2 = 0.0f;
+  for (uint i = 0; i < members; ++i) {
+    const Moments b = own[i * step];
+    offset += (b.mean - a.mean) + (b.tail - a.tail);
+    m2 += b.m2;
+  }
+  offset /= float(members);
+  float between = 0.0f;
+  for (uint i = 0; i < members; ++i) {
+    const Moments b = own[i * step];
+    const float d = ((b.mean - a.mean) + (b.tail - a.tail)) - offset;
+    between += d * d;
+  }
+  return moments_about(a.count * float(members), a.mean, a.tail + offset, m2 + a.count * between);
+}
+
+inline Sums merge_members(const threadgroup Sums* own, uint step, uint members) {
+  Sums all = Sums{0.0f, 0.0f};
+  for (uint i = 0; i < members; ++i) {
+    all = merge(all, Sums(own[i * step]));
+  }
+  return all;
+}
+
+/// Stores the sums of a thread's slots, and multiplies them by their weights.
+template <typename A, int S, typename T>
+inline void weigh(constant Sweep& sweep, Walk w, Place p, const device T* weight,
+                  thread Sums* found, device Sums* sums) {
+  if (w.inside) {
+    Slot slot = A::slot_at(sweep, w.slot);
+    WELFORD_UNROLL
+    for (int i = 0; i < S; ++i) {
+      if (p.along == 0) {
+        sums[w.slot + i] = found[i];
+      }
+      const float own = weight_of(sweep.has_weight, weight, slot.channel);
+      found[i] = Sums{own * found[i].g, own * found[i].gd};
+      slot = A::next(sweep, slot);
+    }
+  }
+}
+
+/// Merges the values of each slot, the same in all threads along, over the members of its group.
+/// Every thread of the threadgroup must come here.
+template <typename M, int S>
+inline void merge_groups(constant Sweep& sweep, Walk w, Place p, thread M* values,
+                         threadgroup M* entries) {
+  metal::threadgroup_barrier(metal::mem_flags::mem_threadgroup);
+  if (p.along == 0) {
+    WELFORD_UNROLL
+    for (int i = 0; i < S; ++i) {
+      entries[p.across * S + i] = values[i];
+    }
+  }
+  metal::threadgroup_barrier(metal::mem_flags::mem_threadgroup);
+  if (w.inside) {
+    const uint members = sweep.grouping.members;
+    const uint step = sweep.grouping.interleaved ? sweep.run * S : 1;
+    M merged = M{};
+    uint last = 0;
+    WELFORD_UNROLL
+    for (int i = 0; i < S; ++i) {
+      const uint j = p.across * S + i;
+      const uint first = sweep.grouping.interleaved ? j % step : j / members * members;
+      if (i == 0 || first != last) {  // neighbours may be of one group
+        merged = merge_members(entries + first, step, members);
+      }
+      values[i] = merged;
+      last = first;
+    }
+  }
+}
 
 /// mean, var and y of x: every element is read once, and kept in registers in between.
 template <typename T, int V, typename A>
@@ -411,10 +598,13 @@ template <typename T, int V, typename A>
   Moments found[S];
   find_moments<T, V, S>(kept, w, found);
   merge_along<Moments, S, true>(found, p, entries);
+  if (A::grouped) {
+    merge_groups<Moments, S>(sweep, w, p, found, entries);
+  }
   if (w.inside) {
     const float per_value = 1.0f / sweep.count;  // before the stores, or each would need its own
     MapX f[S];
-    Slot slot = slot_at(sweep, w.slot);
+    Slot slot = A::slot_at(sweep, w.slot);
     WELFORD_UNROLL
     for (int i = 0; i < S; ++i) {
       const long j = slot.statistic;
@@ -423,11 +613,11 @@ template <typename T, int V, typename A>
       const float v = of_x.m2 * per_value;
       f[i] = forward_map(sweep, m, v, weight_of(sweep.has_weight, weight, slot.channel),
                          bias_of(sweep.has_bias, bias, slot.channel));
-      slot = next(sweep, slot);
-      if (p.along == 0) {
+      if (p.along == 0 && A::leads(sweep, p, slot)) {
         mean[j] = m;
         var[j] = v;
       }
+      slot = A::next(sweep, slot);
     }
     apply<T, V, S>(kept, kept, w, f, y + w.first);
   }
@@ -450,22 +640,26 @@ template <typename T, int V, typename A>
   const Kept<T, V> kept_x = keep<T, V>(x + w.first, w);
   const Kept<T, V> kept_g = keep<T, V>(g + w.first, w);
   float means[S];
-  load_means<S>(sweep, w, mean, means);
+  load_means<A, S>(sweep, w, mean, means);
   Sums found[S];
   find_sums<T, V, S>(kept_x, kept_g, w, means, found);
   merge_along<Sums, S, true>(found, p, entries);
+  if (A::grouped) {
+    weigh<A, S>(sweep, w, p, weight, found, sums);
+    merge_groups<Sums, S>(sweep, w, p, found, entries);
+  }
   if (w.inside) {
     const float per_value = 1.0f / sweep.count;
     MapXG f[S];
-    Slot slot = slot_at(sweep, w.slot);
+    Slot slot = A::slot_at(sweep, w.slot);
     WELFORD_UNROLL
     for (int i = 0; i < S; ++i) {
       const long j = slot.statistic;
-      f[i] = backward_map(sweep, per_value, means[i], var[j],
-                          weight_of(sweep.has_weight, weight, slot.channel), found[i], grad_mean[j],
-                          grad_var[j]);
-      slot = next(sweep, slot);
-      if (p.along == 0) {
+      const float own_weight = weight_of(sweep.has_weight, weight, slot.channel);
+      f[i] = backward_map(sweep, per_value, means[i], var[j], own_weight, found[i],
+                          A::of_sums(own_weight), grad_mean[j], grad_var[j]);
+      slot = A::next(sweep, slot);
+      if (!A::grouped && p.along == 0) {
         sums[j] = found[i];
       }
     }

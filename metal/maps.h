@@ -45,11 +45,13 @@ inline MapX forward_map(constant Sweep& sweep, float mean, float var, float weig
   return MapX{mean, rstd_of(var, sweep.eps) * weight, bias};
 }
 
-/// The map from x and g to grad x. per_value = 1 / m is found once for all slots: one division.
+/// The map from x and g to grad x. per_value = 1 / m is found once for all slots: one division. The
+/// sums are yet to be multiplied by their own weight.
 inline MapXG backward_map(constant Sweep& sweep, float per_value, float mean, float var,
-                          float weight, Sums sums, float grad_mean, float grad_var) {
+                          float weight, Sums sums, float of_sums, float grad_mean, float grad_var) {
   const float rstd = rstd_of(var, sweep.eps);
-  const float scale = rstd * weight;
-  const float slope = (2.0f * grad_var - scale * rstd * sum_of_normalized(sums, rstd)) * per_value;
-  return MapXG{MapX{mean, slope, (grad_mean - scale * sums.g) * per_value}, scale};
+  const float through = rstd * of_sums;
+  const float slope =
+      (2.0f * grad_var - through * rstd * sum_of_normalized(sums, rstd)) * per_value;
+  return MapXG{MapX{mean, slope, (grad_mean - through * sums.g) * per_value}, rstd * weight};
 }

@@ -5,6 +5,10 @@ shaders in the simulator (on Linux), and the shaders on a Mac's GPU. ``--backend
 them. Tests without that mark, and fixtures of modules, run on the CPU, also where MLX's default is
 the GPU.
 
+With MLX_WELFORD_BACKEND=fallback the process never loads the extension, as beside a release of MLX
+without kernels. The one backend is then "fallback", and the tests are those of the FOLDERS below;
+what is about kernels is marked so, and skipped with that reason.
+
 MLX has no float64 on a GPU. Tests with a parameter of that dtype, or marked ``float64``, are
 skipped there; tests that draw a dtype by themselves take it from ``problems.dtypes()``.
 
@@ -23,18 +27,30 @@ import sys
 import zlib
 from collections.abc import Generator, Iterator
 from functools import cache
+from importlib.metadata import version
+from pathlib import Path
 
 import mlx.core as mx
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, settings
-from mlx_welford import _ext
-from older_mlx import difference
+from mlx_welford._operations import operations
+from packaging.version import Version
 from problems import FLOAT64_IS_NOT_ON_GPU, SEED
 from selection import BACKENDS, UNTOUCHED, backends_of, parameters, quick, thinned
 from simulator.loader import compile_library
 
 SIMULATOR_SEEDS = 3
+
+FALLBACK = operations.backend() == "composed"
+FOLDERS = ("graph", "layers", "numerics")  # of the tests that run on the fallback
+if FALLBACK:
+    sys.modules["mlx_welford._ext"] = None  # type: ignore[assignment]  # importing it is an error
+    collect_ignore_glob = [
+        f"{folder.name}/*"
+        for folder in Path(__file__).parent.iterdir()
+        if folder.is_dir() and folder.name not in FOLDERS
+    ]
 
 PROFILE = os.environ.get("MLX_WELFORD_TEST_PROFILE", "default")
 EXAMPLES = {"quick": 4, "default": 60, "nightly": 1000}  # of each test with random problems
@@ -90,6 +106,8 @@ def has_metal() -> bool:
 
 def present() -> list[str]:
     """The backends here. MLX_WELFORD_REQUIRE_GPU=1 makes a missing GPU an error."""
+    if FALLBACK:
+        return ["fallback"]
     found = ["cpu", "sim"] if sys.platform == "linux" else ["cpu"]
     if has_metal():
         return [*found, "gpu"]
@@ -102,7 +120,9 @@ def chosen(config: pytest.Config) -> list[str]:
     asked: list[str] | None = config.getoption("--backend")
     for name in asked or ():
         if name not in present():
-            raise pytest.UsageError(f"--backend {name}: there is none on this machine.")
+            needed = "MLX_WELFORD_BACKEND=fallback is not set, or some other backend is asked for"
+            reason = needed if FALLBACK or name == "fallback" else "there is none on this machine"
+            raise pytest.UsageError(f"--backend {name}: {reason}.")
     return asked or present()
 
 
@@ -124,8 +144,12 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     for item in items:
         if "gpu" in backends_of(item) and needs_float64(item):
             item.add_marker(pytest.mark.skip(reason=FLOAT64_IS_NOT_ON_GPU))
-        if (reason := difference(item)) is not None:
-            item.add_marker(pytest.mark.skip(reason=reason))
+        if FALLBACK and (mark := item.get_closest_marker("kernels")):
+            item.add_marker(pytest.mark.skip(reason=f"is about kernels: {mark.args[0]}"))
+        for mark in item.iter_markers("since"):
+            release, reason = mark.args
+            if Version(version("mlx")) < Version(release):
+                item.add_marker(pytest.mark.skip(reason=f"before MLX {release}, {reason}"))
     if PROFILE != "nightly":
         keep(config, items, thinned(items))
     kept = quick(items)
@@ -169,8 +193,8 @@ def needs_float64(item: pytest.Item) -> bool:
 @cache
 def shaders() -> str:
     """All shaders, compiled for the simulator from the text that the extension holds: a path."""
-    instantiations = [text for _, text in _ext.shader_kernels()]
-    return str(compile_library(_ext.shader_source, instantiations).path)
+    instantiations = [text for _, text in operations.shader_kernels()]
+    return str(compile_library(operations.shader_source, instantiations).path)
 
 
 @pytest.fixture(autouse=True)
@@ -184,11 +208,11 @@ def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
         for variable, value in values:
             if f"MLX_WELFORD_SIM_{variable}" not in os.environ:
                 monkeypatch.setenv(f"MLX_WELFORD_SIM_{variable}", str(value))
-        _ext.simulate_with(shaders())
+        operations.simulate_with(shaders())
     yield name
     mx.set_default_device(mx.cpu)
     if name == "sim":
-        _ext.simulate_with(None)
+        operations.simulate_with(None)
 
 
 @pytest.fixture(autouse=True)

@@ -3,6 +3,7 @@
 #include "cpu/executor.h"
 
 #include <algorithm>
+#include <array>
 #include <cmath>
 #include <optional>
 #include <type_traits>
@@ -36,11 +37,46 @@ void for_slots(const Tiling& t, const Slots& slots, int64_t first, int64_t last,
   }
 }
 
+/// Two numbers of each of the groups that the slots [first, last) are.
+struct OfGroups {
+  OfGroups(const Slots& slots, int64_t first, int64_t last)
+      : first_group(first / slots.members), values((last - first) / slots.members) {}
+
+  std::array<double, 2>& operator[](const Slot& slot) {
+    return values[slot.statistic - first_group];
+  }
+
+  int64_t first_group;
+  std::vector<std::array<double, 2>> values;
+};
+
+/// Merges the moments of slots to those of groups, for each of them: all slots have the same count.
+void merge_groups(const Problem& p, const Tiling& t, Workspace& w, int64_t first, int64_t last) {
+  const Slots slots = p.slots();
+  const auto count = static_cast<double>(p.geometry.count());
+  OfGroups merged(slots, first, last);
+  for_slots(t, slots, first, last, [&](const Slot& slot, int64_t own) {
+    merged[slot][0] += *w.first(own) / static_cast<double>(slots.members);
+  });
+  for_slots(t, slots, first, last, [&](const Slot& slot, int64_t own) {
+    const double d = *w.first(own) - merged[slot][0];
+    merged[slot][1] += *w.second(own) + count * d * d;
+  });
+  for_slots(t, slots, first, last, [&](const Slot& slot, int64_t own) {
+    *w.first(own) = merged[slot][0];
+    *w.second(own) = merged[slot][1];
+  });
+}
+
 void finalize_moments(const Problem& p, const Tiling& t, Workspace& w, int64_t first, int64_t last,
                       float* mean, float* var) {
+  const Slots slots = p.slots();
   merge_moments(t, w, first, last);
-  const double inverse_count = 1 / static_cast<double>(p.geometry.count());
-  for_slots(t, p.slots(), first, last, [&](const Slot& slot, int64_t merged) {
+  if (slots.members > 1) {
+    merge_groups(p, t, w, first, last);
+  }
+  const double inverse_count = 1 / static_cast<double>(p.geometry.count() * slots.members);
+  for_slots(t, slots, first, last, [&](const Slot& slot, int64_t merged) {
     mean[slot.statistic] = static_cast<float>(*w.first(merged));
     var[slot.statistic] = static_cast<float>(*w.second(merged) * inverse_count);
   });
@@ -194,18 +230,19 @@ void moments_gradient(const Problem& problem, BoundArrays& a) {
 }
 
 void normalize(const Problem& problem, BoundArrays& a) {
-  const Tiling tiling(problem.geometry);
+  const Slots slots = problem.slots();
+  const Tiling tiling(problem.geometry, slots.unit());
   const array& x = a[kX];
   auto* mean = a[kMean].data<float>();
   auto* var = a[kVar].data<float>();
   const Kernels& k = kernels(problem.element);
-  const Channels weight(a.optional(kWeight), problem.channels, 1);
-  const Channels bias(a.optional(kBias), problem.channels, 0);
+  const Channels weight(a.optional(kWeight), slots.channels, 1);
+  const Channels bias(a.optional(kBias), slots.channels, 0);
   auto finalize = [&](Workspace& w, int64_t first, int64_t last) {
     if (!problem.given) {
       finalize_moments(problem, tiling, w, first, last, mean, var);
     }
-    for_slots(tiling, problem.slots(), first, last, [&](const Slot& slot, int64_t) {
+    for_slots(tiling, slots, first, last, [&](const Slot& slot, int64_t) {
       const int64_t i = slot.statistic;
       w.set_map(slot.index, {.mean = mean[i],
                              .slope = weight[slot.channel] * rstd_of(var[i], problem.eps),
@@ -233,6 +270,7 @@ SlotSums slot_sums(Workspace& w, int64_t merged, float rstd) {
 /// The arrays that the coefficients of a gradient come from.
 struct GradientInputs {
   float eps;
+  bool grouped;     // the sums are those of groups, weighted
   bool of_g_alone;  // the statistics are given, and get gradients of their own
   const float* mean;
   const float* var;
@@ -242,14 +280,20 @@ struct GradientInputs {
 
   GradientInputs(const Problem& p, const BoundArrays& a)
       : eps(p.eps),
+        grouped(p.slots().members > 1),
         of_g_alone(p.given && p.operation == Operation::normalize_gradient),
         mean(of_g_alone ? nullptr : a[kMean].data<float>()),
         var(a[kVar].data<float>()),
         grad_mean(of_g_alone ? nullptr : a[kGradMean].data<float>()),
         grad_var(of_g_alone ? nullptr : a[kGradVar].data<float>()),
-        weight(a.optional(kWeight), p.channels, 1) {}
+        weight(a.optional(kWeight), p.slots().channels, 1) {}
 
   float rstd(const Slot& slot) const { return rstd_of(var[slot.statistic], eps); }
+
+  /// What the sums of a statistic are to be multiplied by.
+  float of_sums(const Slot& slot, float rstd) const {
+    return grouped ? rstd : weight[slot.channel] * rstd;
+  }
 
   /// The map to grad x, from x and g or from g alone. The cotangents of the statistics are divided
   /// by `count`.
@@ -259,22 +303,23 @@ struct GradientInputs {
     if (of_g_alone) {
       return {.slope = scale};
     }
+    const float through = of_sums(slot, rstd);
     return {.mean = mean[i],
-            .slope = (2 * grad_var[i] - static_cast<float>(sums.gx * scale * rstd)) / count,
-            .shift = (grad_mean[i] - static_cast<float>(sums.g * scale)) / count,
+            .slope = (2 * grad_var[i] - static_cast<float>(sums.gx * through * rstd)) / count,
+            .shift = (grad_mean[i] - static_cast<float>(sums.g * through)) / count,
             .scale = scale};
   }
 };
 
 void normalize_gradient(const Problem& problem, BoundArrays& a) {
   const Wanted& wanted = problem.wanted;
-  const Tiling tiling(problem.geometry);
+  const Slots slots = problem.slots();
+  const Tiling tiling(problem.geometry, slots.unit());
   const array& x = a[kX];
   const array& g = a[kG];
   const Kernels& k = kernels(problem.element);
   const GradientInputs in(problem, a);
-  const auto count = static_cast<float>(problem.geometry.count());
-  const Slots slots = problem.slots();
+  const auto count = static_cast<float>(problem.geometry.count() * slots.members);
   const bool parameters = wanted.weight || wanted.bias;
   auto sums = parameters ? values<SlotSums>(slots.count) : nullptr;
 
@@ -286,23 +331,42 @@ void normalize_gradient(const Problem& problem, BoundArrays& a) {
                                                       int64_t piece) {
       const int64_t e = tiling.first_element(strip, piece);
       const int64_t i = tiling.first_partial(strip, piece);
+      const int64_t first = tiling.first_slot(strip);
+      std::vector<float> of_slots;  // of groups; otherwise the means are those of slots
+      if (in.grouped) {
+        of_slots.reserve(strip.columns());
+        for (Slot slot = slots.at(first); slot.index < first + strip.columns();
+             slot = slots.next(slot)) {
+          of_slots.push_back(mean[slot.statistic]);
+        }
+      }
       k.reduce(elements(x) + e, elements(g) + e, tiling.panel(strip, piece),
-               mean + tiling.first_slot(strip), w.first(i), w.second(i));
+               in.grouped ? of_slots.data() : mean + first, w.first(i), w.second(i));
     };
   }
   stages.finalize = [&](Workspace& w, int64_t first, int64_t last) {
     if (sums_wanted) {
       merge_sums(tiling, w, first, last);
     }
+    OfGroups weighted(slots, first, in.grouped ? last : first);
+    if (in.grouped && sums_wanted) {
+      for_slots(tiling, slots, first, last, [&](const Slot& slot, int64_t merged) {
+        const SlotSums own = slot_sums(w, merged, in.rstd(slot));
+        weighted[slot][0] += in.weight[slot.channel] * own.g;
+        weighted[slot][1] += in.weight[slot.channel] * own.gx;
+      });
+    }
     for_slots(tiling, slots, first, last, [&](const Slot& slot, int64_t merged) {
       const float rstd = in.rstd(slot);
       const SlotSums of_slot = sums_wanted ? slot_sums(w, merged, rstd) : SlotSums{};
-      w.set_map(slot.index, in.map(slot, rstd, of_slot, count));
+      const SlotSums of_statistic =
+          in.grouped ? SlotSums{weighted[slot][0], weighted[slot][1]} : of_slot;
+      w.set_map(slot.index, in.map(slot, rstd, of_statistic, count));
       if (wanted.statistics) {
-        const float scale = in.weight[slot.channel] * rstd;
-        a[kGradMean].data<float>()[slot.statistic] = static_cast<float>(-scale * of_slot.g);
+        const float scale = in.of_sums(slot, rstd);
+        a[kGradMean].data<float>()[slot.statistic] = static_cast<float>(-scale * of_statistic.g);
         a[kGradVar].data<float>()[slot.statistic] =
-            static_cast<float>(-0.5 * scale * rstd * of_slot.gx);
+            static_cast<float>(-0.5 * scale * rstd * of_statistic.gx);
       }
       if (parameters) {
         sums[slot.index] = of_slot;

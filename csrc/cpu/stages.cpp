@@ -49,8 +49,7 @@ void run_stages(const Tiling& tiling, const Stages& stages) {
   const int64_t pieces = tiling.pieces();
   const int threads = num_threads();
 
-  const bool separate = g.merge == 1;  // no statistic reaches across segments
-  if (separate && (strips >= 4 * threads || strips % threads == 0)) {
+  if (tiling.strips_are_separate() && (strips >= 4 * threads || strips % threads == 0)) {
     for_each(strips, g.size() / strips, [&](int64_t i) {
       const Strip strip = tiling.strip(i);
       const int64_t first = tiling.first_slot(strip);
@@ -67,7 +66,7 @@ void run_stages(const Tiling& tiling, const Stages& stages) {
     return;
   }
 
-  Workspace workspace(0, tiling.partials(), 0, g.statistics());
+  Workspace workspace(0, tiling.partials(), 0, g.slots());
   const int64_t tiles = strips * pieces;
   const int64_t tile_elements = g.size() / tiles;
   if (stages.sweep) {
@@ -75,9 +74,11 @@ void run_stages(const Tiling& tiling, const Stages& stages) {
       stages.sweep(workspace, tiling.strip(tile % strips), tile / strips);
     });
   }
-  const int64_t tasks = std::min<int64_t>(threads, g.statistics());
-  for_each(tasks, tiling.batches() * pieces * ceil_div(g.statistics(), tasks), [&](int64_t task) {
-    stages.finalize(workspace, g.statistics() * task / tasks, g.statistics() * (task + 1) / tasks);
+  const int64_t units = g.slots() / tiling.unit();
+  const int64_t tasks = std::min<int64_t>(threads, units);
+  for_each(tasks, tiling.batches() * pieces * ceil_div(g.slots(), tasks), [&](int64_t task) {
+    stages.finalize(workspace, units * task / tasks * tiling.unit(),
+                    units * (task + 1) / tasks * tiling.unit());
   });
   if (stages.apply) {
     for_each(tiles, tile_elements, [&](int64_t i) {

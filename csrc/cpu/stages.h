@@ -4,7 +4,7 @@
 //   finalize   the partial results become statistics or sums, and from them the coefficients of
 //   apply      one kernel over every tile, the last tiles first, since those are still in cache
 //
-// Where statistics do not reach across segments and there are enough of them, a thread takes one
+// Where statistics do not reach from strip to strip and there are enough strips, a thread takes one
 // strip through all three stages while it is in cache; otherwise all threads share each stage.
 // Tiles depend on the geometry alone, so results do not depend on the number of threads.
 #pragma once

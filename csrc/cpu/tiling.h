@@ -10,6 +10,9 @@
 namespace mlx_welford::cpu {
 
 constexpr int64_t kTileElements = 1 << 16;  // 256 KB of float32: a fraction of a second-level cache
+// Of the lines of a group that are one tile, if there are enough groups for threads to share.
+constexpr int64_t kGroupElements = 1 << 19;
+constexpr int64_t kEnoughGroups = 16;
 constexpr int64_t kTileRows = 64;  // at least, so that partial results stay a small fraction of x
 constexpr int64_t kEnoughTiles = 64;  // for any number of threads to share
 constexpr int64_t kFewRepeats = 8;    // make a partial result small beside the lines in it
@@ -18,24 +21,36 @@ constexpr int64_t kFewRepeats = 8;    // make a partial result small beside the 
 /// nearly equal: a thread would wait for others while it has a short one.
 inline int64_t equal_parts(int64_t n, int64_t most) { return ceil_div(n, ceil_div(n, most)); }
 
+/// The same for parts of whole units, if n is of whole units and `most` is at least one.
+inline int64_t equal_parts(int64_t n, int64_t most, int64_t unit) {
+  return n % unit == 0 && most >= unit ? unit * equal_parts(n / unit, most / unit)
+                                       : equal_parts(n, most);
+}
+
 /// x in tiles. Segments (merge, outer) are cut into strips of columns, and strips into splits of
 /// positions. Several small segments make one strip, and short lines of several batch entries too:
 /// one partial result for each of them would take up a large fraction of the size of x.
 class Tiling {
  public:
-  explicit Tiling(const Geometry& g)
+  /// Where statistics are of groups, so many slots in a row are those of whole groups.
+  explicit Tiling(const Geometry& g, int64_t unit = 1)
       : g_(g),
-        strips_(ceil_div(g.inner, kMaxPanelWidth)),
-        strip_width_(ceil_div(g.inner, strips_)),
+        unit_(unit),
+        strip_width_(equal_parts(g.inner, kMaxPanelWidth, unit)),
+        strips_(ceil_div(g.inner, strip_width_)),
         piece_positions_(equal_parts(g.reduce, std::max(kTileRows, kTileElements / strip_width_))),
         pieces_(ceil_div(g.reduce, piece_positions_)) {
     if (strips_ == 1 && pieces_ == 1) {
       const bool repeats = g.inner == 1 && g.merge > 1 && g.reduce <= kMaxRepeatedPositions;
       const int64_t elements =
           repeats ? std::max(kTileElements, g.size() / kEnoughTiles) : kTileElements;
-      const int64_t most = std::max<int64_t>(1, elements / (g.reduce * g.inner));
+      const bool group_fits =
+          g.inner == 1 && unit * g.reduce <= kGroupElements && g.outer >= kEnoughGroups * unit;
+      const int64_t most =
+          std::max<int64_t>(group_fits ? unit : 1, elements / (g.reduce * g.inner));
       at_once_ = equal_parts(
-          g.outer, repeats ? std::clamp<int64_t>(most / kFewRepeats, 1, kMaxRepeatedLines) : most);
+          g.outer, repeats ? std::clamp<int64_t>(most / kFewRepeats, 1, kMaxRepeatedLines) : most,
+          g.inner % unit == 0 ? 1 : unit);
       groups_ = ceil_div(g.outer, at_once_);
       if (repeats) {
         repeats_ = equal_parts(g.merge, std::clamp<int64_t>(most / at_once_, 1, kMaxRepeats));
@@ -44,6 +59,11 @@ class Tiling {
   }
 
   const Geometry& geometry() const { return g_; }
+  int64_t unit() const { return unit_; }
+  /// True if no statistic reaches from one strip to another.
+  bool strips_are_separate() const {
+    return g_.merge == 1 && (strips_ == 1 ? at_once_ * g_.inner : strip_width_) % unit_ == 0;
+  }
   int64_t pieces() const { return pieces_; }
   int64_t strips() const { return batches() * groups_ * strips_; }
 
@@ -96,7 +116,7 @@ class Tiling {
   /// The end of the slots from `slot` on whose partial results are neighbours too.
   int64_t end_of_neighbours(int64_t slot) const {
     if (strips_ == 1 && pieces_ == 1) {
-      return g_.statistics();
+      return g_.slots();
     }
     const int64_t column = slot % g_.inner;
     const int64_t end = (column / strip_width_ + 1) * strip_width_;
@@ -105,8 +125,9 @@ class Tiling {
 
  private:
   Geometry g_;
-  int64_t strips_;
+  int64_t unit_;
   int64_t strip_width_;
+  int64_t strips_;
   int64_t piece_positions_;
   int64_t pieces_;
   int64_t at_once_ = 1;  // segments

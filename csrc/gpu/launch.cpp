@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <bit>
 #include <limits>
+#include <numeric>
 #include <optional>
 #include <stdexcept>
 #include <string>
@@ -58,13 +59,21 @@ struct Shape {
   uint32_t threads;
 };
 
+Grouping grouping_of(const Slots& slots) {
+  return {.channels = static_cast<uint32_t>(slots.of_instance),
+          .groups = static_cast<uint32_t>(slots.groups),
+          .members = static_cast<uint32_t>(slots.members),
+          .interleaved = slots.interleaved};
+}
+
 Sweep describe(const Problem& p) {
   const Geometry& g = p.geometry;
+  const Slots slots = p.slots();
   return {.segments = g.segments(),
           .outer = g.outer,
           .reduce = g.reduce,
           .inner = g.inner,
-          .channels = p.channels,
+          .channels = slots.channels,
           .piece = 0,  // see arrange
           .pieces = 1,
           .strips = 1,
@@ -74,13 +83,20 @@ Sweep describe(const Problem& p) {
           .has_bias = p.has_bias,
           .has_sums = p.operation == Operation::normalize_gradient,
           // If the statistics are not x's own, their cotangents are per value already.
-          .count = p.operation == Operation::input_gradient ? 1.0f : static_cast<float>(g.count()),
-          .eps = p.eps};
+          .count = p.operation == Operation::input_gradient
+                       ? 1.0f
+                       : static_cast<float>(g.count() * slots.members),
+          .eps = p.eps,
+          .grouping = grouping_of(slots),
+          .run = 0,  // see arrange
+          .jump = 0};
 }
 
 /// Splits the reduction into up to `pieces` pieces and fills in what follows from across and along.
 Shape arrange(const Access& a, Sweep s, int64_t across, int64_t along, int64_t pieces) {
-  const int64_t strips = ceil_div(a.columns ? a.vectors : s.segments, across);
+  const int64_t vectors = s.jump > 0 ? s.jump / a.vector : a.vectors;  // of one member's columns
+  s.run = s.run > 0 ? s.run : static_cast<uint32_t>(across);
+  const int64_t strips = ceil_div(a.columns ? vectors : s.segments, s.run);
   const int64_t in_span = std::max<int64_t>(along, kSpan / s.inner / along * along);
   int64_t piece = std::min(ceil_div(s.reduce, pieces), in_span);
   if (!a.columns) {
@@ -132,6 +148,30 @@ Shape second_pass(const Problem& p, const Access& a, const Limits& limits) {
   return sweep(p, a, limits, limits.tuning.apply_vectors, as_many_as_there_are);
 }
 
+/// Strips of columns that hold whole groups, as many as `fitting` has a shape for.
+template <typename Fitting>
+std::optional<Shape> fused_groups(const Problem& p, const Access& a, const Limits& limits,
+                                  const Fitting& fitting) {
+  const Slots slots = p.slots();
+  Sweep s = describe(p);
+  // Lanes for one group, of which each member has a run, or for the fewest whole groups in a row
+  const int64_t unit =
+      slots.interleaved ? slots.members : std::lcm(slots.members, a.vector) / a.vector;
+  const int64_t units = slots.interleaved ? slots.groups / a.vector : a.vectors / unit;
+  if (unit > kSimd || (slots.interleaved && slots.groups % a.vector != 0)) {
+    return std::nullopt;
+  }
+  const int64_t least = slots.interleaved ? std::min(limits.tuning.least_run / 16, units) : 1;
+  for (int64_t n = std::min(kSimd / unit, units); n >= least; --n) {
+    s.run = static_cast<uint32_t>(slots.interleaved ? n : n * unit);
+    s.jump = static_cast<uint32_t>(slots.interleaved ? slots.groups : 0);
+    if (auto shape = fitting(s, power_of_two_from(n * unit))) {
+      return shape;
+    }
+  }
+  return std::nullopt;
+}
+
 /// The sweep of a fused kernel, if a threadgroup can hold all elements of its statistics.
 std::optional<Shape> fused(const Problem& p, const Access& a, const Limits& limits, Fused kernel) {
   const Geometry& g = p.geometry;
@@ -139,25 +179,37 @@ std::optional<Shape> fused(const Problem& p, const Access& a, const Limits& limi
     return std::nullopt;
   }
   const int64_t most_threads = std::min<int64_t>(
-      most_fused_threads(limits.tuning, kernel, a.columns, a.vector), limits.threads);
+      most_fused_threads(limits.tuning, kernel, a.columns, p.slots().members > 1, a.vector),
+      limits.threads);
   const int64_t along = ceil_div(a.columns ? g.reduce : a.vectors, kKept);
+  const Slots slots = p.slots();
   if (!a.columns) {
     const int64_t whole_simdgroups = round_up(along, kSimd);
-    if (whole_simdgroups > most_threads) {
+    const int64_t most_across = most_threads / whole_simdgroups;
+    if (most_across < slots.members || (slots.members > 1 && slots.interleaved)) {
       return std::nullopt;
     }
-    const int64_t across =
-        std::min(std::max<int64_t>(1, std::min<int64_t>(limits.tuning.sweep_threads, most_threads) /
-                                          whole_simdgroups),
-                 g.segments());
+    const int64_t wished = std::min<int64_t>(limits.tuning.sweep_threads, most_threads) /
+                           whole_simdgroups / slots.members;
+    const int64_t across = std::min(std::max<int64_t>(1, wished) * slots.members, g.segments());
     return arrange(a, describe(p), across, whole_simdgroups, 1);
+  }
+  // A thread's columns, and those side by side, as far as they fit
+  auto fitting = [&](Sweep s, int64_t across) -> std::optional<Shape> {
+    const int64_t threads = round_up(across * along, kSimd);
+    if (across > kSimd || threads > most_threads || threads / kSimd * across > kEntries) {
+      return std::nullopt;
+    }
+    return arrange(a, s, across, threads / across, 1);
+  };
+  if (slots.members > 1) {
+    return fused_groups(p, a, limits, fitting);
   }
   const int64_t least = columns_across(a, p.element, limits.tuning, limits.tuning.least_run / 16);
   for (int64_t across = columns_across(a, p.element, limits.tuning, kSimd); across >= least;
        across /= 2) {
-    const int64_t threads = round_up(across * along, kSimd);
-    if (threads <= most_threads && threads / kSimd * across <= kEntries) {
-      return arrange(a, describe(p), across, threads / across, 1);
+    if (auto shape = fitting(describe(p), across)) {
+      return shape;
     }
   }
   return std::nullopt;
@@ -170,7 +222,10 @@ Binding out(BufferIndex index) { return {index, index, true}; }
 class Planner {
  public:
   Planner(const Problem& problem, const Limits& limits)
-      : p_(problem), limits_(limits), access_(problem.geometry, problem.element, problem.aligned) {}
+      : p_(problem),
+        limits_(limits),
+        access_(problem.geometry, problem.element, problem.aligned),
+        slots_(problem.slots()) {}
 
   Plan plan() && {
 #define X(name)         \
@@ -186,13 +241,18 @@ class Planner {
   void moments() {
     const Shape shape = first_pass(p_, access_, limits_);
     const int64_t parts = parts_of(shape);
-    if (parts == 1) {
+    if (parts == 1 && !grouped()) {
       sweep(Kernel::moments, shape, {in(kX), out(kMean), out(kVar)});
       return;
     }
-    temporary(kPartials, parts * statistics() * sizeof(shared::Moments));
+    temporary(kPartials, parts * slots_.count * sizeof(shared::Moments));
     sweep(Kernel::partial_moments, shape, {in(kX), out(kPartials)});
-    merge(Kernel::merge_moments, {in(kPartials), out(kMean), out(kVar)}, statistics(), parts);
+    const std::vector<Binding> buffers{in(kPartials), out(kMean), out(kVar)};
+    if (grouped()) {
+      merge_groups(Kernel::merge_group_moments, buffers, parts, sizeof(shared::Moments));
+    } else {
+      merge(Kernel::merge_moments, buffers, slots_.count, parts);
+    }
   }
 
   void partial_moments() {
@@ -221,7 +281,7 @@ class Planner {
   void normalize_gradient() {
     const Wanted& wanted = p_.wanted;
     if (!p_.given || wanted.statistics || wanted.weight || wanted.bias) {
-      temporary(kSums, statistics() * sizeof(shared::Sums));
+      temporary(kSums, slots_.count * sizeof(shared::Sums));
       auto shape = fused(p_, access_, limits_, Fused::backward);
       if (shape && wanted.x && !p_.given) {
         sweep(Kernel::fused_gradient, *shape,
@@ -230,8 +290,13 @@ class Planner {
       } else {
         reduce(Kernel::partial_sums, {in(kX), in(kG), in(kMean)}, Kernel::merge_sums, kSums,
                sizeof(shared::Sums));
+        if (grouped() && (p_.given ? wanted.statistics : wanted.x)) {
+          temporary(kGroupSums, slots_.statistics() * sizeof(shared::Sums));
+          merge_groups(Kernel::merge_group_sums, {in(kSums), weight(), out(kGroupSums)}, 1,
+                       sizeof(shared::Sums));
+        }
         if (wanted.x && !p_.given) {
-          input_gradient_from(kSums);
+          input_gradient_from(of_statistics());
         }
       }
     }
@@ -240,8 +305,11 @@ class Planner {
             {in(kG), in(kVar), weight(), out(kOut)});
     }
     if (wanted.statistics) {
-      merge(Kernel::given_gradients, {in(kSums), in(kVar), weight(), out(kGradMean), out(kGradVar)},
-            statistics(), 1);
+      merge(Kernel::given_gradients,
+            {{kSums, of_statistics(), false}, in(kVar), weight(), out(kGradMean), out(kGradVar)},
+            slots_.statistics(), 1);
+      auto& parameters = std::get<Merge>(plan_.dispatches.back().parameters);
+      parameters.has_weight = p_.has_weight && !grouped();  // those of groups are weighted
     }
     if (wanted.weight || wanted.bias) {
       merge(Kernel::parameter_gradients,
@@ -249,7 +317,7 @@ class Planner {
              in(kVar),
              {kGradWeight, wanted.weight ? kGradWeight : kGradBias, true},
              {kGradBias, wanted.bias ? kGradBias : kGradWeight, true}},
-            p_.channels, p_.slots().per_channel());
+            slots_.channels, slots_.per_channel());
       // This kernel's parameters say which gradients are wanted.
       auto& parameters = std::get<Merge>(plan_.dispatches.back().parameters);
       parameters.has_weight = wanted.weight;
@@ -263,10 +331,12 @@ class Planner {
     merge(Kernel::update_running_statistics,
           {in(kMean), in(kVar), in(kUpdate), in(kRunningMean), in(kRunningVar), out(kNextMean),
            out(kNextVar)},
-          p_.channels, p_.slots().per_channel());
+          slots_.channels, slots_.per_channel());
   }
 
-  int64_t statistics() const { return p_.geometry.statistics(); }
+  bool grouped() const { return slots_.members > 1; }
+  /// The sums of statistics: those of slots, or of groups.
+  BufferIndex of_statistics() const { return grouped() ? kGroupSums : kSums; }
   int64_t parts_of(const Shape& shape) const { return p_.geometry.merge * shape.sweep.pieces; }
 
   /// An absent vector is never read; var, which every such kernel has, stands in for it.
@@ -276,18 +346,18 @@ class Planner {
   void temporary(BufferIndex index, int64_t bytes) { plan_.temporaries.push_back({index, bytes}); }
 
   void sweep(Kernel kernel, const Shape& shape, std::vector<Binding> buffers) {
-    plan_.dispatches.push_back({{kernel, p_.element, access_.walk()},
-                                std::move(buffers),
-                                shape.sweep,
-                                shape.groups,
-                                shape.threads});
+    Walk walk = access_.walk();
+    walk.grouped = grouped() && type_of(kernel).parameters == Parameters::slots;
+    plan_.dispatches.push_back(
+        {{kernel, p_.element, walk}, std::move(buffers), shape.sweep, shape.groups, shape.threads});
   }
 
   /// A dispatch that merges the `parts` partial results of each of `columns`.
-  void merge(Kernel kernel, std::vector<Binding> buffers, int64_t columns, int64_t parts) {
-    const int64_t across = std::min<int64_t>(kSimd, power_of_two_from(columns));
+  void merge(Kernel kernel, std::vector<Binding> buffers, int64_t columns, int64_t parts,
+             int64_t members = 1, int64_t most_across = kSimd) {
+    const int64_t across = std::min<int64_t>(most_across, power_of_two_from(columns));
     const int64_t most = std::min<int64_t>(limits_.tuning.sweep_threads, limits_.threads) / across;
-    const int64_t along = std::clamp(power_of_two_from(parts), kSimd / across, most);
+    const int64_t along = std::clamp(power_of_two_from(parts * members), kSimd / across, most);
     Variant variant{kernel, {}, {}};
     if (type_of(kernel).parameters == Parameters::element) {
       variant.element = p_.element;
@@ -300,9 +370,18 @@ class Planner {
                                       .has_weight = p_.has_weight,
                                       .has_bias = p_.has_bias,
                                       .eps = p_.eps,
-                                      .padding = 0},
+                                      .weight_per_slot = p_.affine_per_instance,
+                                      .grouping = grouping_of(slots_)},
                                 static_cast<uint32_t>(ceil_div(columns, across)),
                                 static_cast<uint32_t>(across * along)});
+  }
+
+  /// The same for the members of each group, with partial results of `bytes`. Groups may be few and
+  /// have many members: no more stand side by side than it takes to read whole runs.
+  void merge_groups(Kernel kernel, std::vector<Binding> buffers, int64_t parts, int64_t bytes) {
+    const int64_t run = std::min<int64_t>(kSimd, limits_.tuning.least_run / bytes);
+    merge(kernel, std::move(buffers), slots_.statistics(), parts, slots_.members,
+          p_.interleaved ? run : 1);
   }
 
   /// A sweep that leaves partial results of `bytes` each, and their merge into the array `whole`. A
@@ -314,8 +393,8 @@ class Planner {
     buffers.push_back({kPartials, parts == 1 ? whole : kPartials, true});
     sweep(kernel, shape, std::move(buffers));
     if (parts > 1) {
-      temporary(kPartials, parts * statistics() * bytes);
-      merge(merging, {in(kPartials), out(whole)}, statistics(), parts);
+      temporary(kPartials, parts * slots_.count * bytes);
+      merge(merging, {in(kPartials), out(whole)}, slots_.count, parts);
     }
   }
 
@@ -335,6 +414,7 @@ class Planner {
   const Problem& p_;
   const Limits& limits_;
   Access access_;
+  Slots slots_;
   Plan plan_;
 };
 
@@ -355,6 +435,9 @@ std::vector<Variant> all_kernels() {
       for (Pattern pattern : {Pattern::rows, Pattern::columns}) {
         for (int64_t vector : {int64_t{1}, full_vector(element.element)}) {
           variants.push_back({type.kernel, element.element, Walk{vector, pattern}});
+          if (type.parameters == Parameters::slots) {
+            variants.push_back({type.kernel, element.element, Walk{vector, pattern, true}});
+          }
         }
       }
     }

@@ -13,25 +13,28 @@
 
 namespace mlx_welford::gpu {
 
-/// X(name of a kernel in metal/, parameters of its template). `walk` is an element type and a Walk.
+/// X(name of a kernel in metal/, parameters of its template). `walk` is an element type and a Walk,
+/// which only kernels with `slots` can make over groups.
 #define MLX_WELFORD_KERNELS(X)          \
   X(moments, walk)                      \
   X(moments_gradient, walk)             \
   X(partial_moments, walk)              \
-  X(partial_sums, walk)                 \
-  X(normalize_input, walk)              \
-  X(input_gradient, walk)               \
-  X(given_input_gradient, walk)         \
-  X(fused_normalize, walk)              \
-  X(fused_gradient, walk)               \
+  X(partial_sums, slots)                \
+  X(normalize_input, slots)             \
+  X(input_gradient, slots)              \
+  X(given_input_gradient, slots)        \
+  X(fused_normalize, slots)             \
+  X(fused_gradient, slots)              \
   X(given_gradients, element)           \
   X(parameter_gradients, element)       \
   X(update_running_statistics, element) \
+  X(merge_group_sums, element)          \
   X(merge_moments, nothing)             \
+  X(merge_group_moments, nothing)       \
   X(merge_partial_moments, nothing)     \
   X(merge_sums, nothing)
 
-enum class Parameters { nothing, element, walk };
+enum class Parameters { nothing, element, walk, slots };
 
 #define X(name, parameters) name,
 enum class Kernel { MLX_WELFORD_KERNELS(X) };
@@ -57,6 +60,7 @@ constexpr const char* name_of(Pattern p) { return p == Pattern::columns ? "colum
 struct Walk {
   int64_t vector;  // elements that a thread reads at once
   Pattern pattern;
+  bool grouped = false;  // channels share statistics
 
   bool operator==(const Walk&) const = default;
 };

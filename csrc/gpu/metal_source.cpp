@@ -14,6 +14,7 @@ std::string spell(const Variant& kernel, const char* first, const char* between)
   }
   if (kernel.walk) {
     text += between + std::to_string(kernel.walk->vector) + between;
+    text += kernel.walk->grouped ? "Grouped" : "";
     text += kernel.walk->pattern == Pattern::columns ? "Columns" : "Rows";
   }
   return text;

@@ -30,6 +30,7 @@ constexpr ChipSize kChipSizes[] = {
 struct FusedRegisters {
   Fused kernel;
   bool columns;
+  bool grouped;
   int64_t vector;
   int64_t registers;
 };
@@ -37,12 +38,18 @@ struct FusedRegisters {
 /// What NVRTC allocates for sm_90, the most over all element types. Apple's compiler has
 /// not been run, and may decide otherwise. tests/emulators/test_cuda.py measures them again.
 constexpr FusedRegisters kFusedRegisters[] = {
-    {Fused::forward, true, 1, 48},   {Fused::forward, true, 4, 69},
-    {Fused::forward, true, 8, 80},   {Fused::forward, false, 1, 44},
-    {Fused::forward, false, 4, 58},  {Fused::forward, false, 8, 72},
-    {Fused::backward, true, 1, 40},  {Fused::backward, true, 4, 72},
-    {Fused::backward, true, 8, 96},  {Fused::backward, false, 1, 40},
-    {Fused::backward, false, 4, 64}, {Fused::backward, false, 8, 64},
+    {Fused::forward, true, false, 1, 48},   {Fused::forward, true, false, 4, 69},
+    {Fused::forward, true, false, 8, 80},   {Fused::forward, false, false, 1, 44},
+    {Fused::forward, false, false, 4, 58},  {Fused::forward, false, false, 8, 72},
+    {Fused::backward, true, false, 1, 40},  {Fused::backward, true, false, 4, 72},
+    {Fused::backward, true, false, 8, 96},  {Fused::backward, false, false, 1, 40},
+    {Fused::backward, false, false, 4, 64}, {Fused::backward, false, false, 8, 64},
+    {Fused::forward, true, true, 1, 62},    {Fused::forward, true, true, 4, 79},
+    {Fused::forward, true, true, 8, 94},    {Fused::forward, false, true, 1, 60},
+    {Fused::forward, false, true, 4, 71},   {Fused::forward, false, true, 8, 80},
+    {Fused::backward, true, true, 1, 53},   {Fused::backward, true, true, 4, 94},
+    {Fused::backward, true, true, 8, 110},  {Fused::backward, false, true, 1, 52},
+    {Fused::backward, false, true, 4, 77},  {Fused::backward, false, true, 8, 77},
 };
 
 bool is_digit(char c) { return c >= '0' && c <= '9'; }
@@ -69,10 +76,12 @@ Tuning tuning_for(std::string_view architecture) {
   return tuning;
 }
 
-int64_t most_fused_threads(const Tuning& tuning, Fused kernel, bool columns, int64_t vector) {
+int64_t most_fused_threads(const Tuning& tuning, Fused kernel, bool columns, bool grouped,
+                           int64_t vector) {
   const auto* found =
       std::find_if(std::begin(kFusedRegisters), std::end(kFusedRegisters), [&](const auto& row) {
-        return row.kernel == kernel && row.columns == columns && row.vector == vector;
+        return row.kernel == kernel && row.columns == columns && row.grouped == grouped &&
+               row.vector == vector;
       });
   if (found == std::end(kFusedRegisters)) {
     throw std::logic_error("no such fused kernel");

@@ -49,6 +49,7 @@ enum class Fused { forward, backward };
 
 /// The most threads, in whole simdgroups, with which `fused_groups` groups of the kernel fit a
 /// core.
-int64_t most_fused_threads(const Tuning& tuning, Fused kernel, bool columns, int64_t vector);
+int64_t most_fused_threads(const Tuning& tuning, Fused kernel, bool columns, bool grouped,
+                           int64_t vector);
 
 }  // namespace mlx_welford::gpu

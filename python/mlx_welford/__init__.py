@@ -1,28 +1,20 @@
-"""Instance and batch normalisation for MLX, with mlx.nn's interface and single-pass statistics."""
+"""Batch, instance and group normalisation for MLX: mlx.nn's interface, single-pass statistics."""
 
-from importlib import import_module
-
-from mlx_welford import _versions
-
-# Where _ext is found. First, because the extension for another libmlx would crash.
-__path__.append(str(_versions.extension_folder()))
-# Loads libmlx from the folder of mlx; the extension alone would look for it beside itself.
-import_module("mlx.core")
-
-from mlx_welford import _ext  # noqa: E402
-from mlx_welford._checkpoints import from_gluon, from_torch  # noqa: E402
-from mlx_welford._distributed import SyncBatchNorm  # noqa: E402
-from mlx_welford._layers import BatchNorm, InstanceNorm, set_dtype  # noqa: E402
-from mlx_welford._replacement import accelerate, convert_sync_batchnorm, restore  # noqa: E402
-from mlx_welford._status import status  # noqa: E402
-from mlx_welford.functional import batch_norm, composed, instance_norm, moments  # noqa: E402
+from mlx_welford import _operations, _versions
+from mlx_welford._checkpoints import from_gluon, from_torch
+from mlx_welford._distributed import SyncBatchNorm
+from mlx_welford._layers import BatchNorm, GroupNorm, InstanceNorm, set_dtype
+from mlx_welford._replacement import accelerate, convert_sync_batchnorm, restore
+from mlx_welford._status import status
+from mlx_welford.functional import batch_norm, composed, group_norm, instance_norm, moments
 
 # Invalid values of MLX_WELFORD_NUM_THREADS and MLX_WELFORD_ISA are errors at import, not later.
-_ext.num_threads()
-_ext.instruction_set()
+_operations.operations.num_threads()
+_operations.operations.instruction_set()
 
 __all__ = [
     "BatchNorm",
+    "GroupNorm",
     "InstanceNorm",
     "SyncBatchNorm",
     "accelerate",
@@ -31,6 +23,7 @@ __all__ = [
     "convert_sync_batchnorm",
     "from_gluon",
     "from_torch",
+    "group_norm",
     "instance_norm",
     "moments",
     "restore",

@@ -34,7 +34,11 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument(
         "--shape", type=_shape, metavar="N,...", help="shape of x; prints the launch plan for it"
     )
-    command.add_argument("--layer", choices=("batch", "instance"), default="batch")
+    command.add_argument("--layer", choices=("batch", "instance", "group"), default="batch")
+    command.add_argument("--groups", type=int, default=0, help="number of groups of such a layer")
+    command.add_argument(
+        "--interleaved", action="store_true", help="groups in MLX's own order, not in torch's"
+    )
     command.add_argument("--axis", type=int, default=-1, help="channel axis (default: -1)")
     command.add_argument("--dtype", choices=list(DTYPES), default="float32")
     command.add_argument(
@@ -91,6 +95,8 @@ def _status(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int
             weight=options.affine,
             bias=options.affine,
             given=options.evaluation,
+            groups=options.groups,
+            interleaved=options.interleaved,
         )
     except ValueError as error:
         parser.error(str(error))

@@ -58,7 +58,7 @@ def one_momentum(momentum: Any, caller: str) -> Any:
     return momentum.reshape(()) if hasattr(momentum, "reshape") else momentum
 
 
-def check_features(features: int | None, name: str, caller: str) -> None:
-    """Raises ValueError unless the number of channels is positive or None."""
-    if features is not None and features <= 0:
-        raise ValueError(f"[{caller}] '{name}' must be positive but got {features}.")
+def check_positive(number: int | None, name: str, caller: str) -> None:
+    """Raises ValueError unless a number of channels or groups is positive or None."""
+    if number is not None and number <= 0:
+        raise ValueError(f"[{caller}] '{name}' must be positive but got {number}.")

@@ -7,9 +7,10 @@ from typing import cast
 
 import mlx.core as mx
 
-from mlx_welford import _ext
 from mlx_welford._arguments import options
+from mlx_welford._fallback import result_type
 from mlx_welford._layers import BatchNorm
+from mlx_welford._operations import operations
 
 __all__ = ["SyncBatchNorm"]
 
@@ -111,7 +112,7 @@ class _Synchronized:
         given = [a for a in (weight, bias) if a is not None]
         self.has_weight, self.has_bias = weight is not None, bias is not None
         # Cast to the dtype of the result first, so that casts back give gradients their dtypes.
-        dtype = mx.result_type(x, *given)
+        dtype = result_type(x, *given)
         function = mx.custom_function(self._forward)
         function.vjp(self._backward)
         outputs = function([a.astype(dtype) for a in (x, *given)])
@@ -122,12 +123,12 @@ class _Synchronized:
     ) -> mx.array:
         weight = parameters[0] if self.has_weight else None
         bias = parameters[-1] if self.has_bias else None
-        y, _, _ = _ext.normalize(
+        y, _, _ = operations.normalize(
             x,
             weight,
             bias,
             self.eps,
-            _ext.Statistics.of_batch,
+            operations.Statistics.of_batch,
             self.caller,
             mean=mean,
             var=var,
@@ -137,9 +138,9 @@ class _Synchronized:
 
     def _forward(self, arguments: list[mx.array]) -> tuple[mx.array, ...]:
         x, *parameters = arguments
-        message = _ext.rank_moments(x, self.caller, self.axis, self.channels)
+        message = operations.rank_moments(x, self.caller, self.axis, self.channels)
         messages = mx.distributed.all_gather(message, group=self.group)
-        mean, var, count = _ext.merge_ranks(
+        mean, var, count = operations.merge_ranks(
             messages, self.group.size(), self.group.rank(), self.caller
         )
         return self._normalize(x, mean, var, *parameters), mean, var, count
@@ -164,7 +165,7 @@ class _Synchronized:
         own = [a + b for a, b in zip(through_statistics, of_statistics, strict=True)]
         everyone = _sum_over_ranks(mx.concatenate(own), self.group) / count
         grad_mean, grad_var = mx.split(everyone, 2)
-        grad_x = _ext.input_gradient(
+        grad_x = operations.input_gradient(
             x,
             g,
             mean,

@@ -9,18 +9,18 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.nn import Module
 
-from mlx_welford import _ext
 from mlx_welford._arguments import (
     check_eps,
-    check_features,
     check_momentum,
+    check_positive,
     one_momentum,
     options,
     set_missing_options,
 )
+from mlx_welford._operations import operations
 from mlx_welford._uninitialized import UninitializedParameter, is_uninitialized
 
-__all__ = ["BatchNorm", "InstanceNorm", "set_dtype"]
+__all__ = ["BatchNorm", "GroupNorm", "InstanceNorm", "set_dtype"]
 
 _AFFINE = ["weight", "bias"]
 _RUNNING = ["running_mean", "running_var"]
@@ -50,7 +50,7 @@ class _Normalization(Module):
     if TYPE_CHECKING:  # what the subclasses must have
         num_features = eps = momentum = track_running_stats = cast(Any, None)
 
-    _statistics: ClassVar[_ext.Statistics]
+    _statistics: ClassVar[operations.Statistics]
     _features_argument: ClassVar[str]
     _eps_argument: ClassVar[str] = "eps"
     # Set on layers of mlx.nn that have become one of these: their class and options before.
@@ -66,7 +66,7 @@ class _Normalization(Module):
             setattr(self, option, value)
         set_missing_options(self)
         name = type(self).__name__
-        check_features(self.num_features, self._features_argument, name)
+        check_positive(self.num_features, self._features_argument, name)
         check_eps(self.eps, name, self._eps_argument)
         check_momentum(self.momentum, name)
         present = {"weight": weight, "bias": bias}
@@ -163,7 +163,8 @@ class _Normalization(Module):
         self._take_features_from(x, self._needs_several_values())
         updates = self.training and self.track_running_stats
         evaluates = not self.training and self.track_running_stats
-        y, mean, var = _ext.normalize(
+        groups, interleaved = self._grouping()
+        y, mean, var = operations.normalize(
             x,
             self.get("weight"),
             self.get("bias"),
@@ -176,6 +177,8 @@ class _Normalization(Module):
             channels=self._channels(),
             several_values=self._needs_several_values(),
             running=evaluates,
+            groups=groups,
+            interleaved=interleaved,
         )
         if updates:
             self._update_running_statistics(x, mean, var)
@@ -183,9 +186,9 @@ class _Normalization(Module):
 
     def _update_running_statistics(self, x: mx.array, mean: mx.array, var: mx.array) -> None:
         """Updates them, unless the batch is empty."""
-        size = _ext.size_of(x)
+        size = operations.size_of(x)
         if isinstance(size, mx.array):  # the function is being traced for any shape
-            following = self._next_running_statistics(mean, var, size / _ext.size_of(mean))
+            following = self._next_running_statistics(mean, var, size / operations.size_of(mean))
             dict.update(self, {k: mx.where(size > 0, v, self[k]) for k, v in following.items()})
         elif size > 0:
             dict.update(self, self._next_running_statistics(mean, var, size // mean.size))
@@ -195,9 +198,16 @@ class _Normalization(Module):
         if self.num_features is not None:
             return
         name = type(self).__name__
-        features = _ext.count_channels(x, self.axis, self._statistics, name, several_values)
-        check_features(features, self._features_argument, name)
+        groups, _ = self._grouping()
+        features = operations.count_channels(
+            x, self.axis, self._statistics, name, several_values, groups
+        )
+        check_positive(features, self._features_argument, name)
         self._initialize(features)
+
+    def _grouping(self) -> tuple[int, bool]:
+        """The number of groups of channels that share statistics, and whether they alternate."""
+        return 0, False
 
     def _channels(self) -> int | None:
         """Number of channels that an input must have. None: any that fits the parameters.
@@ -231,7 +241,7 @@ class _Normalization(Module):
             momentum = 1 / batches.astype(mean.dtype)
         elif getattr(momentum, "shape", ()) != ():
             momentum = one_momentum(momentum, name)
-        following["running_mean"], following["running_var"] = _ext.next_running_statistics(
+        following["running_mean"], following["running_var"] = operations.next_running_statistics(
             self["running_mean"], self["running_var"], mean, var, momentum, count, name
         )
         return following
@@ -270,6 +280,13 @@ def _finite(variance: mx.array) -> mx.array:
     if variance.dtype == mx.float16:
         return mx.minimum(variance, mx.finfo(mx.float16).max)
     return variance
+
+
+_dims = property(
+    lambda layer: layer.dims,
+    lambda layer, value: setattr(layer, "dims", value),
+    doc="``dims``, under the name of the other layers.",
+)
 
 
 @options
@@ -325,22 +342,86 @@ class InstanceNorm(_Normalization, nn.InstanceNorm):
     momentum: float | mx.array | None = 0.1
     track_running_stats: bool = False
 
-    _statistics = _ext.Statistics.of_instance
+    _statistics = operations.Statistics.of_instance
     _features_argument = "dims"
-
-    @property
-    def num_features(self) -> Any:
-        """``dims``, under the name of the other layers."""
-        return self.dims
-
-    @num_features.setter
-    def num_features(self, value: Any) -> None:
-        self.dims = value
+    num_features = _dims
 
     @property
     def _shown(self) -> list[str]:
         statistics = ["momentum", "track_running_stats"] if self.track_running_stats else []
         return ["eps", "affine", *statistics]
+
+
+@options
+class GroupNorm(_Normalization, nn.GroupNorm):
+    r"""Applies group normalization [1] on the inputs.
+
+    Computes
+
+    .. math::
+
+        y = \frac{x - \mathrm{E}[x]}{\sqrt{\mathrm{Var}[x] + \epsilon}} \gamma + \beta,
+
+    with the mean and the biased variance of every group of channels of every instance, computed in
+    a single pass in float32. :math:`\gamma` and :math:`\beta` are the parameters ``weight`` and
+    ``bias`` of shape ``(dims,)``, initialized to 1 and 0, if ``affine`` is ``True``.
+
+    Args:
+        num_groups: The number of groups, which divides ``dims``.
+        dims: The number of channels. Default: ``None``, set by the first input or array, as in
+            :class:`BatchNorm`.
+        eps: Added to the variance. Default: ``1e-5``.
+        affine: Whether to learn ``weight`` and ``bias``. Default: ``True``.
+        pytorch_compatible: Which channels are a group: neighbouring ones, as in ``torch.nn``, or
+            every ``num_groups``-th one. Default: ``False``: as ``mlx.nn.GroupNorm`` reshapes its
+            input, channel ``c`` is in group ``c % num_groups``.
+        axis: The channel axis; not 0. Default: ``-1``.
+
+    Shape:
+        - Input: ``(N, ..., C)`` with at least 2 dimensions, or with the channels on ``axis``.
+        - Output: same shape as the input, dtype ``mx.result_type(x, weight, bias)``.
+
+    Raises:
+        ValueError: If an argument is out of range, or an input has too few dimensions or another
+            number of channels.
+        TypeError: If an input is not of a floating-point dtype.
+
+    Examples:
+        >>> import mlx.core as mx
+        >>> import mlx_welford as mw
+        >>> x = mx.random.normal((8, 4, 4, 16))
+        >>> gnorm = mw.GroupNorm(num_groups=4, dims=16)
+        >>> output = gnorm(x)
+
+    References:
+        [1]: https://arxiv.org/abs/1803.08494; interface of ``mlx.nn.GroupNorm``
+    """
+
+    num_groups: int
+    dims: int | None = None  # type: ignore[assignment]  # never None in mlx.nn
+    eps: float = 1e-5
+    affine: InitVar[bool] = True
+    pytorch_compatible: bool = False
+
+    _statistics = operations.Statistics.of_instance
+    _features_argument = "dims"
+    _shown = ("eps", "affine", "pytorch_compatible")
+    num_features = _dims
+    momentum = None
+    track_running_stats = False
+
+    def _start(self, *, weight: bool, bias: bool, **given: Any) -> None:
+        super()._start(weight=weight, bias=bias, **given)
+        name = type(self).__name__
+        check_positive(self.num_groups, "num_groups", name)
+        if self.num_features is not None:
+            operations.check_groups(self.num_features, self.num_groups, name)
+
+    def _grouping(self) -> tuple[int, bool]:
+        return self.num_groups, not self.pytorch_compatible
+
+    def _extra_repr(self) -> str:
+        return f"{self.num_groups}, {super()._extra_repr()}"
 
 
 @options
@@ -404,7 +485,7 @@ class BatchNorm(_Normalization, nn.BatchNorm):
     affine: InitVar[bool] = True
     track_running_stats: bool = True
 
-    _statistics = _ext.Statistics.of_batch
+    _statistics = operations.Statistics.of_batch
     _features_argument = "num_features"
     _shown = ("eps", "momentum", "affine", "track_running_stats")
 

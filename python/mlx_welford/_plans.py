@@ -5,7 +5,8 @@ from typing import Any, Literal, NotRequired, TypedDict
 
 import mlx.core as mx
 
-from mlx_welford import _ext
+from mlx_welford._arguments import check_positive
+from mlx_welford._operations import operations
 
 __all__ = [
     "DTYPES",
@@ -21,9 +22,9 @@ __all__ = [
     "traffic",
 ]
 
-Layer = Literal["batch", "instance"]
+Layer = Literal["batch", "instance", "group"]
 
-DTYPES: dict[str, mx.Dtype] = {name: getattr(mx, name) for name, *_ in _ext.element_types()}
+DTYPES: dict[str, mx.Dtype] = {name: getattr(mx, name) for name, *_ in operations.element_types()}
 """The types that there are shaders for, by name."""
 
 
@@ -65,19 +66,23 @@ def normalization_plans(
     weight: bool = True,
     bias: bool = True,
     given: bool = False,
+    groups: int = 0,
+    interleaved: bool = False,
     wanted: Collection[str] = ("x", "weight", "bias"),
     aligned: bool = True,
 ) -> Plans:
-    """The dispatches of ``batch_norm`` or ``instance_norm`` and of its gradients.
+    """The dispatches of a normalisation and of its gradients.
 
     Args:
-        layer: ``"batch"`` or ``"instance"``.
+        layer: ``"batch"``, ``"instance"`` or ``"group"``.
         shape: Shape of x.
         axis: The channel axis. Default: ``-1``.
         dtype: Type of x, weight and bias, one of ``DTYPES``. Default: ``"float32"``.
         weight: Whether there is one. Default: ``True``.
         bias: Whether there is one. Default: ``True``.
         given: Whether mean and variance are given, as in evaluation. Default: ``False``.
+        groups: The number of groups of a ``"group"`` layer.
+        interleaved: Their order, as in ``group_norm``. Default: ``False``.
         wanted: Differentiated arguments: x, weight, bias, statistics (given ones). Absent ones are
             ignored. Default: x, weight and bias.
         aligned: Whether x begins at a multiple of 16 bytes, as all but some views do. Default:
@@ -87,15 +92,26 @@ def normalization_plans(
         ValueError: If the shape or the axis does not fit, there are no shaders for the dtype, or x
             is empty.
     """
-    of_instance = layer == "instance" and not given
-    statistics = _ext.Statistics.of_instance if of_instance else _ext.Statistics.of_batch
+    of_instance = layer == "group" or (layer == "instance" and not given)
+    statistics = (
+        operations.Statistics.of_instance if of_instance else operations.Statistics.of_batch
+    )
     x = mx.zeros(shape, _dtype(dtype))  # never evaluated
-    channels = _ext.count_channels(x, axis, statistics, f"{layer}_norm")
+    if layer == "group":
+        check_positive(groups, "num_groups", "group_norm")
+    channels = operations.count_channels(x, axis, statistics, f"{layer}_norm", groups=groups)
     kept = {axis % x.ndim, *([0] if of_instance else [])}
-    order = _order(shape, [a for a in range(x.ndim) if a not in kept], [axis % x.ndim])
+    reduced = [a for a in range(x.ndim) if a not in kept]
+    order = _order(shape, reduced, [axis % x.ndim], of_groups=groups > 0)
     shape = [shape[a] for a in order]
     axes = [i for i, a in enumerate(order) if a not in kept]
-    options = {"channels": channels, "given": given, "weight": weight}
+    options = {
+        "channels": channels,
+        "given": given,
+        "weight": weight,
+        "groups": groups,
+        "interleaved": interleaved,
+    }
     plans: Plans = {
         "forward": _plan("normalize", shape, axes, dtype, aligned, bias=bias, **options)
     }
@@ -177,11 +193,13 @@ def _dtype(name: str) -> mx.Dtype:
     return DTYPES[name]
 
 
-def _order(shape: Sequence[int], axes: Sequence[int], last: Sequence[int]) -> list[int]:
-    """The order in which kernels take the axes of x, as ``_ext.axis_order``."""
+def _order(
+    shape: Sequence[int], axes: Sequence[int], last: Sequence[int], *, of_groups: bool = False
+) -> list[int]:
+    """The order in which kernels take the axes of x, as ``operations.axis_order``."""
     if 0 in shape:
         raise ValueError(f"There is nothing to dispatch for an empty array of shape {shape}.")
-    return _ext.axis_order(shape, axes, last)
+    return operations.axis_order(shape, axes, last, of_groups)
 
 
 def _plan(
@@ -192,9 +210,11 @@ def _plan(
     aligned: bool,
     **options: Any,
 ) -> Plan:
-    """``_ext.launch_plan`` with its options."""
+    """``operations.launch_plan`` with its options."""
     _dtype(dtype)
-    rows, temporaries = _ext.launch_plan(operation, shape, axes, dtype, aligned=aligned, **options)
+    rows, temporaries = operations.launch_plan(
+        operation, shape, axes, dtype, aligned=aligned, **options
+    )
     return {
         "dispatches": [
             {

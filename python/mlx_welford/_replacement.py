@@ -12,7 +12,14 @@ from mlx.nn import Module
 
 from mlx_welford._arguments import check_eps, check_momentum, set_missing_options
 from mlx_welford._distributed import Group, SyncBatchNorm
-from mlx_welford._layers import _COUNTER, _VECTORS, BatchNorm, InstanceNorm, _Normalization
+from mlx_welford._layers import (
+    _COUNTER,
+    _VECTORS,
+    BatchNorm,
+    GroupNorm,
+    InstanceNorm,
+    _Normalization,
+)
 from mlx_welford._text import table
 
 __all__ = ["SYNCHRONIZED", "accelerate", "convert_sync_batchnorm", "restore"]
@@ -20,6 +27,7 @@ __all__ = ["SYNCHRONIZED", "accelerate", "convert_sync_batchnorm", "restore"]
 _FAST: dict[type[Module], type[_Normalization]] = {
     nn.BatchNorm: BatchNorm,
     nn.InstanceNorm: InstanceNorm,
+    nn.GroupNorm: GroupNorm,
 }
 
 SYNCHRONIZED: dict[type[Module], type[SyncBatchNorm]] = {
@@ -30,7 +38,7 @@ SYNCHRONIZED: dict[type[Module], type[SyncBatchNorm]] = {
 
 
 def accelerate(model: Module, *, verbose: bool = False) -> Module:
-    """Turns ``mlx.nn.BatchNorm`` and ``mlx.nn.InstanceNorm`` in a model into this package's layers.
+    """Turns ``BatchNorm``, ``InstanceNorm`` and ``GroupNorm`` of ``mlx.nn`` into this package's.
 
     A layer stays the same object and gets another class, which computes faster. So its parameters
     and attributes, what is frozen, and its mode stay. Whatever holds the layer (an optimizer, a
@@ -72,8 +80,9 @@ accelerated=True)
             was = f"{kind.__name__}, a subclass of mlx.nn.{namesake}"
             now = "as it was: a subclass may compute something else"
         else:
-            channels = layer.num_features if kind is nn.BatchNorm else layer.dims
-            was = f"mlx.nn.{kind.__name__}({channels})"
+            names = ("num_groups", "num_features", "dims")
+            sizes = ", ".join(str(vars(layer)[name]) for name in names if name in vars(layer))
+            was = f"mlx.nn.{kind.__name__}({sizes})"
             if (error := _refusal(layer)) is not None:
                 now = f"as it was: {error}"
             else:
@@ -110,7 +119,8 @@ def restore(model: Module) -> Module:
             frozen = layer._no_grad  # with the running statistics; mlx.nn adds them only once
             original, settings = layer._accelerated
             if layer.momentum is None:  # and a counter: mlx.nn has neither
-                layer.momentum = settings.get("momentum")
+                if "momentum" in settings:
+                    layer.momentum = settings["momentum"]
                 layer.pop(_COUNTER, None)
                 frozen.discard(_COUNTER)
             added = {option.name for option in fields(layer)} - settings.keys()

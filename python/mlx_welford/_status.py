@@ -9,7 +9,8 @@ from typing import Any
 
 import mlx.core as mx
 
-from mlx_welford import _ext, _machine, _versions
+from mlx_welford import _machine, _versions
+from mlx_welford._operations import no_kernels, operations
 from mlx_welford._plans import DTYPES, Plan, Plans
 from mlx_welford._text import table
 from mlx_welford.functional import batch_norm
@@ -30,8 +31,8 @@ def status() -> dict[str, Any]:
     Returns:
         A dictionary of
 
-        - ``mlx_welford``, ``mlx``, ``mlx_built_against``, ``python``: releases. Those of MLX
-          agree, because otherwise the package cannot be imported.
+        - ``mlx_welford``, ``mlx``, ``mlx_built_against``, ``python``: releases. That
+          which the kernels here were built against is ``None`` if there are none.
         - ``build``, ``wheels``: how this package was installed, and releases and tags of MLX's
           packages.
         - ``system``, ``system_build``, ``machine``: operating system and processor architecture.
@@ -42,7 +43,9 @@ def status() -> dict[str, Any]:
         - ``backend``: what the default stream runs: ``"metal"`` (the shaders), ``"cpu"`` (kernels
           for the CPU), ``"simulator"`` (the shaders, simulated on the CPU, for tests), or
           ``"composed"`` (the fallback, which uses MLX's own operations).
-        - ``threads``, ``instruction_set``: of the CPU's kernels.
+        - ``kernels``: ``"yes"``, or why this process has none: the installed MLX is another release
+          than they were built against. The backend is then ``"composed"``.
+        - ``threads``, ``instruction_set``: of the CPU's kernels; ``None`` without kernels.
         - ``shader_hash``, ``shader_kernels``: hash and number of kernels of the embedded source.
         - ``simulator``: whether the simulator replaces the CPU's kernels.
         - ``variables``: the environment variables of MLX, Metal and this package.
@@ -63,11 +66,11 @@ def status() -> dict[str, Any]:
 def of_machine() -> dict[str, Any]:
     """The part of the status that runs nothing on the GPU, and therefore cannot crash there."""
     device = mx.default_device()
-    about = mx.device_info(device)
+    about = mx.device_info(device) if hasattr(mx, "device_info") else {}  # since MLX 0.30.1
     return {
         "mlx_welford": _versions.PACKAGE,
         "mlx": importlib.metadata.version("mlx"),
-        "mlx_built_against": _ext.mlx_version,
+        "mlx_built_against": operations.mlx_version,
         "python": platform.python_version(),
         "build": _machine.build(),
         "wheels": _machine.wheels(),
@@ -82,12 +85,13 @@ def of_machine() -> dict[str, Any]:
         "device": "gpu" if device == mx.gpu else "cpu",
         "device_name": str(about.get("device_name", "unknown")),
         "architecture": str(about.get("architecture", "unknown")),
-        "backend": _ext.backend(),
-        "threads": _ext.num_threads(),
-        "instruction_set": _ext.instruction_set(),
-        "shader_hash": _ext.shader_hash,
-        "shader_kernels": len(_ext.shader_kernels()),
-        "simulator": _ext.backend(mx.cpu) == "simulator",
+        "backend": operations.backend(),
+        "kernels": no_kernels or "yes",
+        "threads": operations.num_threads(),
+        "instruction_set": operations.instruction_set(),
+        "shader_hash": operations.shader_hash,
+        "shader_kernels": len(operations.shader_kernels()),
+        "simulator": operations.backend(mx.cpu) == "simulator",
         "variables": _machine.variables(),
     }
 
@@ -149,7 +153,7 @@ def describe_plans(plans: Plans) -> str:
 
 def _shaders() -> tuple[bool | None, str]:
     """Whether the shaders compile, as a value and in words."""
-    if not mx.is_available(mx.gpu) or _ext.backend(mx.gpu) != "metal":
+    if not mx.is_available(mx.gpu) or operations.backend(mx.gpu) != "metal":
         return None, "not compiled: there is no Metal in this build"
     try:
         with strict_shaders(), mx.stream(mx.gpu):

@@ -7,7 +7,7 @@ from typing import Any, cast
 
 import mlx.core as mx
 
-from mlx_welford import _ext
+from mlx_welford._operations import operations
 
 __all__ = ["UninitializedParameter", "is_uninitialized"]
 
@@ -50,7 +50,9 @@ class UninitializedParameter(mx.array):
         the layer is in several places of a model. All of them are kept for ``initialized``.
         """
         traced = [*getattr(before, "_traced", ()), value]
-        return UninitializedParameter(value.dtype, [a for a in traced if _ext.is_differentiated(a)])
+        return UninitializedParameter(
+            value.dtype, [a for a in traced if operations.is_differentiated(a)]
+        )
 
     def initialized(self, values: mx.array) -> mx.array:
         """The first values. Their gradient is passed on to the traced arrays, if there are any."""

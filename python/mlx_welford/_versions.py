@@ -7,7 +7,7 @@ from pathlib import Path
 
 from mlx_welford._build import PACKAGE, RELEASES
 
-__all__ = ["PACKAGE", "RELEASES", "extension_folder"]
+__all__ = ["PACKAGE", "RELEASES", "NoKernelsError", "extension_folder"]
 
 # The packages that contain libmlx. mlx itself contains it only if built from source.
 _LIBRARIES = {
@@ -16,11 +16,19 @@ _LIBRARIES = {
 }
 
 
+class NoKernelsError(ImportError):
+    """There is no extension for the installed release of MLX."""
+
+
 def extension_folder() -> Path:
     """The folder that holds _ext for the installed MLX.
 
-    Raises ImportError, with the command to run, unless there is one, and mlx and libmlx are of the
-    same release. The extension for another release would fail to load, or misread MLX's objects.
+    The extension for another release would fail to load, or misread MLX's objects.
+
+    Raises:
+        ImportError: If mlx or libmlx is not installed, or they are of different releases. The text
+            has the command to run.
+        NoKernelsError: If there is no extension for their release.
     """
     if importlib.util.find_spec("mlx") is None:
         raise ImportError(f"mlx_welford needs mlx. Install it:\n    pip install {_pins()}")
@@ -42,10 +50,13 @@ def extension_folder() -> Path:
         )
     release = installed.get("mlx", RELEASES[-1])
     if release not in RELEASES:
-        raise ImportError(
-            f"This build of mlx_welford is for mlx {', '.join(RELEASES)}, but this environment has "
-            f"{found}. MLX's C++ interface changes between releases.\n"
-            f"Install one of these releases:\n    pip install {_pins(*installed)}"
+        raise NoKernelsError(
+            f"mlx_welford has kernels for mlx {', '.join(RELEASES)}, but this environment has "
+            f"{found}. Results are right, but slow: they are composed of MLX's own operations.\n"
+            f"To get the kernels, install one of these releases:\n    pip install "
+            f"{_pins(*installed)}\n"
+            f"or, to use mlx {release}, give cmake/releases.toml a row for it in a checkout of "
+            "mlx-welford and build it there:\n    make build"
         )
     return Path(__file__).parent / f"mlx-{release}"
 

@@ -6,10 +6,10 @@ from contextlib import contextmanager
 
 import mlx.core as mx
 
-from mlx_welford import _ext
-from mlx_welford._arguments import check_eps
+from mlx_welford._arguments import check_eps, check_positive
+from mlx_welford._operations import operations
 
-__all__ = ["batch_norm", "composed", "instance_norm", "moments"]
+__all__ = ["batch_norm", "composed", "group_norm", "instance_norm", "moments"]
 
 StreamOrDevice = mx.Stream | mx.Device | None
 
@@ -35,8 +35,10 @@ def instance_norm(
     Args:
         x: Input of shape ``(N, ..., C)``, or with the channels on another ``axis``; at least three
             dimensions, of dtype float16, bfloat16, float32, or float64 on the CPU.
-        weight: Scale :math:`\gamma` of shape ``(C,)``. Default: ``None``, which stands for 1.
-        bias: Offset :math:`\beta` of shape ``(C,)``. Default: ``None``, which stands for 0.
+        weight: Scale :math:`\gamma` of shape ``(C,)``, or ``(N, C)`` for one per instance. Default:
+            ``None``, which stands for 1.
+        bias: Offset :math:`\beta` of shape ``(C,)`` or ``(N, C)``. Default: ``None``, which stands
+            for 0.
         eps: Added to the variance. Default: ``1e-5``.
         axis: The channel axis; not 0. Default: ``-1``.
         stream: Stream or device to run on. Default: ``None``, the default stream.
@@ -61,14 +63,102 @@ def instance_norm(
         Stylization <https://arxiv.org/abs/1607.08022>`_.
     """
     check_eps(eps, "instance_norm")
-    y, _, _ = _ext.normalize(
+    y, _, _ = operations.normalize(
         x,
         weight,
         bias,
         eps,
-        _ext.Statistics.of_instance,
+        operations.Statistics.of_instance,
         "instance_norm",
         axis=axis,
+        stream=stream,
+    )
+    return y
+
+
+def group_norm(
+    x: mx.array,
+    num_groups: int,
+    weight: mx.array | None = None,
+    bias: mx.array | None = None,
+    eps: float = 1e-5,
+    *,
+    interleaved: bool = False,
+    mean: mx.array | None = None,
+    var: mx.array | None = None,
+    axis: int = -1,
+    stream: StreamOrDevice = None,
+) -> mx.array:
+    r"""Normalises groups of channels of every instance by their mean and variance.
+
+    .. math::
+
+        y = \frac{x - \mathrm{E}[x]}{\sqrt{\mathrm{Var}[x] + \epsilon}} \gamma + \beta
+
+    with the mean and the biased variance over the C / G channels of a group and over all axes but 0
+    and ``axis``, found in a single pass (Welford, merged after Chan et al.) in float32 whatever the
+    dtype of ``x``. With ``mean`` and ``var`` these are used instead: a large image can be
+    normalised tile by tile with the statistics of the whole.
+
+    Args:
+        x: Input of shape ``(N, ..., C)``, or with the channels on another ``axis``; at least two
+            dimensions, of dtype float16, bfloat16, float32, or float64 on the CPU.
+        num_groups: The number of groups G, which divides the number of channels.
+        weight: Scale :math:`\gamma` of shape ``(C,)``, or ``(N, C)`` for one per instance. Default:
+            ``None``, which stands for 1.
+        bias: Offset :math:`\beta` of shape ``(C,)`` or ``(N, C)``. Default: ``None``, which stands
+            for 0.
+        eps: Added to the variance. Default: ``1e-5``.
+        interleaved: Whether channel ``c`` is in group ``c % G``, as in ``mlx.nn.GroupNorm`` with
+            ``pytorch_compatible=False``. Default: ``False``, neighbouring channels are a group, as
+            in ``torch.nn``.
+        mean: Mean to use, of shape ``(N, G)``. Default: ``None``, the mean of ``x``.
+        var: Variance to use, of shape ``(N, G)``; given exactly if ``mean`` is. Default: ``None``.
+        axis: The channel axis; not 0. Default: ``-1``.
+        stream: Stream or device to run on. Default: ``None``, the default stream.
+
+    Returns:
+        An array of the shape of ``x`` and of dtype ``mx.result_type(x, weight, bias)``. It can be
+        differentiated with respect to all arrays, also ``mean`` and ``var``.
+
+    Raises:
+        ValueError: If a shape, ``num_groups``, ``axis`` or ``eps`` does not fit, or only one of
+            ``mean`` and ``var`` is given.
+        TypeError: If an array is not of a floating-point dtype.
+
+    Examples:
+        >>> import mlx.core as mx
+        >>> import mlx_welford as mw
+        >>> x = mx.array([[[1.0, 3.0, 10.0, 30.0], [3.0, 1.0, 10.0, 30.0]]])
+        >>> mw.group_norm(x, 2)
+        array([[[-0.999995, 0.999995, -1, 1],
+                [0.999995, -0.999995, -1, 1]]], dtype=float32)
+
+        A tile with the statistics of the whole, for two groups of two channels: neighbouring, and
+        interleaved.
+
+        >>> mean, var = mw.moments(x.reshape(1, -1, 2, 2), (1, 3))
+        >>> left = mw.group_norm(x[:, :1], 2, mean=mean, var=var)
+        >>> mean, var = mw.moments(x.reshape(1, -1, 2, 2), (1, 2))
+        >>> left = mw.group_norm(x[:, :1], 2, interleaved=True, mean=mean, var=var)
+
+    References:
+        Wu, He: `Group Normalization <https://arxiv.org/abs/1803.08494>`_.
+    """
+    check_eps(eps, "group_norm")
+    check_positive(num_groups, "num_groups", "group_norm")
+    y, _, _ = operations.normalize(
+        x,
+        weight,
+        bias,
+        eps,
+        operations.Statistics.of_instance,
+        "group_norm",
+        mean=mean,
+        var=var,
+        axis=axis,
+        groups=num_groups,
+        interleaved=interleaved,
         stream=stream,
     )
     return y
@@ -129,12 +219,12 @@ def batch_norm(
         Internal Covariate Shift <https://arxiv.org/abs/1502.03167>`_.
     """
     check_eps(eps, "batch_norm")
-    return _ext.normalize(
+    return operations.normalize(
         x,
         weight,
         bias,
         eps,
-        _ext.Statistics.of_batch,
+        operations.Statistics.of_batch,
         "batch_norm",
         mean=mean,
         var=var,
@@ -180,7 +270,7 @@ def moments(
         (1983) 242: the merge of two sets' moments.
     """
     axes = [axes] if isinstance(axes, int) else list(axes)
-    return _ext.moments(x, axes, keepdims=keepdims, stream=stream)
+    return operations.moments(x, axes, keepdims=keepdims, stream=stream)
 
 
 _composing = threading.Lock()
@@ -220,4 +310,4 @@ def _change_composing(by: int) -> None:
     global _composing_blocks
     with _composing:
         _composing_blocks += by
-        _ext.use_fallback(_composing_blocks > 0)
+        operations.use_fallback(_composing_blocks > 0)

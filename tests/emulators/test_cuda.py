@@ -37,7 +37,7 @@ from cuda_twin.shaders import shader_program
 from cuda_twin.source import enumerators, translate
 from hypothesis import given
 from mlx_welford import _ext
-from plan_cases import SOME, full_groups, running_statistics, whole_table
+from plan_cases import SOME, full_groups, of_groups, running_statistics, whole_table
 from plans import (
     DTYPES,
     LIMITS,
@@ -102,6 +102,8 @@ def test_threadgroup_memory(program: Program) -> None:
         "fused_normalize": moments,
         "partial_sums": sums,
         "merge_sums": sums,
+        "merge_group_moments": moments,
+        "merge_group_sums": sums,
         "parameter_gradients": sums,
         "update_running_statistics": sums,
         "fused_gradient": sums,
@@ -121,11 +123,11 @@ def test_vectors_move_as_vectors(program: Program) -> None:
         )
         if function_of(name) in SECOND_PASS:
             seen.add(name)
-            vectors = not re.search("_1_(Columns|Rows)$", name)
+            vectors = not re.search("_1_(Grouped)?(Columns|Rows)$", name)
             assert (whole > 0) == vectors, name
             assert ("ld.global.v4" in body) == vectors, name
             if vectors:
-                assert single == name.endswith("_Rows"), name
+                assert single == name.endswith("Rows"), name
     assert seen == {name for name in ALL if function_of(name) in SECOND_PASS}
 
 
@@ -151,6 +153,12 @@ def largest_groups() -> dict[str, int]:
                     for problem in (p, replace(p, geometry=(2, *geometry[1:]))):
                         for d in plans_of(problem):
                             largest[d.host_name] = max(largest.get(d.host_name, 0), d.threads)
+                members = threads // LIMITS["kSimd"]  # rows of a simdgroup each
+                geometry = (1, members, 4 * LIMITS["kSimd"] * vector, 1)
+                p = Problem("", geometry, dtype, members, aligned=vector > 1, groups=1)
+                for operation, wanted in (("normalize", ""), ("normalize_gradient", "x")):
+                    for d in replace(p, operation=operation, wanted=wanted).plan().dispatches:
+                        largest[d.host_name] = max(largest.get(d.host_name, 0), d.threads)
     return largest
 
 
@@ -167,6 +175,11 @@ def plans_of(p: Problem) -> Iterator[Any]:
         replace(p, operation="moments", geometry=(1, *p.geometry[1:])),
         replace(p, operation="partial_moments"),
         running_statistics(p.dtype, instances=1000),
+        *(
+            of_groups(replace(problem, geometry=(1, *p.geometry[1:])))
+            for own in (forward, backward)
+            for problem in (own, replace(own, given=True))
+        ),
     ):
         yield from problem.plan().dispatches
 

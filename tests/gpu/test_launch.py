@@ -922,6 +922,27 @@ def test_the_table_of_what_is_fused() -> None:
                 ) == int(longest), (pattern, dtype, operation)
 
 
+def test_the_table_of_groups_that_are_fused() -> None:
+    """That of docs/kernels.md: threads forward and backward, or none."""
+    text = (Path(__file__).parents[2] / "docs" / "kernels.md").read_text()
+    rows = re.findall(r"^\| (\d+) x (\d+) x (\d+), (\d+) groups \| (.*) \|$", text, re.M)
+    assert len(rows) >= 8
+    for height, width, channels, groups, cells in rows:
+        s, c = int(height) * int(width), int(channels)
+        orders = ((instances_last, False), (instances_last, True), (instances_first, False))
+        for cell, (dtype, (make, interleaved)) in zip(
+            cells.split(" | "),
+            [(dtype, order) for dtype in ("float32", "float16") for order in orders],
+            strict=True,
+        ):
+            shape = (2, c, s) if make is instances_first else (2, s, c)
+            p = make(*shape, dtype=dtype, groups=int(groups), interleaved=interleaved, weight=True)
+            backward = replace(p, operation="normalize_gradient", wanted="x")
+            first = [problem.plan().dispatches[0] for problem in (p, backward)]
+            threads = [str(d.threads) if d.kernel.startswith("fused") else "-" for d in first]
+            assert cell == " / ".join(threads), (height, channels, dtype, interleaved)
+
+
 def test_fewer_registers_make_smaller_groups() -> None:
     problem = Problem("normalize", (1, 2, 300, 16))
     half = {**FIXED, "core_registers": 53248, "fused_groups": 2}
@@ -984,7 +1005,7 @@ def assert_every_element_is_taken_once(
 
 
 @given(problems())
-def test_every_statistic_and_every_part_is_written_once(problem: Problem) -> None:
+def test_every_slot_and_every_part_is_written_once(problem: Problem) -> None:
     plan = problem.plan()
     for d in plan.dispatches:
         if not d.sweeps:
@@ -993,17 +1014,20 @@ def test_every_statistic_and_every_part_is_written_once(problem: Problem) -> Non
         width = d.vector if d.columns else 1
         leads = w.inside & w.leads
         results = (w.partial[leads][:, None] + np.arange(width)).ravel()
-        count = d["pieces"] * (d["segments"] // d["outer"]) * problem.statistics
+        count = d["pieces"] * (d["segments"] // d["outer"]) * problem.slots
         np.testing.assert_array_equal(np.sort(results), np.arange(count))
         if d.kernel in ("moments", "fused_normalize", "fused_gradient"):
-            assert count == problem.statistics
-            np.testing.assert_array_equal(w.partial[leads], w.statistic[leads])
+            assert count == problem.slots
+            np.testing.assert_array_equal(w.partial[leads], w.slot[leads])
         if d.kernel in ("partial_moments", "partial_sums"):
             each = MOMENTS_BYTES if d.kernel == "partial_moments" else SUMS_BYTES
             array = d.buffers[-1].array
-            sizes = {"moments": problem.statistics * MOMENTS_BYTES, **plan.temporaries}
+            sizes = {"moments": problem.slots * MOMENTS_BYTES, **plan.temporaries}
             assert sizes[array] == count * each
-    assert written_arrays(plan) & {"partials", "sums"} == plan.temporaries.keys()
+    assert written_arrays(plan) & TEMPORARIES == plan.temporaries.keys()
+
+
+TEMPORARIES = {"partials", "sums", "group_sums"}
 
 
 def written_arrays(plan: Plan) -> set[str]:
@@ -1011,7 +1035,7 @@ def written_arrays(plan: Plan) -> set[str]:
 
 
 @given(problems())
-def test_an_element_belongs_to_the_statistic_of_its_thread(problem: Problem) -> None:
+def test_an_element_belongs_to_the_slot_of_its_thread(problem: Problem) -> None:
     _, outer, reduce, inner = problem.geometry
     for d in problem.plan().dispatches:
         if not d.sweeps:
@@ -1019,8 +1043,8 @@ def test_an_element_belongs_to_the_statistic_of_its_thread(problem: Problem) -> 
         w = walks(d)
         for at, some in ((w.first, w.vectors > 0), (w.edge, w.edge >= 0)):
             element = at[some]
-            statistic = element // (reduce * inner) % outer * inner + element % inner
-            np.testing.assert_array_equal(statistic, w.statistic[some])
+            slot = element // (reduce * inner) % outer * inner + element % inner
+            np.testing.assert_array_equal(slot, w.slot[some])
 
 
 @given(problems(most_elements=1 << 40))
@@ -1037,27 +1061,38 @@ def test_pieces_are_worth_their_threadgroups(problem: Problem) -> None:
 
 @given(problems(most_elements=1 << 40))
 def test_parameters_describe_the_problem(problem: Problem) -> None:
-    merge, outer, reduce, inner = problem.geometry
+    merge, _, reduce, _ = problem.geometry
     for d in problem.plan().dispatches:
         if d.sweeps:
             # Axes of length 1 may count to another level, without a difference to any element
             assert d["segments"] * d["reduce"] * d["inner"] == problem.size
-            assert d["outer"] * d["inner"] == problem.statistics
+            assert d["outer"] * d["inner"] == problem.slots
             assert d["segments"] % d["outer"] == 0
             of_share = problem.operation == "input_gradient"
-            assert d.parameters["count"] == np.float32(1 if of_share else merge * reduce)
+            assert d.parameters["count"] == np.float32(
+                1 if of_share else merge * reduce * problem.members
+            )
             assert d["has_sums"] == (problem.operation == "normalize_gradient")
             assert d["pieces"] == -(-d["reduce"] // d["piece"])
             assert (d["has_weight"], d["has_bias"]) == (problem.weight, problem.bias)
-            assert d["channels"] == problem.channels
+            assert d["channels"] == problem.weights
         elif d.kernel in ("parameter_gradients", "update_running_statistics"):
-            assert d["columns"] == problem.channels
-            assert d["parts"] == problem.statistics // problem.channels
+            assert d["columns"] == problem.weights
+            assert d["parts"] == problem.slots // problem.weights
             wants = problem.wants  # none, of running statistics
             assert (d["has_weight"], d["has_bias"]) == (wants["weight"], wants["bias"])
         else:
-            assert d["columns"] == outer * inner
+            of_statistics = "group" in d.kernel or d.kernel == "given_gradients"
+            assert d["columns"] == (problem.statistics if of_statistics else problem.slots)
             assert d.groups == -(-d["columns"] // d["across"])
+        grouping = ("channels", "groups", "members", "interleaved")
+        if problem.operation.startswith("normalize"):
+            assert [d[f"grouping.{name}"] for name in grouping] == [
+                problem.channels,
+                problem.groups or problem.channels,
+                problem.members,
+                problem.interleaved,
+            ]
         if "eps" in d.parameters:
             assert d.parameters["eps"] == np.float32(problem.eps)
 
@@ -1079,10 +1114,14 @@ def test_every_declared_buffer_is_bound_once(problem: Problem) -> None:
         )
 
 
+def access_of(d: Dispatch) -> str:
+    return f"{'Grouped' if d.grouped else ''}{'Columns' if d.columns else 'Rows'}"
+
+
 def template_arguments(d: Dispatch, problem: Problem) -> str:
     element = METAL_TYPES[problem.dtype]
     if d.sweeps:
-        return f"<{element}, {d.vector}, {'Columns' if d.columns else 'Rows'}>"
+        return f"<{element}, {d.vector}, {access_of(d)}>"
     return f"<{element}>" if d.instantiation else ""
 
 
@@ -1103,7 +1142,7 @@ def test_arrays_are_written_before_they_are_read(problem: Problem) -> None:
             *(["grad_bias"] if problem.wants["bias"] else []),
         },
     }[problem.operation]
-    made = outputs | {"partials", "sums"}
+    made = outputs | TEMPORARIES
     written: set[str] = set()
     for d in problem.plan().dispatches:
         now = {b.array for b in d.buffers if b.written}
@@ -1129,6 +1168,12 @@ def layout(name: str) -> tuple[dict[str, tuple[str, int]], int]:
     fields: dict[str, tuple[str, int]] = {}
     offset, widest = 0, 1
     for type_name, field_name in re.findall(r"(\w+)\s+(\w+);", body[1]):
+        if type_name == "Grouping":
+            inner, size = layout(type_name)
+            assert offset % 4 == 0
+            fields |= {f"{field_name}.{n}": (code, offset + at) for n, (code, at) in inner.items()}
+            offset += size
+            continue
         code, size = METAL_SIZES[aliases.get(type_name, type_name)]
         offset = -(-offset // size) * size
         fields[field_name] = (code, offset)
@@ -1179,8 +1224,8 @@ template <int V, typename A>
   row[4] = w.inside;
   row[5] = w.part;
   row[6] = p.along == 0;
-  Slot slot = slot_at(s, w.slot);
-  for (int i = 0; i < 2; ++i, slot = next(s, slot)) {
+  Slot slot = A::slot_at(s, w.slot);
+  for (int i = 0; i < 2; ++i, slot = A::next(s, slot)) {
     row[7 + 2 * i] = slot.statistic;
     row[8 + 2 * i] = slot.channel;
   }
@@ -1197,6 +1242,16 @@ PROBED = [
     # More slots than 32 bits can count
     Problem("normalize", (1, 3 << 31, 4, 1), channels=3),
     Problem("normalize", (1, 5 << 22, 4, 1536), channels=1536),
+    *(
+        replace(problem, groups=groups, interleaved=interleaved)
+        for problem in (
+            Problem("normalize", (1, 3 << 31, 4, 1), channels=12),
+            Problem("normalize", (1, 5 << 22, 4, 1536), channels=1536),
+            Problem("normalize", (1, 3, 1, 24), channels=24),
+        )
+        for groups in (1, 4, 6)
+        for interleaved in (False, True)
+    ),
 ]
 
 
@@ -1206,7 +1261,7 @@ def probe() -> Library:
         f'template [[host_name("probe_{v}_{access}")]] [[kernel]] '
         f"decltype(probe<{v}, {access}>) probe<{v}, {access}>;"
         for v in (1, 4, 8)
-        for access in ("Columns", "Rows")
+        for access in ("Columns", "Rows", "GroupedColumns", "GroupedRows")
     ]
     return compile_library(_ext.shader_source + PROBE, instantiations)
 
@@ -1221,7 +1276,7 @@ def test_shaders_walk_as_the_model_does(probe: Library, problem: Problem) -> Non
         which = np.unique([0, d.groups - 1, *rng.integers(0, d.groups, size=14)]).astype(np.uint32)
         found = np.zeros((which.size, d.threads, 11), np.int64)
         probe.dispatch(
-            f"probe_{d.vector}_{'Columns' if d.columns else 'Rows'}",
+            f"probe_{d.vector}_{access_of(d)}",
             {3: which, 4: found},
             writable={4},
             constants={
@@ -1242,8 +1297,11 @@ def test_shaders_walk_as_the_model_does(probe: Library, problem: Problem) -> Non
         np.testing.assert_array_equal(first[some], w.first[some])
         np.testing.assert_array_equal(step[some], w.step[some])
         for i, (statistic, channel) in enumerate(zip(slots[::2], slots[1::2], strict=True)):
-            at = w.statistic[w.inside] + i
-            np.testing.assert_array_equal(statistic[w.inside], at)
+            if i > 0 and not d.columns:
+                continue  # a thread has one slot
+            at = w.slot[w.inside] + i
+            expected = problem.statistic_of(at) if d.grouped else at
+            np.testing.assert_array_equal(statistic[w.inside], expected)
             np.testing.assert_array_equal(channel[w.inside], at % d["channels"])
         np.testing.assert_array_equal(partial[w.inside], w.partial[w.inside])
         assert max(first[some].max(initial=0), edge.max()) < problem.size

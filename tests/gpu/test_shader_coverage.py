@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from mlx_welford import _ext
-from plan_cases import FIXED, SOME, running_statistics, whole_table
+from plan_cases import FIXED, SOME, of_groups, running_statistics, whole_table
 from plans import (
     LIMITS,
     SPLITTING,
@@ -58,10 +58,12 @@ def test_every_instantiation_passes_every_check(longer: int, max_threads: int, s
 BARRIER = "metal::threadgroup_barrier(metal::mem_flags::mem_threadgroup);"
 
 
-# By the barriers of its merge; a third is where all threads want the results, as in fused kernels.
+# By the barriers of its merge; a third is where all threads want the results, as in fused kernels,
+# and two are where the members of a group merge.
 MERGES = {
     2: Problem("moments", (1, 2, 403, 16), channels=32, max_threads=128),
     3: Problem("normalize", (1, 2, 100, 16), channels=32, max_threads=128),
+    5: of_groups(Problem("normalize", (1, 2, 100, 16), max_threads=128)),
 }
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import replace
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -100,13 +101,16 @@ def small_traffic(problem: Problem, plan: Plan, d: Dispatch) -> dict[str, Traffi
             continue
         if b.buffer == "partials":
             # Moments or Sums; a single part is written to the array that would merge the parts
-            sizes = {"moments": problem.statistics * MOMENTS_BYTES, **plan.temporaries}
+            sizes = {"moments": problem.slots * MOMENTS_BYTES, **plan.temporaries}
             size = read = sizes[b.array]
         elif b.buffer == "sums":
-            size = problem.statistics * SUMS_BYTES
+            size = plan.temporaries.get(b.array, 0)
             read = of_each * SUMS_BYTES if d.sweeps else size
-            if b.array != b.buffer:
+            if b.array == "var":
                 read = 0  # there are none
+        elif b.buffer == "group_sums":
+            size = plan.temporaries[b.buffer]
+            read = 0
         elif b.buffer == "moments":
             size = read = problem.statistics * MOMENTS_BYTES
         elif b.buffer == "update":
@@ -114,8 +118,12 @@ def small_traffic(problem: Problem, plan: Plan, d: Dispatch) -> dict[str, Traffi
         else:
             item = ITEM_BYTES[dtype_of(b.buffer, problem.dtype)]
             of_channels = b.buffer in OF_CHANNELS
-            size = (problem.channels if of_channels else problem.statistics) * item
+            size = (problem.weights if of_channels else problem.statistics) * item
             read = of_each * item if d.sweeps else size
+            if d.grouped and d.kernel == "fused_gradient" and b.buffer == "weight":
+                read *= 2  # for the sums of groups, and for grad x
+            if d.kernel in ("merge_group_sums", "parameter_gradients") and not b.written:
+                read = problem.slots * item  # of each slot
             if b.array != b.buffer:
                 read = size = 0  # it stands in for an absent one
         bounds[b.buffer] = Traffic(0, size) if b.written else Traffic(read, 0)
@@ -352,6 +360,106 @@ def test_gradient_of_a_share_reads_once(problem: Problem, dtype: str) -> None:
     kernels, whole = passes(replace(problem, operation="input_gradient", dtype=dtype, weight=True))
     assert kernels == ["input_gradient"]
     assert whole == {"x": (1, 0), "g": (1, 0), "out": (0, 1)}
+
+
+# ---- Groups of channels --------------------------------------------------------------------------
+
+
+def of_groups(
+    geometry: tuple[int, int, int, int], channels: int, groups: int, **options: Any
+) -> Problem:
+    return replace(layout(geometry, channels), groups=groups, weight=True, **options)
+
+
+GROUPS = {
+    "channels last": of_groups((1, 2, 521, 24), 24, 6, bias=True),
+    "channels last, interleaved": of_groups((1, 2, 521, 24), 24, 8, interleaved=True, bias=True),
+    "channels last, one group": of_groups((1, 3, 531, 20), 20, 1),
+    "channels last, a group each": of_groups((1, 3, 521, 20), 20, 20, per_instance=True),
+    "channels last, split": of_groups((1, 1, 3001, 8), 8, 4, max_threads=32, per_instance=True),
+    "channels last, odd": of_groups((1, 2, 531, 15), 15, 5, interleaved=True),
+    "channels last, unaligned": of_groups((1, 2, 531, 16), 16, 2, aligned=False),
+    "channels last, interleaved across vectors": of_groups((1, 2, 61, 24), 24, 6, interleaved=True),
+    "channels first": of_groups((1, 24, 4613, 1), 12, 3, bias=True),
+    "channels first, interleaved": of_groups((1, 24, 197, 1), 12, 3, interleaved=True),
+    "channels first, split": of_groups((1, 6, 9001, 1), 6, 2, max_threads=32, per_instance=True),
+    "channels first, many members": of_groups((1, 320, 3, 1), 160, 32, aligned=False),
+    "many members": of_groups((1, 1, 3, 2048), 2048, 2),
+    "many members, interleaved": of_groups((1, 1, 3, 2048), 2048, 2, interleaved=True),
+}
+
+HELD_GROUPS = {
+    "channels last": of_groups((1, 2, 61, 24), 24, 6, bias=True),
+    "channels last, interleaved": of_groups((1, 2, 61, 24), 24, 8, interleaved=True, bias=True),
+    "channels last, one group": of_groups((1, 3, 13, 40), 40, 1, per_instance=True),
+    "channels last, several strips": of_groups((1, 2, 5, 480), 480, 32),
+    "channels last, several interleaved strips": of_groups(
+        (1, 2, 5, 480), 480, 160, interleaved=True
+    ),
+    "channels last, a group each": of_groups((1, 3, 61, 16), 16, 16, per_instance=True),
+    "channels last, odd": of_groups((1, 2, 61, 15), 15, 5, interleaved=True, aligned=False),
+    "channels last, one position": of_groups((1, 9, 1, 48), 48, 8, interleaved=True),
+    "channels first": of_groups((1, 24, 197, 1), 12, 4, bias=True),
+    "channels first, short": of_groups((1, 64, 3, 1), 32, 16, aligned=False),
+}
+
+large_groups = pytest.mark.parametrize("problem", GROUPS.values(), ids=GROUPS.keys())
+held_groups = pytest.mark.parametrize("problem", HELD_GROUPS.values(), ids=HELD_GROUPS.keys())
+every_group = pytest.mark.parametrize(
+    "problem",
+    [*GROUPS.values(), *HELD_GROUPS.values()],
+    ids=[*(f"large {name}" for name in GROUPS), *(f"held {name}" for name in HELD_GROUPS)],
+)
+
+
+@every_dtype
+@large_groups
+def test_groups_are_read_as_often_as_instances(problem: Problem, dtype: str) -> None:
+    p = replace(problem, operation="normalize", dtype=dtype)
+    kernels, whole = passes(p)
+    if p.members > 1:
+        assert kernels == ["partial_moments", "merge_group_moments", "normalize_input"]
+    assert whole == {"x": (2, 0), "out": (0, 1)}
+    p = replace(p, operation="normalize_gradient", bias=False, wanted="x weight bias")
+    kernels, whole = passes(p)
+    if p.members > 1:
+        assert kinds(kernels) == ["partial_sums", "input_gradient"]
+        assert kernels.count("merge_group_sums") == 1
+    assert whole == {"x": (2, 0), "g": (2, 0), "out": (0, 1)}
+
+
+@every_dtype
+@every_group
+def test_groups_of_given_statistics_are_read_once(problem: Problem, dtype: str) -> None:
+    p = replace(problem, operation="normalize", dtype=dtype, given=True)
+    kernels, whole = passes(p)
+    assert kernels == ["normalize_input"]
+    assert whole == {"x": (1, 0), "out": (0, 1)}
+    p = replace(p, operation="normalize_gradient", bias=False, wanted="x")
+    assert passes(p) == (["given_input_gradient"], {"g": (1, 0), "out": (0, 1)})
+    _, whole = passes(replace(p, wanted="x statistics weight bias"))
+    assert whole == {"x": (1, 0), "g": (2, 0), "out": (0, 1)}
+
+
+@every_dtype
+@held_groups
+def test_groups_that_a_threadgroup_holds_are_read_once(problem: Problem, dtype: str) -> None:
+    p = replace(problem, operation="normalize", dtype=dtype, max_threads=512)
+    assert passes(p) == (["fused_normalize"], {"x": (1, 0), "out": (0, 1)})
+    p = replace(p, operation="normalize_gradient", bias=False, wanted="x weight bias")
+    kernels, whole = passes(p)
+    assert kernels == ["fused_gradient", "parameter_gradients"]
+    assert whole == {"x": (1, 0), "g": (1, 0), "out": (0, 1)}
+
+
+def test_few_groups_are_merged_by_many_threadgroups() -> None:
+    """For 64 x 64 positions of 320 channels, in 32 groups: 10 members in each piece."""
+    for interleaved, groups in ((False, 32), (True, 8)):
+        p = Problem(
+            "normalize", (1, 1, 4096, 320), channels=320, groups=32, interleaved=interleaved
+        )
+        _, merging, _ = p.plan().dispatches
+        assert (merging.groups, merging.threads) == (groups, 256)
 
 
 # ---- What the plan adds to that ------------------------------------------------------------------

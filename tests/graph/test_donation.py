@@ -103,6 +103,7 @@ def test_x_is_used_again_in_the_same_graph(kind: Kind, sizes: tuple[int, int, in
     assert_same_bits(residual, y + x, "y + x")
 
 
+@pytest.mark.kernels("MLX fuses and orders its own operations")
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_cotangent_is_used_again_in_the_same_graph(
     kind: Kind, sizes: tuple[int, int, int]

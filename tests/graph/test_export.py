@@ -30,6 +30,7 @@ def gradient(x: mx.array) -> mx.array:
     return result
 
 
+@pytest.mark.kernels("their names in MLX's errors")
 @pytest.mark.parametrize(
     ("operation", "function"),
     [

@@ -13,6 +13,7 @@ pytestmark = pytest.mark.every_backend
 SIZES = (8, 56 * 56, 64)
 
 
+@pytest.mark.kernels("the memory that they need")
 @pytest.mark.parametrize("dtype", [mx.float32, mx.float16], ids=["float32", "float16"])
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("kind", KINDS)
@@ -25,6 +26,7 @@ def test_forward_holds_y_alone(kind: Kind, layout: Layout, dtype: mx.Dtype) -> N
     assert multiple <= 1.1
 
 
+@pytest.mark.kernels("the memory that they need")
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("kind", KINDS)
 def test_forward_of_a_temporary_holds_x_or_y(kind: Kind, layout: Layout) -> None:
@@ -41,6 +43,7 @@ def test_forward_of_a_temporary_holds_x_or_y(kind: Kind, layout: Layout) -> None
     assert multiple <= 1.1
 
 
+@pytest.mark.kernels("the memory that they need")
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_evaluation_of_a_temporary_holds_x_or_y(layout: Layout) -> None:
     case = layout("batch", SIZES)
@@ -54,6 +57,7 @@ def test_evaluation_of_a_temporary_holds_x_or_y(layout: Layout) -> None:
     assert multiple <= 1.1
 
 
+@pytest.mark.kernels("the memory that they need")
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("kind", KINDS)
 def test_backward_holds_y_and_the_gradient(kind: Kind, layout: Layout) -> None:
@@ -71,6 +75,7 @@ def test_backward_holds_y_and_the_gradient(kind: Kind, layout: Layout) -> None:
     assert multiple <= 2.1
 
 
+@pytest.mark.kernels("the memory that they need")
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_strided_input_is_copied_at_most_once(kind: Kind) -> None:
     x = mx.random.normal((8, 112, 56, 64))

@@ -298,6 +298,7 @@ def checkpointed_step(layer: nn.Module, x: mx.array) -> tuple[mx.array, mx.array
     return value, gradient
 
 
+@pytest.mark.since("0.32.1", "the running variance of mlx.nn was the biased one")
 def test_checkpoint_of_a_layer_updates_running_statistics_as_mlx_nn() -> None:
     """The forward pass runs twice, and mlx.nn counts both; the results are those of one pass."""
     x = mx.random.normal((3, 9, 5)) + 1
@@ -334,6 +335,7 @@ def test_gradients_of_what_was_evaluated_on_the_way(evaluated: int, wanted: int)
 # compile
 
 
+@pytest.mark.since("0.32.0", "mx.compile rounded otherwise than the interpreter")
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("kind", KINDS)
@@ -375,6 +377,7 @@ def primitives(outputs: Sequence[mx.array]) -> int:
     return sum(name.startswith("Welford") for name in graphs.nodes(*outputs))
 
 
+@pytest.mark.kernels("their nodes in MLX's graph")
 @pytest.mark.parametrize(
     ("other", "nodes"),
     [({}, 1), ({"eps": 1e-3}, 2), ({"axis": 1}, 2)],
@@ -396,6 +399,7 @@ def test_compile_merges_equal_nodes(kind: Kind, other: dict[str, Any], nodes: in
         assert_same_bits(got, expected)
 
 
+@pytest.mark.kernels("their nodes in MLX's graph")
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_gradient_has_no_needless_nodes(kind: Kind) -> None:
     """Copies are how MLX marks what it differentiates: they share memory."""
@@ -415,6 +419,7 @@ def test_a_gradient_has_no_needless_nodes(kind: Kind) -> None:
     ]
 
 
+@pytest.mark.kernels("their nodes in MLX's graph")
 @pytest.mark.parametrize(
     ("axes", "nodes"),
     [((0, 1), 1), ((1,), 2), ((1, 2), 2)],
@@ -432,6 +437,7 @@ def test_compile_merges_equal_moments(axes: tuple[int, ...], nodes: int) -> None
         assert_same_bits(got, expected)
 
 
+@pytest.mark.kernels("their nodes in MLX's graph")
 def test_compile_merges_equal_gradients() -> None:
     """Two losses through one layer: one forward pass, a backward pass for each cotangent."""
     weight = mx.random.normal((5,))
@@ -463,6 +469,7 @@ NORMS: dict[str, Callable[[int], nn.Module]] = {
 }
 
 
+@pytest.mark.since("0.32.0", "mx.compile rounded otherwise than the interpreter")
 @pytest.mark.parametrize("norm", NORMS)
 def test_compiled_training_step_with_captured_state(norm: str) -> None:
     """inputs and outputs hold the model's state: running statistics advance at every call."""
@@ -519,6 +526,7 @@ def test_compiled_evaluation_sees_new_running_statistics() -> None:
 # value_and_grad
 
 
+@pytest.mark.since("0.32.1", "the running variance of mlx.nn was the biased one")
 def test_value_and_grad_of_a_model() -> None:
     """Gradients of weights and biases alone, equal to those of mlx.nn; statistics are updated."""
     x = mx.random.normal((4, 8, 8, 3))

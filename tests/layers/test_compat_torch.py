@@ -24,8 +24,12 @@ GOLDEN = Path(__file__).parents[1] / "golden"
 FILES = sorted([*GOLDEN.glob("torch_*.npz"), *GOLDEN.glob("compat/torch_*.npz")])
 STEPS = ["0", "1", "2", "_eval"]
 NAMES = {"x": "gx", "weight": "gw", "bias": "gb"}
-CLASSES: dict[str, Make] = {  # SyncBatchNorm is in test_distributed.py and test_sync_layers.py
-    name: getattr(compat, name) for name in compat.__all__ if name != "SyncBatchNorm"
+# SyncBatchNorm is in test_distributed.py and test_sync_layers.py, GroupNorm in
+# test_group_norm_layer.py.
+CLASSES: dict[str, Make] = {
+    name: getattr(compat, name)
+    for name in compat.__all__
+    if name not in ("GroupNorm", "SyncBatchNorm")
 }
 EAGER = {name: cls for name, cls in CLASSES.items() if not name.startswith("Lazy")}
 

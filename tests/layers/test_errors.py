@@ -6,6 +6,7 @@ from collections.abc import Callable
 import mlx.core as mx
 import mlx_welford as mw
 import pytest
+from mlx_welford.compat import torch as compat
 
 Call = Callable[[], object]
 
@@ -69,6 +70,76 @@ VALUE_ERRORS: list[tuple[str, Call]] = [
         "[InstanceNorm] expected 4 channels on axis -1 but got input of shape (2, 3, 5).",
         lambda: mw.InstanceNorm(4)(x(2, 3, 5)),
     ),
+    # groups
+    ("[GroupNorm] 'num_groups' must be positive but got 0.", lambda: mw.GroupNorm(0, 4)),
+    ("[GroupNorm] 'num_groups' must be positive but got -2.", lambda: mw.GroupNorm(-2)),
+    ("[GroupNorm] 'dims' must be positive but got 0.", lambda: mw.GroupNorm(2, 0)),
+    ("[GroupNorm] 'eps' must be positive but got 0.0.", lambda: mw.GroupNorm(2, 4, 0.0)),
+    (
+        "[GroupNorm] 'num_groups' must divide the number of channels but got 3 for 4 channels.",
+        lambda: mw.GroupNorm(3, 4),
+    ),
+    (
+        "[GroupNorm] 'num_groups' must divide the number of channels but got 3 for 4 channels.",
+        lambda: mw.GroupNorm(3)(x(2, 5, 4)),
+    ),
+    (
+        "[GroupNorm] expected 4 channels on axis 1 but got input of shape (2, 6, 5).",
+        lambda: compat.GroupNorm(2, 4)(x(2, 6, 5)),
+    ),
+    (
+        "[GroupNorm] 'num_channels' must be positive but got 0.",
+        lambda: compat.GroupNorm(2, 0),
+    ),
+    (
+        "[GroupNorm] expected more than one value per group in training "
+        "but got input of shape (1, 4).",
+        lambda: compat.GroupNorm(4, 4)(x(1, 4)),
+    ),
+    (
+        "[group_norm] 'num_groups' must be positive but got 0.",
+        lambda: mw.group_norm(x(2, 3, 4), 0),
+    ),
+    (
+        "[group_norm] 'num_groups' must divide the number of channels but got 2 for 3 channels.",
+        lambda: mw.group_norm(x(2, 3, 4), 2, axis=1),
+    ),
+    (
+        "[group_norm] 'eps' must be positive but got -1.0.",
+        lambda: mw.group_norm(x(2, 3, 4), 2, eps=-1.0),
+    ),
+    (
+        "[group_norm] 'axis' must not be the batch axis 0.",
+        lambda: mw.group_norm(x(2, 3, 4), 2, axis=-3),
+    ),
+    (
+        "[group_norm] expected an input of at least 2 dimensions but got shape (4,).",
+        lambda: mw.group_norm(x(4), 2),
+    ),
+    (
+        "[group_norm] 'weight' must have shape (4,) or (2, 4) but got (2,).",
+        lambda: mw.group_norm(x(2, 3, 4), 2, x(2)),
+    ),
+    (
+        "[group_norm] 'bias' must have shape (4,) or (2, 4) but got (1, 4).",
+        lambda: mw.group_norm(x(2, 3, 4), 2, x(2, 4), x(1, 4)),
+    ),
+    (
+        "[group_norm] 'mean' must have shape (3, 2) but got (4,).",
+        lambda: mw.group_norm(x(3, 5, 4), 2, mean=x(4), var=x(4)),
+    ),
+    (
+        "[group_norm] 'var' must have shape (3, 2) but got (3, 4).",
+        lambda: mw.group_norm(x(3, 5, 4), 2, mean=x(3, 2), var=x(3, 4)),
+    ),
+    (
+        "[group_norm] 'mean' and 'var' must be given together.",
+        lambda: mw.group_norm(x(3, 5, 4), 2, var=x(3, 2)),
+    ),
+    (
+        "[batch_norm] 'weight' must have shape (5,) but got (2, 5).",
+        lambda: mw.batch_norm(x(2, 3, 5), x(2, 5)),
+    ),
     # shapes of the other arguments
     (
         "[batch_norm] 'weight' must have shape (5,) but got (4,).",
@@ -91,11 +162,11 @@ VALUE_ERRORS: list[tuple[str, Call]] = [
         lambda: mw.batch_norm(x(2, 3, 5), x(5), axis=1),
     ),
     (
-        "[instance_norm] 'weight' must have shape (5,) but got ().",
+        "[instance_norm] 'weight' must have shape (5,) or (2, 5) but got ().",
         lambda: mw.instance_norm(x(2, 3, 5), x()),
     ),
     (
-        "[instance_norm] 'bias' must have shape (3,) but got (5,).",
+        "[instance_norm] 'bias' must have shape (3,) or (2, 3) but got (5,).",
         lambda: mw.instance_norm(x(2, 3, 5), None, x(5), axis=1),
     ),
     # dimensions
@@ -216,6 +287,14 @@ TYPE_ERRORS: list[tuple[str, Call]] = [
     (
         "[BatchNorm] expected a floating-point input but got int32.",
         lambda: mw.BatchNorm(3)(integers(2, 3)),
+    ),
+    (
+        "[group_norm] expected a floating-point input but got int32.",
+        lambda: mw.group_norm(integers(2, 4), 2),
+    ),
+    (
+        "[group_norm] expected a floating-point 'mean' but got int32.",
+        lambda: mw.group_norm(x(2, 4), 2, mean=integers(2, 2), var=x(2, 2)),
     ),
     (
         "[InstanceNorm] expected a floating-point input but got int32.",

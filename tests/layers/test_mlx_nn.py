@@ -69,6 +69,7 @@ def pair(request: pytest.FixtureRequest) -> tuple[Kind, nn.Module, nn.Module]:
 Pair = tuple[Kind, nn.Module, nn.Module]
 
 
+@pytest.mark.since("0.32.1", "the running variance of mlx.nn was the biased one")
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_three_training_steps_and_an_evaluation(pair: Pair, shape: tuple[int, ...]) -> None:
     """Outputs, gradients and running statistics, each against the truth as good as theirs."""
@@ -308,6 +309,7 @@ def train(norm: Callable[[int], nn.Module], steps: int) -> tuple[list[float], nn
     return losses, model
 
 
+@pytest.mark.since("0.32.1", "the running variance of mlx.nn was the biased one")
 @pytest.mark.parametrize("kind", ["batch", "instance"])
 def test_training_follows_the_same_course(kind: Kind) -> None:
     make: dict[Kind, tuple[Callable[[int], nn.Module], Callable[[int], nn.Module]]] = {
@@ -327,6 +329,7 @@ def test_training_follows_the_same_course(kind: Kind) -> None:
         np.testing.assert_allclose(wide(mine[name]), wide(expected[name]), atol=2e-3, err_msg=name)
 
 
+@pytest.mark.since("0.32.1", "the running variance of mlx.nn was the biased one")
 def test_gradient_accumulation_follows_the_same_course() -> None:
     """Two micro-batches a step: gradients are added, running statistics advance twice."""
     batches = [mx.random.normal((4, 9, 7)) for _ in range(6)]

@@ -8,7 +8,7 @@ import mlx.nn as nn
 import mlx_welford as mw
 import numpy as np
 import pytest
-from mlx_welford import _ext
+from mlx_welford._operations import operations
 from mlx_welford.compat import torch as compat
 from tolerance import assert_same_bits, wide
 from trees import parameters_of
@@ -105,6 +105,7 @@ def exported(path: Path) -> bool:
     return True
 
 
+@pytest.mark.kernels("what composed() replaces")
 def test_functions_can_be_exported_within_the_block(tmp_path: Path) -> None:
     assert not exported(tmp_path / "before")
     with mw.composed():
@@ -115,12 +116,14 @@ def test_functions_can_be_exported_within_the_block(tmp_path: Path) -> None:
     assert not exported(tmp_path / "after")
 
 
+@pytest.mark.kernels("what composed() replaces")
 def test_an_error_ends_the_block(tmp_path: Path) -> None:
     with pytest.raises(KeyError), mw.composed():
         raise KeyError
     assert not exported(tmp_path / "after")
 
 
+@pytest.mark.kernels("what composed() replaces")
 def test_training_within_the_block() -> None:
     """Running statistics are state, not outputs, so training cannot be exported."""
     x = mx.random.normal((6, 4))
@@ -129,7 +132,7 @@ def test_training_within_the_block() -> None:
         composed(x)
     plain(x)
     np.testing.assert_allclose(wide(composed.running_var), wide(plain.running_var), rtol=1e-6)
-    assert _ext.backend() != "composed"
+    assert operations.backend() != "composed"
 
 
 def test_a_variance_beyond_float16_is_its_largest_number_after_a_plain_cast() -> None:

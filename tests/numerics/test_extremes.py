@@ -73,6 +73,7 @@ def test_mean_10_in_half_precision(kind: Kind, layout: Layout, dtype: str) -> No
         assert_within(gradient, getattr(truth, name), problem.dtype, ulps=0.51, name=f"grad {name}")
 
 
+@pytest.mark.kernels("MLX adds up many float32 values one by one")
 @pytest.mark.parametrize("size", [512.0, 60000.0])
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("kind", KINDS)

@@ -186,6 +186,7 @@ def test_axis_counts_from_either_end(axis: int) -> None:
     assert_same_bits(systems.ours("batch", axis=axis - 4)(x, weight)[0], y, "y")
 
 
+@pytest.mark.kernels("the bits for another order of memory")
 @pytest.mark.parametrize("kind", KINDS)
 def test_column_major_memory(kind: Kind) -> None:
     """What MLX calls contiguous may be column-major, if its maker allowed that."""

@@ -150,6 +150,7 @@ def test_moments_backward_is_the_gradient_of_moments(axes: tuple[int, ...]) -> N
     np.testing.assert_allclose(got, differences(loss, x), atol=1e-8)
 
 
+@pytest.mark.kernels("it runs the tests of the CPU's")
 def test_truth_without_a_wider_type_than_float64() -> None:
     """As on macOS on arm64: the results in float64 are as right as truth can tell there."""
     tests = Path(__file__).with_name("test_statistics.py")

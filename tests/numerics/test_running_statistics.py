@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from graphs import nodes
 from memory import address, settle
-from mlx_welford import _ext
+from mlx_welford._operations import operations
 from problems import DTYPES
 from tolerance import assert_same_bits, wide
 
@@ -50,7 +50,9 @@ def updated(
     keys = mx.random.split(mx.random.key(7), 4)
     old = [mx.random.uniform(0.5, 2, (channels,), key=key).astype(dtype) for key in keys[:2]]
     new = [mx.random.uniform(0.5, 2, (instances, channels), key=key) for key in keys[2:]]
-    found = _ext.next_running_statistics(old[0], old[1], new[0], new[1], momentum, count, "test")
+    found = operations.next_running_statistics(
+        old[0], old[1], new[0], new[1], momentum, count, "test"
+    )
     mx.eval(found)
     m, n = float(momentum), float(count)
     truth = [
@@ -78,6 +80,7 @@ def test_a_number_and_an_array_of_it_are_the_same() -> None:
         np.testing.assert_allclose(wide(b), c, rtol=1e-6)
 
 
+@pytest.mark.kernels("their nodes in MLX's graph")
 @pytest.mark.parametrize("layer", layers(), ids=repr)
 def test_a_step_is_two_operations(layer: mw.BatchNorm | mw.InstanceNorm) -> None:
     """One more than that of the normalisation, whatever else the loop does with it."""
@@ -87,6 +90,7 @@ def test_a_step_is_two_operations(layer: mw.BatchNorm | mw.InstanceNorm) -> None
     assert sorted(nodes(y, layer.running_mean, layer.running_var)) == ["WelfordNormalize", UPDATE]
 
 
+@pytest.mark.kernels("their nodes in MLX's graph")
 def test_an_average_over_batches_is_updated_by_the_same_operation() -> None:
     layer = mw.BatchNorm(5, momentum=None)
     mx.eval(layer.state)
@@ -121,7 +125,7 @@ def test_what_a_type_cannot_hold(value: float, dtype: str) -> None:
     """nan is shown; in float16 a number that is too large becomes the largest."""
     old = mx.zeros((3,), DTYPES[dtype])
     new = mx.array([0.5, value, 1.0])
-    next_mean, next_var = _ext.next_running_statistics(old, old, new, new, 1.0, 2, "test")
+    next_mean, next_var = operations.next_running_statistics(old, old, new, new, 1.0, 2, "test")
     for a, factor in ((next_mean, 1), (next_var, 2)):
         first, at, last = wide(a)
         assert (first, last) == (0.5 * factor, factor)
@@ -177,7 +181,10 @@ def step(x: mx.array, running_mean: mx.array, running_var: mx.array) -> list[mx.
     """As a layer does it, but as a function."""
     y, mean, var = mw.batch_norm(x)
     count = x.size // mean.size
-    return [y, *_ext.next_running_statistics(running_mean, running_var, mean, var, 0.1, count, "")]
+    return [
+        y,
+        *operations.next_running_statistics(running_mean, running_var, mean, var, 0.1, count, ""),
+    ]
 
 
 @pytest.mark.parametrize("definition", [nullcontext, mw.composed])
@@ -211,6 +218,7 @@ def test_mapped_over_a_batch_of_batches() -> None:
             np.testing.assert_allclose(wide(a[i]), wide(b), rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.since("0.32.0", "mx.compile rounded otherwise than the interpreter")
 @pytest.mark.parametrize("momentum", [0.1, None])
 def test_compiled_steps_are_those_of_the_interpreter(momentum: float | None) -> None:
     eager, traced = mw.BatchNorm(5, momentum=momentum), mw.BatchNorm(5, momentum=momentum)

@@ -14,7 +14,7 @@ import pytest
 import reference
 from graphs import nodes
 from memory import active
-from mlx_welford import _ext
+from mlx_welford._operations import operations
 from problems import DTYPES
 from reference import Array
 from systems import statistics
@@ -29,8 +29,10 @@ MARK = 0x57454C
 def merged(x: mx.array, ends: Sequence[int], axis: int = -1) -> tuple[mx.array, mx.array, mx.array]:
     """Mean, variance and count of a batch that ranks have in parts which end here."""
     starts = [0, *ends[:-1]]
-    messages = [_ext.rank_moments(x[a:b], "test", axis) for a, b in zip(starts, ends, strict=True)]
-    return _ext.merge_ranks(mx.concatenate(messages), len(ends), 0, "test")
+    messages = [
+        operations.rank_moments(x[a:b], "test", axis) for a, b in zip(starts, ends, strict=True)
+    ]
+    return operations.merge_ranks(mx.concatenate(messages), len(ends), 0, "test")
 
 
 def truth_of(x: mx.array, axis: int) -> tuple[Array, Array]:
@@ -69,6 +71,7 @@ def test_merged_moments_are_those_of_the_batch(
         assert_as_good_as(ours, theirs, true, mx.float32, magnitude=largest(wide(x)))
 
 
+@pytest.mark.kernels("they merge in double")
 @pytest.mark.parametrize("mean", [0.0, 1e5, -3e6])
 @pytest.mark.parametrize("ranks", [64, 1024])
 def test_a_thousand_ranks(ranks: int, mean: float) -> None:
@@ -92,7 +95,7 @@ def test_large_counts_are_exact() -> None:
     values = (1 << 24) + 1
     about = [MARK + 3, 1, values >> 24, values & ((1 << 24) - 1)]
     message = mx.array([about, [0.0, 2.0, 0.0, 8.0]], mx.float64)
-    mean, var, count = _ext.merge_ranks(mx.concatenate([message] * 3), 3, 0, "test")
+    mean, var, count = operations.merge_ranks(mx.concatenate([message] * 3), 3, 0, "test")
     assert count.item() == 3 * values
     assert mean.item() == 2
     np.testing.assert_allclose(var.item(), 8 / values, rtol=1e-15)
@@ -102,19 +105,20 @@ def test_large_counts_are_exact() -> None:
 def test_a_message_has_more_of_a_mean_than_float32(axis: int) -> None:
     """mean + tail is right to the rounding of deviations of 1; floats at 1e5 are 0.008 apart."""
     x = batch((10, 33, 5) if axis == -1 else (10, 5, 33), "float32", 1e5)
-    _, mean, tail, m2 = wide(_ext.rank_moments(x, "test", axis))[1:].T
+    _, mean, tail, m2 = wide(operations.rank_moments(x, "test", axis))[1:].T
     true_mean, true_var = truth_of(x, axis)
     assert np.abs(mean - true_mean).max() > 1e-4
     np.testing.assert_allclose(mean + tail, true_mean, rtol=0, atol=1e-6)
     np.testing.assert_allclose(m2 / 330, true_var, rtol=1e-5)
 
 
+@pytest.mark.kernels("their nodes in MLX's graph")
 def test_merges_of_the_same_messages_are_one_node_when_compiled() -> None:
     x = batch((10, 5), "float32")
 
     def f(x: mx.array, rank: int, other: int) -> list[mx.array]:
-        messages = mx.concatenate([_ext.rank_moments(x[:4], "test", -1)] * 2)
-        found = [_ext.merge_ranks(messages, 2, r, "test") for r in (rank, other)]
+        messages = mx.concatenate([operations.rank_moments(x[:4], "test", -1)] * 2)
+        found = [operations.merge_ranks(messages, 2, r, "test") for r in (rank, other)]
         return [mx.exp(found[0][0]), mx.sin(found[1][1])]
 
     for ranks, merges in (((0, 0), 1), ((0, 1), 2)):
@@ -153,10 +157,13 @@ def message(channels: int, kind: float = MARK, count: int = 3) -> mx.array:
 
 def error_of(messages: Sequence[mx.array], rank: int) -> str:
     with pytest.raises(RuntimeError) as error:
-        mx.eval(_ext.merge_ranks(mx.concatenate(list(messages)), len(messages), rank, "Layer"))
+        mx.eval(
+            operations.merge_ranks(mx.concatenate(list(messages)), len(messages), rank, "Layer")
+        )
     return str(error.value)
 
 
+@pytest.mark.since("0.32.1", "an exception while MLX evaluated on the CPU ended the process")
 def test_what_ranks_disagree_about_is_said() -> None:
     assert error_of([message(2), message(2, MARK + 1)], 0) == (
         "[Layer] The ranks disagree: rank 0 has 2 channels of float32, rank 1 has 2 channels of "
@@ -168,6 +175,7 @@ def test_what_ranks_disagree_about_is_said() -> None:
     )
 
 
+@pytest.mark.since("0.32.1", "an exception while MLX evaluated on the CPU ended the process")
 @pytest.mark.parametrize("kind", [0.0, 1.5, MARK + 0.5, MARK + 4, MARK - 1, np.nan, np.inf])
 def test_what_is_no_message(kind: float) -> None:
     assert error_of([message(2), message(2, kind)], 0) == (
@@ -176,6 +184,7 @@ def test_what_is_no_message(kind: float) -> None:
     )
 
 
+@pytest.mark.since("0.32.1", "an exception while MLX evaluated on the CPU ended the process")
 def test_one_value_in_all() -> None:
     assert error_of([message(2, count=0), message(2, count=1)], 0) == (
         "[Layer] expected more than one value per channel in training, but all ranks together have "
@@ -183,6 +192,7 @@ def test_one_value_in_all() -> None:
     )
 
 
+@pytest.mark.since("0.32.1", "an exception while MLX evaluated on the CPU ended the process")
 def test_computing_goes_on_after_an_error() -> None:
     error_of([message(2), message(2, 0.0)], 0)
     assert merged(mx.ones((4, 2)), [2, 4])[0].tolist() == [1, 1]
@@ -192,11 +202,11 @@ def test_computing_goes_on_after_an_error() -> None:
     ("call", "text"),
     [
         (
-            lambda: _ext.rank_moments(mx.zeros((3, 4)), "Layer", -1, 5),
+            lambda: operations.rank_moments(mx.zeros((3, 4)), "Layer", -1, 5),
             "[Layer] expected 5 channels on axis -1 but got input of shape (3, 4).",
         ),
         (
-            lambda: _ext.rank_moments(mx.zeros((4,)), "Layer", -1),
+            lambda: operations.rank_moments(mx.zeros((4,)), "Layer", -1),
             "[Layer] expected an input of at least 2 dimensions but got shape (4,).",
         ),
     ],
@@ -227,7 +237,9 @@ def test_gradient_of_x(
         mx.array(rng.uniform(0.5, 2.0, channels), of_statistics) for _ in range(4)
     )
     with mw.composed() if composed else nullcontext():
-        found = _ext.input_gradient(x, g, mean, var, weight, EPS, grad_mean, grad_var, "test", axis)
+        found = operations.input_gradient(
+            x, g, mean, var, weight, EPS, grad_mean, grad_var, "test", axis
+        )
 
     def along(v: mx.array | None) -> Array:
         factor = reference.along(axis, x.ndim, None if v is None else wide(v), 1)
@@ -252,38 +264,47 @@ def test_memory_of_the_cotangent_is_used_again() -> None:
     mx.eval(x, ones)
     before = active()
     g = mx.random.normal((512, 1024)) + 1
-    gx = _ext.input_gradient(x, g, ones, ones, None, EPS, ones, ones, "test")
+    gx = operations.input_gradient(x, g, ones, ones, None, EPS, ones, ones, "test")
     del g
     mx.eval(gx)
     assert active() - before < 1.5 * x.nbytes
 
 
+@pytest.mark.kernels("their nodes in MLX's graph")
 @pytest.mark.parametrize("axis", [1, -1])
 def test_an_empty_part_has_the_nodes_of_any_other(axis: int) -> None:
     """The order of what ranks evaluate depends on their graphs, and has to be the same."""
 
     def graph(x: mx.array) -> list[str]:
         ones = mx.ones((4,))
-        message = _ext.rank_moments(x, "test", axis)
-        y, _, _ = _ext.normalize(
+        message = operations.rank_moments(x, "test", axis)
+        y, _, _ = operations.normalize(
             x,
             ones,
             None,
             EPS,
-            _ext.Statistics.of_batch,
+            operations.Statistics.of_batch,
             "test",
             mean=ones,
             var=ones,
             axis=axis,
         )
         _, sums = mx.vjp(
-            lambda *v: _ext.normalize(
-                x, v[0], None, EPS, _ext.Statistics.of_batch, "test", mean=v[1], var=v[2], axis=axis
+            lambda *v: operations.normalize(
+                x,
+                v[0],
+                None,
+                EPS,
+                operations.Statistics.of_batch,
+                "test",
+                mean=v[1],
+                var=v[2],
+                axis=axis,
             )[0],
             [ones] * 3,
             [mx.ones_like(x)],
         )
-        gx = _ext.input_gradient(
+        gx = operations.input_gradient(
             x, mx.ones_like(x), ones, ones, None, EPS, ones, ones, "test", axis
         )
         outputs = [message, y, *sums, gx]

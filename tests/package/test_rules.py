@@ -5,12 +5,11 @@ import json
 import subprocess
 import sys
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import mlx.core as mx
 import pytest
-from mlx_welford import _ext
+from mlx_welford import _composed, _ext
 
 Case = tuple[str, dict[str, Any]]  # a rule, and what to call it with: arrays as [shape, dtype]
 
@@ -60,6 +59,13 @@ BAD: list[Case] = [
     normalize(f32(2, 4), mean=f32(4), var=[[4], "uint8"]),
     normalize(f32(2, 4), mean=f32(5), var=f32(4), running=True),
     normalize(f32(2, 4), mean=f32(4), var=f32(5), running=True),
+    normalize(f32(2, 4), weight=f32(2, 4)),
+    normalize(f32(2, 3, 4), "of_instance", weight=f32(3, 4)),
+    normalize(f32(2, 4), "of_instance", groups=3),
+    normalize(f32(2, 4), "of_instance", groups=2, bias=f32(4, 2)),
+    normalize(f32(2, 4), "of_instance", groups=2, mean=f32(4), var=f32(4)),
+    normalize(f32(2, 4), "of_instance", groups=2, axis=0),
+    normalize(f32(1, 4, 1), "of_instance", groups=4, axis=1, several_values=True),
     running(f32(5), f32(4)),
     running(f32(4), f32(4, 4)),
     running([[4], "int64"], f32(4)),
@@ -80,6 +86,9 @@ BAD: list[Case] = [
 ]
 GOOD: list[tuple[Case, Any]] = [
     (normalize(f32(2, 3, 4), "of_instance", axis=-2, weight=f32(3), channels=3), 1),
+    (normalize(f32(2, 3, 4), "of_instance", weight=f32(2, 4), bias=f32(4)), 2),
+    (normalize(f32(2, 4), "of_instance", groups=2, mean=f32(2, 2), var=f32(2, 2)), 1),
+    (normalize(f32(2, 4, 1), "of_instance", groups=4, axis=1, several_values=True), 1),
     (normalize([[0, 4], "bfloat16"], mean=[[4], "float64"], var=[[4], "float16"]), 1),
     (moments([[2, 3, 4], "float16"], -1, 0), [0, 2]),
     (running([[4], "float16"], f32(4)), None),
@@ -129,19 +138,19 @@ def alone() -> list[Any]:
     return results
 
 
-def next_running_statistics(channels: int, **arguments: Any) -> None:
+def next_running_statistics(module: Any, channels: int, **arguments: Any) -> None:
     batch = mx.zeros(channels)
-    _ext.next_running_statistics(mean=batch, var=batch, momentum=0.1, count=5, **arguments)
+    module.next_running_statistics(mean=batch, var=batch, momentum=0.1, count=5, **arguments)
 
 
-EXTENSION: dict[str, Callable[..., object]] = {
-    "check_normalize": partial(_ext.normalize, eps=1e-5),
+OPERATIONS: dict[str, Callable[..., object]] = {
+    "check_normalize": lambda module, **arguments: module.normalize(eps=1e-5, **arguments),
     "check_running_statistics": next_running_statistics,
-    "check_axes": lambda x, axes, caller: _ext.moments(x, axes),
+    "check_axes": lambda module, x, axes, caller: module.moments(x, axes),
 }
 
 
-def in_the_extension(rule: str, arguments: dict[str, Any]) -> list[str]:
+def raised_by(module: Any, rule: str, arguments: dict[str, Any]) -> list[str]:
     """The type and the text of the error."""
     options: dict[str, Any] = {
         name: mx.zeros(value[0], getattr(mx, "bool_" if value[1] == "bool" else value[1]))
@@ -150,9 +159,9 @@ def in_the_extension(rule: str, arguments: dict[str, Any]) -> list[str]:
         for name, value in arguments.items()
     }
     if "statistics" in options:
-        options["statistics"] = getattr(_ext.Statistics, options["statistics"])
+        options["statistics"] = getattr(module.Statistics, options["statistics"])
     with pytest.raises((TypeError, ValueError)) as error:
-        EXTENSION[rule](**options)
+        OPERATIONS[rule](module, **options)
     return [error.type.__name__, str(error.value)]
 
 
@@ -160,7 +169,7 @@ def in_the_extension(rule: str, arguments: dict[str, Any]) -> list[str]:
     "i", range(len(BAD)), ids=[f"{rule}-{i}" for i, (rule, _) in enumerate(BAD)]
 )
 def test_an_error_is_that_of_the_extension(i: int, alone: list[Any]) -> None:
-    assert alone[i] == in_the_extension(*BAD[i])
+    assert alone[i] == raised_by(_ext, *BAD[i]) == raised_by(_composed, *BAD[i])
     assert alone[i][1].startswith(f"[{BAD[i][1]['caller']}] ")
 
 

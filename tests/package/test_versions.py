@@ -1,8 +1,9 @@
-"""The extension is chosen by the installed MLX; without one the import says what to do."""
+"""The extension is chosen by the installed MLX; without one MLX's operations take its place."""
 
 import importlib.metadata
 import importlib.util
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -122,12 +123,13 @@ def test_another_release_is_named_with_its_cure(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, platform: str, library: str, cure: str
 ) -> None:
     install(monkeypatch, tmp_path, platform, {"mlx": "0.1.2", library: "0.1.2"})
-    with pytest.raises(ImportError) as error:
+    with pytest.raises(_versions.NoKernelsError) as error:
         _versions.extension_folder()
     message = str(error.value)
-    assert f"is for mlx {', '.join(_versions.RELEASES)}, but this" in message
+    assert f"kernels for mlx {', '.join(_versions.RELEASES)}, but this" in message
     assert f"this environment has mlx 0.1.2 and {library} 0.1.2." in message
     assert cure.format(_versions.RELEASES[-1]) in message
+    assert message.endswith("make build")
 
 
 @pytest.mark.parametrize(
@@ -160,6 +162,14 @@ def test_mlx_without_its_library_is_named_with_its_cure(
 def test_no_mlx_is_named_with_its_cure(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     install(monkeypatch, tmp_path, "linux", {})
     with pytest.raises(ImportError, match=rf"pip install 'mlx=={_versions.RELEASES[-1]}'"):
+        _versions.extension_folder()
+
+
+def test_the_newest_mlx_without_its_library_is_named_with_its_cure_too(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    install(monkeypatch, tmp_path, "linux", {"mlx": "9.9.9"})
+    with pytest.raises(ImportError, match=r"pip install 'mlx-welford\[cpu\]'"):
         _versions.extension_folder()
 
 
@@ -196,19 +206,83 @@ print(mw.instance_norm(mx.ones((2, 3, 4))).tolist() == mx.zeros((2, 3, 4)).tolis
     assert right == "True"
 
 
-def test_importing_the_package_chooses_before_it_loads_the_extension() -> None:
-    program = """
-import importlib.metadata, sys
+# ---- Without the extension -----------------------------------------------------------------------
+
+PRETEND = """
+import importlib.metadata, sys, warnings
 version = importlib.metadata.version
-importlib.metadata.version = lambda name: "0.1.2" if version(name) else None
-try:
-    import mlx_welford
-except ImportError as error:
-    print(error)
-print("extension loaded:", "mlx_welford._ext" in sys.modules)
+def pretended(name):
+    return "0.1.2" if version(name) and name.startswith("mlx") else version(name)
+importlib.metadata.version = pretended
 """
-    run = subprocess.run(
-        [sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=120
+REPORT = """
+with warnings.catch_warnings(record=True) as found:
+    warnings.simplefilter("always")
+    import mlx.core as mx
+    import mlx_welford as mw
+y, mean, var = mw.batch_norm(mx.array([[1.0], [3.0]]))
+print("results:", mean.item(), var.item(), [round(v, 3) for v in y.flatten().tolist()])
+print("backend:", mw.status()["backend"])
+print("kernels:", mw.status()["kernels"].splitlines()[0])
+print("warnings:", len(found), *(f"{w.category.__name__} in {w.filename}" for w in found))
+print("loaded:", "mlx_welford._ext" in sys.modules)
+if sys.platform == "linux":
+    with open("/proc/self/maps") as maps:
+        print("mapped:", "/_ext." in maps.read())
+"""
+
+
+def python(program: str, **variables: str) -> subprocess.CompletedProcess[str]:
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("MLX_WELFORD")}
+    return subprocess.run(
+        [sys.executable, "-c", program],
+        env=environment | variables,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=120,
     )
-    assert "but this environment has mlx 0.1.2" in run.stdout
-    assert "extension loaded: False" in run.stdout
+
+
+@pytest.mark.parametrize("how", ["another release", "variable", "neither"])
+def test_the_extension_is_loaded_beside_its_mlx_alone(how: str) -> None:
+    pretend = PRETEND if how == "another release" else "import sys, warnings"
+    variables = {"MLX_WELFORD_BACKEND": "fallback"} if how == "variable" else {}
+    done = python(pretend + REPORT, **variables)
+    assert done.returncode == 0, done.stderr
+    said = dict(line.split(": ", 1) for line in done.stdout.splitlines())
+    assert said["results"] == "2.0 1.0 [-1.0, 1.0]"
+    without = how != "neither"
+    assert said["loaded"] == said.get("mapped", said["loaded"]) == str(not without)
+    assert (said["backend"] == "composed") == without
+    if how == "another release":
+        assert said["warnings"] == "1 RuntimeWarning in <string>"
+        assert "but this environment has mlx 0.1.2 and mlx-cpu 0.1.2" in said["kernels"]
+    else:
+        assert said["warnings"] == "0"
+        assert said["kernels"] == ("MLX_WELFORD_BACKEND=fallback" if without else "yes")
+
+
+def test_no_kernels_are_an_error_if_asked_for() -> None:
+    """With the text of the warning. Nothing is loaded."""
+    done = python(PRETEND + "import mlx_welford", MLX_WELFORD_STRICT="1")
+    warned = python(PRETEND + "import mlx_welford")
+    assert done.returncode == 1
+    assert warned.returncode == 0
+    text = done.stderr.split("ImportError: ")[1].strip()
+    assert text in warned.stderr
+    assert text.endswith("make build")
+
+
+def test_the_command_line_without_kernels() -> None:
+    """The self-test compares with float64; a launch plan is refused with the reason."""
+    arguments = ["selftest", "--quick", "--no-times", "--no-json"]
+    program = "import sys; from mlx_welford.__main__ import main; sys.exit(main({}))"
+    done = python(PRETEND + program.format(arguments))
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr
+    assert "passed on the backend 'composed'" in done.stdout
+    assert "FAIL" not in done.stdout
+    done = python(PRETEND + program.format(["status", "--shape", "3,4"]))
+    assert done.returncode == 2
+    assert "There are no launch plans" in done.stderr
+    assert "this environment has mlx 0.1.2" in done.stderr

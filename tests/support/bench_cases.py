@@ -18,7 +18,23 @@ TINY_PLAIN = Case("tiny-plain", "Tiny", "InstanceNorm", (2, 7, 4), affine=False)
 TINY_FIRST = Case("tiny-first", "Tiny", "BatchNorm", (2, 4, 5, 3), axis=1)
 TINY_INSTANCE_FIRST = Case("tiny-instance-first", "Tiny", "InstanceNorm", (2, 4, 5, 3), axis=1)
 TINY_NC = Case("tiny-nc", "Tiny", "BatchNorm", (16, 4))
-ALL_TINY = (TINY, TINY_3D, TINY_INSTANCE, TINY_PLAIN, TINY_FIRST, TINY_INSTANCE_FIRST, TINY_NC)
+TINY_GROUP = Case("tiny-group", "Tiny", "GroupNorm", (2, 5, 3, 8), groups=4)
+TINY_GROUP_FIRST = Case("tiny-group-first", "Tiny", "GroupNorm", (2, 6, 7), axis=1, groups=6)
+TINY_INTERLEAVED = Case(
+    "tiny-interleaved", "Tiny", "GroupNorm", (2, 5, 3, 6), groups=2, interleaved=True
+)
+ALL_TINY = (
+    TINY,
+    TINY_3D,
+    TINY_INSTANCE,
+    TINY_PLAIN,
+    TINY_FIRST,
+    TINY_INSTANCE_FIRST,
+    TINY_NC,
+    TINY_GROUP,
+    TINY_GROUP_FIRST,
+    TINY_INTERLEAVED,
+)
 
 
 def not_counted(run: harness.Run) -> None:

@@ -53,8 +53,22 @@ def table(dtype: str, access: str, *, longer: int = 1, max_threads: int = 32) ->
             replace(forward, given=True),
             replace(backward, given=True, wanted="x statistics weight bias"),
         ]
+        if merge == 1:
+            # A row of each member takes a simdgroup.
+            threads = min(1024, 4 * max_threads)
+            found += [of_groups(replace(problem, max_threads=threads)) for problem in found[-4:]]
     found.append(replace(running_statistics(dtype), max_threads=max_threads))
     return found
+
+
+def of_groups(problem: Problem) -> Problem:
+    """The same over as many groups of channels as can be; several in columns are interleaved."""
+    _, outer, _, inner = problem.geometry
+    channels = inner if inner > 1 else outer
+    members = next(d for d in range(2, channels + 1) if channels % d == 0)
+    groups = channels // members
+    interleaved = inner > 1 and groups > 1
+    return replace(problem, channels=channels, groups=groups, interleaved=interleaved)
 
 
 def running_statistics(dtype: str = "float32", instances: int = 5, channels: int = 37) -> Problem:
@@ -99,6 +113,19 @@ SOME = [
     Problem("partial_moments", (3, 4, 29, 9)),
     Problem("partial_moments", (1, 3, 503, 1), "float16", max_threads=32),
     Problem("input_gradient", (3, 5, 77, 1), "bfloat16", channels=5, weight=True),
+    of_groups(Problem("normalize", (1, 2, 61, 24), "float16", weight=True, per_instance=True)),
+    Problem("normalize", (1, 12, 1100, 1), channels=6, bias=True, groups=3),
+    of_groups(Problem("normalize_gradient", (1, 2, 61, 24), weight=True, wanted="x weight bias")),
+    Problem(
+        "normalize_gradient",
+        (1, 12, 501, 1),
+        channels=6,
+        given=True,
+        weight=True,
+        wanted="x statistics weight bias",
+        groups=2,
+        per_instance=True,
+    ),
     running_statistics(instances=1),
     running_statistics("float16", instances=300),
 ]

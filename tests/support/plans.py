@@ -103,6 +103,7 @@ class Dispatch:
     element: str | None
     vector: int  # elements of a vector, of a kernel that walks over an array
     pattern: str | None
+    grouped: bool  # its walk is over groups of channels
     host_name: str
     instantiation: str
     buffers: tuple[Binding, ...]
@@ -152,12 +153,17 @@ class Problem:
     max_threads: int = 1024
     eps: float = 1e-5
     architecture: str = ""
+    groups: int = 0  # of channels that share statistics; then merge is 1
+    interleaved: bool = False
+    per_instance: bool = False  # weight and bias are (N, C)
 
     def __str__(self) -> str:
         """What it differs in from the simplest problem."""
         shape = "x".join(str(length) for length in self.geometry)
         parts = [self.operation, self.dtype, shape]
-        parts += [name for name in ("given", "weight", "bias") if getattr(self, name)]
+        parts += [f"{self.groups} groups of {self.channels}"] if self.groups else []
+        flags = ("interleaved", "given", "weight", "bias", "per_instance")
+        parts += [name for name in flags if getattr(self, name)]
         parts += [f"grad {name}" for name in self.wanted.split()]
         parts += [] if self.aligned else ["unaligned"]
         parts += [] if self.max_threads == 1024 else [f"{self.max_threads} threads"]
@@ -173,8 +179,30 @@ class Problem:
         return self.size * ITEM_BYTES[self.dtype]
 
     @property
-    def statistics(self) -> int:
+    def slots(self) -> int:
         return self.geometry[1] * self.geometry[3]
+
+    @property
+    def members(self) -> int:
+        """The channels that share a statistic."""
+        return self.channels // self.groups if self.groups else 1
+
+    @property
+    def statistics(self) -> int:
+        return self.slots // self.members
+
+    @property
+    def weights(self) -> int:
+        """The values of weight."""
+        return self.slots if self.per_instance else self.channels
+
+    def statistic_of(self, slot: NDArray[np.int64]) -> NDArray[np.int64]:
+        if not self.groups:
+            return slot
+        instance, channel = np.divmod(slot, self.channels)
+        group = channel % self.groups if self.interleaved else channel // self.members
+        statistic: NDArray[np.int64] = instance * self.groups + group
+        return statistic
 
     @property
     def wants(self) -> dict[str, bool]:
@@ -184,9 +212,20 @@ class Problem:
         """With constants of csrc/gpu/tuning.h by name, where they are not to be Apple's."""
         shape: list[int] = []
         axes: list[int] = []
-        for level, length in enumerate(self.geometry):
-            for factor in _axes_of(length):
-                if level in (0, 2):
+        levels: list[tuple[int, bool]] = [(n, i in (0, 2)) for i, n in enumerate(self.geometry)]
+        if self.groups:  # of which the instances are an axis, also if there is but one
+            _, outer, reduce, inner = self.geometry
+            last = inner > 1 or self.channels == 1
+            instances = outer if last else outer // self.channels
+            positions = (reduce, True)
+            channels = (self.channels, False)
+            levels = [
+                (instances, False),
+                *((positions, channels) if last else (channels, positions)),
+            ]
+        for level, reduced in levels:
+            for factor in _axes_of(level):
+                if reduced:
                     axes.append(len(shape))
                 shape.append(factor)
         return make_plan(
@@ -204,6 +243,9 @@ class Problem:
             max_threads=self.max_threads,
             architecture=self.architecture,
             tuning=dict(tuning or {}),
+            groups=self.groups,
+            interleaved=self.interleaved,
+            affine_per_instance=self.per_instance,
         )
 
 
@@ -302,12 +344,6 @@ def dtype_of(name: str, dtype: str) -> str:
     return dtype if name in OF_ELEMENTS else "float32"
 
 
-def per_statistic(v: Array) -> Array:
-    """The sums over each statistic of an array like x."""
-    sums: Array = v.sum((0, 2)).ravel()
-    return sums
-
-
 class Example:
     """A problem with arrays for it, and what its outputs should be."""
 
@@ -317,6 +353,9 @@ class Example:
         self.truth: Arrays = {}
         self.terms: dict[str, float] = {}  # the largest that an output adds up, if larger than it
         self._rng = np.random.default_rng(seed)
+        slots = np.arange(problem.slots)
+        self._statistics = problem.statistic_of(slots)
+        self._weights = slots % problem.weights
         if problem.operation != "running_statistics":
             self._read()
         getattr(self, f"_{problem.operation}")()
@@ -331,16 +370,23 @@ class Example:
         """An input with a value per statistic, as a factor of x."""
         return self._factor(self._put(name, scale * self._rng.normal(size=self.problem.statistics)))
 
-    def _factor(self, v: Array) -> Array:
-        """A vector over statistics as a factor of x."""
+    def _of_slots(self, v: Array) -> Array:
+        """A vector over slots as a factor of x."""
         _, outer, _, inner = self.problem.geometry
         factor: Array = v.reshape(1, outer, 1, inner)
         return factor
 
-    def _per_channel(self, v: Array) -> Array:
-        """The sums over each channel of an array like x."""
-        sums: Array = per_statistic(v).reshape(-1, self.problem.channels).sum(0)
-        return sums
+    def _factor(self, v: Array) -> Array:
+        """A vector over statistics as a factor of x."""
+        return self._of_slots(v[self._statistics])
+
+    def _per_statistic(self, v: Array) -> Array:
+        """The sums over each statistic of an array like x."""
+        return np.bincount(self._statistics, v.sum((0, 2)).ravel(), self.problem.statistics)
+
+    def _per_weight(self, v: Array) -> Array:
+        """The sums over each value of weight of an array like x."""
+        return np.bincount(self._weights, v.sum((0, 2)).ravel(), self.problem.weights)
 
     def _running_statistics(self) -> None:
         p, rng = self.problem, self._rng
@@ -356,12 +402,12 @@ class Example:
         """What operations on x read: x, and its statistics and parameters where they are inputs."""
         p, rng = self.problem, self._rng
         merge, _, reduce, _ = p.geometry
-        self._count = merge * reduce
+        self._count = merge * reduce * p.members
         x = self._put("x", 3 + 2 * rng.normal(size=p.geometry))
         if p.operation == "normalize_gradient" and p.wanted == "x" and p.given:
             del self.inputs["x"]  # grad x of g alone
-        self._mean = per_statistic(x) / self._count
-        self._var = per_statistic((x - self._factor(self._mean)) ** 2) / self._count
+        self._mean = self._per_statistic(x) / self._count
+        self._var = self._per_statistic((x - self._factor(self._mean)) ** 2) / self._count
         given = p.given or p.operation == "input_gradient"
         if given:
             self._mean = self._mean + rng.normal(size=p.statistics)
@@ -369,14 +415,12 @@ class Example:
         if given or p.operation.endswith("_gradient"):
             self._mean = self._put("mean", self._mean)
             self._var = self._put("var", self._var)
-        weight, bias = np.ones(p.channels), np.zeros(p.channels)
+        weight, bias = np.ones(p.weights), np.zeros(p.weights)
         if p.weight:
-            weight = self._put("weight", rng.uniform(0.5, 2, size=p.channels))
+            weight = self._put("weight", rng.uniform(0.5, 2, size=p.weights))
         if p.bias:
-            bias = self._put("bias", rng.normal(size=p.channels))
-        self._weight, self._bias = (
-            self._factor(np.resize(v, p.statistics)) for v in (weight, bias)
-        )
+            bias = self._put("bias", rng.normal(size=p.weights))
+        self._weight, self._bias = (self._of_slots(v[self._weights]) for v in (weight, bias))
         self._d = x - self._factor(self._mean)
         self._r = 1 / np.sqrt(self._factor(self._var) + p.eps)
 
@@ -418,17 +462,18 @@ class Example:
             self.terms["out"] = float(np.abs(gx).max())
             if not p.given:
                 mean_g, mean_gn = (
-                    self._factor(per_statistic(v)) / self._count for v in (g, g * d * r)
+                    self._factor(self._per_statistic(v)) / self._count
+                    for v in (weight * g, weight * g * d * r)
                 )
-                gx = gx - r * weight * (mean_g + d * r * mean_gn) + from_statistics
+                gx = gx - r * (mean_g + d * r * mean_gn) + from_statistics
             self.truth["out"] = gx
         if p.wants["statistics"]:
-            self.truth["grad_mean"] = -per_statistic(g * r * weight)
-            self.truth["grad_var"] = -per_statistic(g * weight * d * r**3) / 2
+            self.truth["grad_mean"] = -self._per_statistic(g * r * weight)
+            self.truth["grad_var"] = -self._per_statistic(g * weight * d * r**3) / 2
         if p.wants["weight"]:
-            self.truth["grad_weight"] = self._per_channel(g * d * r)
+            self.truth["grad_weight"] = self._per_weight(g * d * r)
         if p.wants["bias"]:
-            self.truth["grad_bias"] = self._per_channel(g)
+            self.truth["grad_bias"] = self._per_weight(g)
 
     def arrays(self) -> Arrays:
         """Copies of the inputs, and outputs that are NaN so far."""
@@ -491,6 +536,10 @@ def run_example(
 THREAD_LIMITS = [32, 64, 192, 256, 448, 512, 832, 1024]
 
 
+def _divisors(n: int) -> list[int]:
+    return [d for d in range(1, n + 1) if not n % d]
+
+
 @st.composite
 def problems(draw: st.DrawFn, most_elements: int = 300_000) -> Problem:
     """Problems such as the primitives pose, of every operation, layout and path."""
@@ -510,10 +559,14 @@ def problems(draw: st.DrawFn, most_elements: int = 300_000) -> Problem:
     if merge > 1 or given or operation == "input_gradient":
         channels = statistics
     else:
-        channels = draw(
-            st.sampled_from([c for c in range(1, statistics + 1) if not statistics % c])
-        )
+        channels = draw(st.sampled_from(_divisors(statistics)))
     weight = "moments" not in operation and of_values and draw(st.booleans())
+    of_instances = merge == 1 and operation.startswith("normalize")
+    groups = 0
+    if of_instances and draw(st.booleans()):
+        last = inner > 1 or reduce == 1
+        channels = inner if last else draw(st.sampled_from(_divisors(outer)))
+        groups = draw(st.sampled_from(_divisors(channels)))
     wanted = []
     if operation == "normalize_gradient":
         possible = [
@@ -534,6 +587,9 @@ def problems(draw: st.DrawFn, most_elements: int = 300_000) -> Problem:
         wanted=" ".join(wanted),
         aligned=draw(st.booleans()),
         max_threads=draw(st.sampled_from(THREAD_LIMITS)),
+        groups=groups,
+        interleaved=groups > 0 and draw(st.booleans()),
+        per_instance=of_instances and not (given and not groups) and draw(st.booleans()),
     )
 
 

@@ -17,7 +17,7 @@ import mlx_welford as mw
 import numpy as np
 import shares
 from graphs import nodes
-from mlx_welford import _ext
+from mlx_welford._operations import operations
 from mlx_welford.compat import torch as compat
 from reference import Array
 from shares import CASES, Case, Network, Results, share
@@ -188,7 +188,7 @@ FAILURES: dict[str, Callable[[], None]] = {
 
 def main(tasks: str, folder: str) -> None:
     if library := os.environ.get("SHADERS"):
-        _ext.simulate_with(library)
+        operations.simulate_with(library)
     for task in tasks.split(","):
         if task in FAILURES:
             FAILURES[task]()

@@ -57,7 +57,8 @@ def _run_ranks_once(
     timeout: float,
     variables: dict[str, str],
 ) -> list[Ended]:
-    environment = {k: v for k, v in os.environ.items() if not k.startswith("MLX_")}
+    kept = "MLX_WELFORD_BACKEND"
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("MLX_") or k == kept}
     environment |= {"PYTHONPATH": str(TESTS), "MLX_WELFORD_NUM_THREADS": "1", **variables}
     if ranks > 1:
         hosts = directory / "hosts.json"

@@ -8,7 +8,7 @@ import pytest
 from pairwise import Row, cover
 from problems import Case
 
-BACKENDS = ("cpu", "sim", "gpu")
+BACKENDS = ("cpu", "sim", "gpu", "fallback")
 QUICK_ROWS = 2  # of each test on each backend
 
 # Files of which no test was left in the quick profile.

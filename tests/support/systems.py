@@ -9,6 +9,7 @@ from typing import Protocol
 import mlx.core as mx
 import mlx.nn as nn
 import mlx_welford as mw
+from mlx_welford._fallback import result_type
 from reference import Kind, reduction_axes
 
 
@@ -73,7 +74,7 @@ def widest(x: mx.array, *others: mx.array | None) -> mx.array:
     dtype = x.dtype
     for other in others:
         if other is not None:
-            dtype = mx.result_type(mx.zeros((), dtype), other)
+            dtype = result_type(mx.zeros((), dtype), other)
     return x.astype(dtype)
 
 

@@ -27,9 +27,9 @@ class Walks:
     vectors: Integers
     edge: Integers
     inside: NDArray[np.bool_]
-    statistic: Integers  # of the first column
+    slot: Integers  # of the first column
     partial: Integers
-    leads: NDArray[np.bool_]  # the one of its statistics that writes their results
+    leads: NDArray[np.bool_]  # the one of its slots that writes their results
 
     def elements(self, vector: int) -> Integers:
         """All elements that are taken, each as often as it is."""
@@ -59,8 +59,14 @@ def walks(d: Dispatch, groups: Integers | None = None) -> Walks:
     if d.columns:
         a, lane = thread % across, thread // across
         segment = (group // d["strips"] // d["pieces"])[:, None]
-        column = (strip * across + a) * d.vector
-        inside = np.broadcast_to(column < inner, (group.size, d.threads))
+        member, turn = np.divmod(a, d["run"])
+        column = (strip * d["run"] + turn) * d.vector
+        if d["jump"]:  # of interleaved groups: runs of every member
+            inside = (member < d["grouping.members"]) & (column < d["jump"])
+        else:
+            inside = (member == 0) & (column < inner)
+        inside = np.broadcast_to(inside, (group.size, d.threads))
+        column = column + member * d["jump"]
         first = (segment * reduce + first_position + lane) * inner + column
         step = along * inner
         vectors = np.where(inside, _turns(positions, lane, along), 0)
@@ -83,7 +89,7 @@ def walks(d: Dispatch, groups: Integers | None = None) -> Walks:
         edge = np.where(lane < before, begin + lane, high_element + lane - before)
         edge = np.where(inside & (edge < end), edge, -1)
     outer = d["outer"]
-    statistic = segment % outer * inner + column
+    slot = segment % outer * inner + column
     part = piece * (d["segments"] // outer) + segment // outer
     shape = (group.size, d.threads)
     return Walks(
@@ -92,8 +98,8 @@ def walks(d: Dispatch, groups: Integers | None = None) -> Walks:
         vectors=_full(vectors, shape),
         edge=_full(edge, shape),
         inside=inside,
-        statistic=_full(statistic, shape),
-        partial=_full(part * (outer * inner) + statistic, shape),
+        slot=_full(slot, shape),
+        partial=_full(part * (outer * inner) + slot, shape),
         leads=np.broadcast_to(lane == 0, shape),
     )
 

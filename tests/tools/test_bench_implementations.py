@@ -9,7 +9,17 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 import pytest
-from bench_cases import ALL_TINY, MEBIBYTE, TINY, TINY_3D, TINY_FIRST, TINY_INSTANCE
+from bench_cases import (
+    ALL_TINY,
+    MEBIBYTE,
+    TINY,
+    TINY_3D,
+    TINY_FIRST,
+    TINY_GROUP,
+    TINY_GROUP_FIRST,
+    TINY_INSTANCE,
+    TINY_INTERLEAVED,
+)
 
 from bench import implementations, torch_implementations
 from bench.harness import measure
@@ -19,12 +29,16 @@ from bench.implementations import (
     COMPILED,
     COPY,
     EVALUATION,
+    FORWARD,
+    INSTANCE,
     OURS,
     OURS_COMPILED,
+    PEERS,
     TORCH,
+    TORCH_MPS,
 )
 from bench.memcpy_baseline import LEAST_SHARE, PAGE, ThreadedCopy
-from bench.workloads import CASES, SOME, SWEEP, TARGETS, Case
+from bench.workloads import CASES, GROUPED, GROUPED_SOME, SOME, SWEEP, TARGETS, Case
 
 # ---- The memcpy baseline ----
 
@@ -93,6 +107,30 @@ def test_implementations_do_the_same_work(case: Case, mode: str) -> None:
     assert_same_results(found[OURS], found[BASELINE])
 
 
+def test_groups_are_in_the_order_of_the_case() -> None:
+    """Neighbouring channels share a group as in torch, or every num_groups-th as in mlx.nn."""
+    for case, members in ((TINY_GROUP, (0, 1)), (TINY_INTERLEAVED, (0, 2, 4))):
+        (y, *_) = outputs(case, "float32", FORWARD, [BASELINE])[BASELINE]
+        of_first_group = np.array(y)[0, ..., list(members)]
+        assert abs(of_first_group.mean()) < 1e-5
+        assert abs(of_first_group.std() - 1) < 1e-4
+
+
+def test_instance_norm_is_that_of_as_many_groups_as_channels() -> None:
+    assert TINY_GROUP_FIRST.groups == TINY_GROUP_FIRST.channels
+    found = outputs(TINY_GROUP_FIRST, "float32", BOTH, [BASELINE, INSTANCE])
+    assert_same_results(found[INSTANCE], found[BASELINE])
+
+
+def test_who_takes_part() -> None:
+    def absent_from(case: Case) -> set[str]:
+        return {name for name in PEERS if not implementations.takes_part(case, name)}
+
+    assert absent_from(TINY_GROUP) == set()
+    assert absent_from(TINY_INTERLEAVED) == {TORCH, TORCH_MPS}
+    assert absent_from(TINY_INSTANCE) == absent_from(TINY) == {INSTANCE}
+
+
 def test_compiled_implementations_do_the_same_work() -> None:
     reason = implementations.compiler_error()
     if reason is not None:
@@ -104,7 +142,12 @@ def test_compiled_implementations_do_the_same_work() -> None:
 
 @pytest.mark.parametrize(
     ("case", "mode"),
-    [(case, mode) for case in ALL_TINY for mode in implementations.modes_of(case)],
+    [
+        (case, mode)
+        for case in ALL_TINY
+        if implementations.takes_part(case, TORCH)
+        for mode in implementations.modes_of(case)
+    ],
     ids=lambda value: getattr(value, "name", value),
 )
 def test_torch_does_the_same_work(case: Case, mode: str) -> None:
@@ -210,8 +253,9 @@ def test_cases() -> None:
 
 
 def test_targets_are_larger_than_caches_and_the_sweep_is_regular() -> None:
-    assert all(4 * case.elements >= 32 * MEBIBYTE for case in TARGETS)
+    assert all(4 * case.elements >= 32 * MEBIBYTE for case in TARGETS + GROUPED)
     assert set(SOME) <= {case.name for case in TARGETS}
+    assert set(GROUPED_SOME) <= {case.name for case in GROUPED}
     sizes = [4 * case.elements for case in reversed(SWEEP)]
     assert sizes[0] == 64 * 1024
     assert sizes[-1] == 1024 * MEBIBYTE

@@ -12,10 +12,11 @@ from bench_cases import MEASURED, MEBIBYTE, X_BYTES, described, samples
 
 from bench import compare, plots, report, results, settings, suite
 from bench.environment import environment
-from bench.implementations import BASELINE, BOTH, EVALUATION, FORWARD, OURS
+from bench.implementations import BASELINE, BOTH, EVALUATION, FORWARD, INSTANCE, OURS
 from bench.plots import Reports
 from bench.results import Report
 from bench.settings import AS_FOUND, TUNED
+from bench.suite import GROUPS
 from bench.workloads import CASES, Case
 
 
@@ -71,6 +72,10 @@ LARGE_CASES = (
     Case("one", "One", "BatchNorm", (8192, 64)),
     Case("two", "Two", "InstanceNorm", (2, 16, 65536), axis=1),
 )
+GROUP_CASES = (
+    Case("three", "Three", "GroupNorm", (2, 64, 64, 64), groups=8),
+    Case("four", "Four", "GroupNorm", (2, 64, 64, 64), groups=8, interleaved=True),
+)
 
 
 def made_up_reports() -> dict[str, Report]:
@@ -78,15 +83,29 @@ def made_up_reports() -> dict[str, Report]:
     evaluation = {
         (name, EVALUATION): samples(2.0, 3.0, 1.0, peak=X_BYTES) for name in (BASELINE, OURS)
     }
+    modes = (FORWARD, BOTH, EVALUATION)
 
     def of(cases: Sequence[Case], dtypes: Sequence[str], setting: str, threads: int) -> Report:
         rows = [
             row
             for case in cases
             for dtype in dtypes
-            for row in results.rows(case, dtype, MEASURED | evaluation, (FORWARD, BOTH, EVALUATION))
+            for row in results.rows(case, dtype, MEASURED | evaluation, modes)
         ]
         return Report(described(setting, threads), rows)
+
+    def of_groups(dtypes: Sequence[str], setting: str) -> Report:
+        instance = {(INSTANCE, FORWARD): samples(1.5), (INSTANCE, BOTH): samples(3.0)}
+        fast = {(BASELINE, BOTH): samples(18.0)}
+        rows = [
+            row
+            for case in GROUP_CASES
+            for dtype in dtypes
+            for row in results.rows(
+                case, dtype, MEASURED | instance | (fast if case.interleaved else {}), modes[:2]
+            )
+        ]
+        return Report(described(setting), rows)
 
     reports = {}
     for setting in (TUNED, AS_FOUND):
@@ -95,6 +114,9 @@ def made_up_reports() -> dict[str, Report]:
         reports[f"cases-{suffix}"] = of(cases, ["float32"], setting, 2)
         reports[f"halves-{suffix}"] = of(LARGE_CASES[:1], ["float16", "bfloat16"], setting, 2)
         reports[f"sizes-{suffix}"] = of(cases, ["float32"], setting, 2)
+        reports[f"{GROUPS}cases-{suffix}"] = of_groups(["float32"], setting)
+        reports[f"{GROUPS}halves-{suffix}"] = of_groups(["float16", "bfloat16"], setting)
+    reports[f"{GROUPS}compiled"] = of_groups(["float32"], TUNED)
     reports["compiled"] = of(LARGE_CASES[:1], ["float32"], TUNED, 2)
     reports["threads-1"] = of(LARGE_CASES, ["float32"], TUNED, 1)
     reports["cold-mlx_welford"] = of(LARGE_CASES[:1], ["float32"], AS_FOUND, 2)
@@ -140,22 +162,46 @@ def lines_of(section: str, reports: dict[str, Report]) -> list[list[str]]:
 def test_tables_tell_the_figures() -> None:
     reports = made_up_reports()
     header, _, *body = lines_of("ratios", reports)
-    # The small case counts for nothing here; torch took no part.
-    assert header[:4] == ["float32", "limit", "mlx.nn, as found", "torch, as found"]
+    # The small case counts for nothing here; torch was not measured.
+    assert header[:4] == ["float32", "limit", "mlx.nn, as found", "mlx_welford, as found"]
     forward = ["BatchNorm forward, channels last", "1.50"]
-    assert body[0] == [*forward, "16.0", "", "2.00", "16.0", "", "2.00"]
+    assert body[0] == [*forward, "16.0", "2.00", "16.0", "2.00"]
     assert [line[0] for line in lines_of(FORWARD, reports)[2:]] == ["one", "two"]
     assert [line[0] for line in lines_of("small", reports)[2:]] == ["little"] * 3
-    assert lines_of("small", reports)[2] == [
-        *("little", FORWARD, "12000", "", "1500", "12000", "", "1500")
-    ]
+    assert lines_of("small", reports)[2] == [*("little", FORWARD, "12000", "1500", "12000", "1500")]
     halves = lines_of("halves", reports)[2]
-    assert halves == ["one", FORWARD, "float16", "16.0", "", "2.00", "16.0", "", "2.00", "1.00"]
+    assert halves == ["one", FORWARD, "float16", "16.0", "2.00", "16.0", "2.00", "1.00"]
     compiled = ["one", FORWARD, "12", "", "1.50"]
     assert lines_of("compiled", reports)[2][:5] == compiled
     assert lines_of("cold", reports)[2] == [OURS, "3.0", "1.5"]
     assert lines_of("sizes", reports)[0][4:6] == ["as found, ms", "1 of 2 threads, ms"]
     assert f"{environment()['cores']} cores" in report.machine(reports)
+
+
+def test_tables_of_groups_tell_the_figures_of_groups() -> None:
+    reports = made_up_reports()
+    header, _, *body = lines_of("groups/forward", reports)
+    assert header[:5] == ["case", "x", "groups", "limit", "mlx.nn, as found"]
+    assert header[5:7] == ["InstanceNorm, as found", "mlx_welford, as found"]
+    figures = ["16.0", "2.00", "2.00"]
+    assert body == [[case, "2x64x64x64", "8", "1.5", *figures * 2] for case in ("three", "four")]
+    assert lines_of("groups/memory", reports)[0] == ["case", "x", BASELINE, INSTANCE, OURS]
+
+
+def test_claims_tell_the_worst_case() -> None:
+    """mlx.nn is faster in its own order of groups, about which nothing is claimed."""
+    reports = made_up_reports()
+    _, _, *body = lines_of("groups/claims", reports)
+    assert [line[1] for line in body] == [
+        *("at most 1.15", "at most 1.15", "at most 1.6", "at most 4.4", "at least 8")
+    ]
+    assert [line[2] for line in body] == [
+        "yes: 1.00 (three), median 1.00",
+        "no: 1.50 (three), median 1.50",
+        "no: 2.00 (three), median 2.00",
+        "no: 6.00 (three), median 6.00",
+        "yes: 8.00 (three), median 8.00",
+    ]
 
 
 def test_spans_and_numbers() -> None:
@@ -173,14 +219,14 @@ def drawn(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
 
 
 def test_plots_are_drawn_from_what_is_there(drawn: dict[str, bytes], tmp_path: Path) -> None:
-    assert list(drawn) == ["cases", "memory", "bandwidth", "scaling"]
+    assert list(drawn) == ["cases", "groups", "memory", "bandwidth", "scaling"]
     for data in drawn.values():
         assert ElementTree.fromstring(data).tag.endswith("svg")
 
     reports = made_up_reports()
     del reports["sizes-as-found"]
     some = {path.stem: path.read_bytes() for path in plots.draw(reports, tmp_path)}
-    assert list(some) == ["cases", "memory", "scaling"]
+    assert list(some) == ["cases", "groups", "memory", "scaling"]
     # The same figures give the same bytes.
     assert [some[name] for name in ("cases", "memory")] == [drawn["cases"], drawn["memory"]]
 

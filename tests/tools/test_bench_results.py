@@ -52,6 +52,10 @@ def test_bandwidth_is_traffic_by_time() -> None:
         assert results.moved_bytes(case, "float32", BACKWARD) == 5 * x_bytes
         assert results.moved_bytes(case, "float32", BOTH) == 8 * x_bytes
     assert results.moved_bytes(large, "float16", EVALUATION) == x_bytes
+    # A channel fits the registers of a threadgroup, a group of 8 channels does not.
+    for groups, passes in ((0, 2), (8, 3)):
+        case = Case("rows", "Rows", "InstanceNorm", (4, 64, 2048), axis=1, groups=groups)
+        assert results.moved_bytes(case, "float32", FORWARD) == passes * 4 * case.elements
     forward = {row.implementation: row for row in rows_of(large) if row.mode in (FORWARD, COPY)}
     assert forward[OURS].gigabytes_per_second == pytest.approx(3 * x_bytes / 1.5e-3 / 1e9)
     assert forward[OURS].limit == 1.5
@@ -67,8 +71,8 @@ def test_json_round_trip(tmp_path: Path) -> None:
 def test_json_of_another_schema_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "figures.json"
     Report(described(), []).write(path)
-    path.write_text(path.read_text().replace('"schema": 3', '"schema": 1'))
-    with pytest.raises(ValueError, match=r"'figures.json' must have schema 3 but got 1"):
+    path.write_text(path.read_text().replace('"schema": 4', '"schema": 1'))
+    with pytest.raises(ValueError, match=r"'figures.json' must have schema 4 but got 1"):
         Report.read(path)
 
 

@@ -8,8 +8,9 @@ import sys
 from collections.abc import Callable
 from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+import groups
 import mlx.core as mx
 import mlx.nn as nn
 import mlx_welford as mw
@@ -30,6 +31,7 @@ from mlx_welford.selftest.check import (
     Result,
     Used,
     _data,
+    _truth,
     check,
 )
 from mlx_welford.selftest.chips import CHIPS, nominal_bandwidth
@@ -153,14 +155,14 @@ def assert_true(values: Arguments, expected: dict[str, Array]) -> None:
 @pytest.mark.parametrize(("kind", "axis"), list(product(("batch", "instance"), (1, 2))))
 def test_truth_of_a_normalization(kind: Kind, axis: int) -> None:
     arguments, cotangents = _data(Case(kind, (3, 9, 5), axis=axis))
-    axes = reference.reduction_axes(kind, 3, axis)
+    statistics = [0, axis] if kind == "instance" else [axis]
     a, c = numbers(arguments), numbers(cotangents)
     want = reference.forward(kind, a["x"], a["weight"], a["bias"], 1e-5, axis)
     grads = reference.backward(
         kind, a["x"], a["weight"], 1e-5, axis, c["y"], c.get("mean"), c.get("var")
     )
     assert_true(
-        truth.normalization(arguments, cotangents, list(axes), axis, 1e-5).values,
+        truth.normalization(arguments, cotangents, [axis], statistics, 1e-5).values,
         {**want._asdict(), **{f"grad {name}": g for name, g in grads._asdict().items()}},
     )
 
@@ -171,9 +173,22 @@ def test_truth_of_an_evaluation() -> None:
     y = reference.evaluate(a["x"], a["weight"], a["bias"], a["mean"], a["var"], 1e-5, 2)
     grads = reference.evaluate_backward(a["x"], a["weight"], a["mean"], a["var"], 1e-5, 2, c["y"])
     assert_true(
-        truth.evaluation(arguments, cotangents, 2, 1e-5).values,
+        truth.evaluation(arguments, cotangents, [2], [2], 1e-5).values,
         {"y": y, **{f"grad {name}": g for name, g in grads._asdict().items()}},
     )
+
+
+@pytest.mark.parametrize("interleaved", [False, True])
+@pytest.mark.parametrize("operation", ["group", "tile"])
+def test_truth_of_groups(operation: Literal["group", "tile"], interleaved: bool) -> None:
+    case = Case(operation, (3, 9, 6), groups=3, interleaved=interleaved)
+    arguments, cotangents = _data(case)
+    a, c = numbers(arguments), numbers(cotangents)
+    same = groups.Case(case.shape, 3, interleaved)
+    y, grads = groups.forward(same, a), groups.backward(same, a, c["y"])
+    true = _truth(case, arguments, cotangents).values
+    want = {"y": y, **{f"grad {name}": g for name, g in grads.items()}}
+    assert_true({name: true[name] for name in want}, want)
 
 
 def test_truth_of_moments() -> None:
@@ -197,7 +212,7 @@ def test_truth_of_a_share() -> None:
     scale = (a["weight"] / np.sqrt(var + 1e-5)).reshape(1, 9, 1)
     gx = scale * c["y"] + reference.moments_backward(a["x"], (0, 2), kept["mean"], kept["var"])
     assert_true(
-        truth.shard(arguments, cotangents, [0, 2], 1, 1e-5).values,
+        truth.shard(arguments, cotangents, [1], 1e-5).values,
         {"mean": mean, "var": var, "grad x": gx},
     )
 
@@ -515,7 +530,7 @@ def test_the_log_of_the_status_is_not_told_twice(monkeypatch: pytest.MonkeyPatch
 
 def test_a_large_mean_is_held_to_a_hundredth() -> None:
     large = [case for case in CASES if case.mean == 1e5 and case.operation != "shard"]
-    assert {case.operation for case in large} == {"batch", "instance"}
+    assert {case.operation for case in large} == {"batch", "instance", "group"}
     for case in large:
         (y,) = [result for result in check(case).results if result.name == "y"]
         assert y.allowed <= 1e-2
@@ -744,7 +759,7 @@ def test_the_command_in_a_process_of_its_own(tmp_path: Path) -> None:
     assert done.stdout == selftest.to_text(report) + "\n"
     assert f"{len(CASES)} of {len(CASES)} cases and 4 of 4 programs passed" in done.stdout
     assert "kernels in no case's launch plan: none" in done.stdout
-    assert max(map(len, done.stdout.splitlines())) < 220
+    assert max(map(len, done.stdout.splitlines())) < 230
     assert len(done.stdout) < LIMIT // 2
     assert "mlx-welford-selftest.json has all that happens" in done.stderr
 

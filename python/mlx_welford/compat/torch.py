@@ -1,4 +1,4 @@
-"""Instance and batch normalisation with the arguments and rules of ``torch.nn``, channels first.
+"""Normalisation with the arguments and rules of ``torch.nn``, channels first.
 
 The layers are those of :mod:`mlx_welford` with ``axis=1``. Differences from ``torch.nn``:
 
@@ -24,6 +24,7 @@ __all__ = [
     "BatchNorm1d",
     "BatchNorm2d",
     "BatchNorm3d",
+    "GroupNorm",
     "InstanceNorm1d",
     "InstanceNorm2d",
     "InstanceNorm3d",
@@ -277,6 +278,53 @@ class LazyInstanceNorm2d(_Lazy, InstanceNorm2d):
 @_documented(2, 100, 3, 4, 5)
 class LazyInstanceNorm3d(_Lazy, InstanceNorm3d):
     pass
+
+
+class GroupNorm(_layers.GroupNorm):
+    """:class:`mlx_welford.GroupNorm` as ``torch.nn.GroupNorm``, on ``(N, C, ...)``.
+
+    A layer without parameters takes any number of channels that ``num_groups`` divides.
+
+    Args:
+        num_groups: The number of groups, which divides the number of channels.
+        num_channels: The number of channels C.
+        eps: Added to the variance. Default: ``1e-5``.
+        affine: Whether to learn ``weight`` and ``bias``. Default: ``True``.
+
+    Raises:
+        ValueError: If an argument or the input's shape does not fit, or the groups of all instances
+            have one value each.
+
+    Examples:
+        >>> import mlx.core as mx
+        >>> from mlx_welford.compat.torch import GroupNorm
+        >>> m = GroupNorm(3, 6)
+        >>> output = m(mx.random.normal((20, 6, 10, 10)))
+    """
+
+    _features_argument = "num_channels"
+
+    def __init__(
+        self, num_groups: int, num_channels: int, eps: float = 1e-5, affine: bool = True
+    ) -> None:
+        self._start(
+            weight=affine,
+            bias=affine,
+            num_groups=num_groups,
+            dims=num_channels,
+            eps=eps,
+            pytorch_compatible=True,
+            axis=1,
+        )
+
+    def _needs_several_values(self) -> bool:
+        return True
+
+    def _channels(self) -> int | None:
+        return self.num_features if self.affine else None
+
+    def _extra_repr(self) -> str:
+        return f"{self.num_groups}, {self.num_features}, eps={self.eps}, affine={self.affine}"
 
 
 class SyncBatchNorm(_BatchNorm, _distributed.SyncBatchNorm):

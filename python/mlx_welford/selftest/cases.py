@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Literal
 
+from mlx_welford._operations import operations
 from mlx_welford._plans import (
     DTYPES,
     Plans,
@@ -17,9 +18,12 @@ from mlx_welford._plans import (
 
 __all__ = ["CASES", "PATHS", "Case", "coverage"]
 
-Operation = Literal["batch", "instance", "evaluation", "moments", "shard", "running"]
-# "shard" is what a rank computes for SyncBatchNorm, which merges its own shard alone here;
-# "running" the update of running statistics of this dtype, for means and variances of this shape.
+Operation = Literal[
+    "batch", "instance", "evaluation", "moments", "shard", "running", "group", "tile"
+]
+# "tile" is a group normalisation with given statistics; "shard" is what a rank computes for
+# SyncBatchNorm, which merges its own shard alone here; "running" is the update of running
+# statistics of this dtype, for means and variances of this shape.
 
 
 @dataclass(frozen=True)
@@ -33,6 +37,8 @@ class Case:
     dtype: str = "float32"
     weight: bool = True
     bias: bool = True
+    groups: int = 0
+    interleaved: bool = False
     wanted: tuple[str, ...] = ("x", "weight", "bias", "statistics")  # gradients
     aligned: bool = True  # if not, x is a view that begins one element into its memory
     mean: float = 0.0  # added to x
@@ -47,6 +53,8 @@ class Case:
             parts.append(f"axes {axes}" if axes else f"axis {self.axis}")
         if not self.axes and not (self.weight and self.bias):
             parts.append("weight" if self.weight else "bias" if self.bias else "not affine")
+        if self.groups:
+            parts.append(f"{self.groups} {'interleaved ' * self.interleaved}groups")
         if len(self.wanted) < 4 and self.operation != "shard":
             parts.append(f"grad {','.join(self.wanted)} only")
         parts += [] if self.aligned else ["unaligned"]
@@ -55,9 +63,24 @@ class Case:
         parts += ["temporary"] if self.temporary else []
         return " ".join(parts)
 
+    @property
+    def view(self) -> tuple[list[int], list[int], list[int]]:
+        """A shape of x in which groups are an axis; its axes of channels, and of statistics."""
+        shape = list(self.shape)
+        if self.operation == "moments":
+            return shape, [], [a for a in range(len(shape)) if a not in self.axes]
+        axis = self.axis % len(shape)
+        if self.groups:
+            split = [self.groups, shape[axis] // self.groups]
+            shape[axis : axis + 1] = reversed(split) if self.interleaved else split
+            return shape, [axis, axis + 1], [0, axis + self.interleaved]
+        return shape, [axis], [0, axis] if self.operation == "instance" else [axis]
+
     @cached_property
     def plans(self) -> Plans:
-        """What the shaders would dispatch for it, whatever it runs on."""
+        """What the shaders would dispatch for it, whatever it runs on; nothing without kernels."""
+        if not operations.shader_kernels():
+            return {"forward": {"dispatches": [], "temporary_bytes": 0}}
         if self.operation == "moments":
             return moments_plans(self.shape, self.axes, dtype=self.dtype, aligned=self.aligned)
         if self.operation == "shard":
@@ -65,13 +88,15 @@ class Case:
         if self.operation == "running":
             return running_plans(*self.shape, dtype=self.dtype)
         return normalization_plans(
-            "instance" if self.operation == "instance" else "batch",
+            "group" if self.groups else "instance" if self.operation == "instance" else "batch",
             self.shape,
             axis=self.axis,
             dtype=self.dtype,
             weight=self.weight,
             bias=self.bias,
-            given=self.operation == "evaluation",
+            given=self.operation in ("evaluation", "tile"),
+            groups=self.groups,
+            interleaved=self.interleaved,
             wanted=self.wanted,
             aligned=self.aligned,
         )
@@ -85,21 +110,33 @@ _PATHS = (
     Case("instance", (3, 37, 64)),
     Case("batch", (2, 1100, 64)),
     Case("evaluation", (3, 11, 64)),
+    Case("group", (3, 37, 64), groups=4),
+    Case("group", (2, 1100, 64), groups=4),
+    Case("tile", (3, 11, 64), groups=4),
     Case("moments", (5, 40, 64), axes=(0, 1)),
     # columns, one element at a time
     Case("instance", (3, 37, 5)),
     Case("batch", (2, 1100, 5)),
     Case("evaluation", (3, 11, 33)),
+    Case("group", (3, 37, 6), groups=2),
+    Case("group", (2, 1100, 6), groups=2, interleaved=True),
+    Case("tile", (3, 11, 33), groups=3, interleaved=True),
     Case("moments", (5, 41, 33), axes=(1,)),
     # rows, vectors
     Case("instance", (3, 7, 129), axis=1),
     Case("batch", (6, 3, 130), axis=1),
     Case("evaluation", (3, 5, 67), axis=1),
+    Case("group", (3, 6, 129), axis=1, groups=3),
+    Case("group", (2, 6, 10001), axis=1, groups=3),
+    Case("tile", (3, 6, 67), axis=1, groups=3, interleaved=True),
     Case("moments", (3, 5, 66), axes=(2,)),
     # rows, one element at a time
     Case("instance", (3, 7, 129), axis=1, aligned=False),
     Case("batch", (6, 3, 130), axis=1, aligned=False),
     Case("evaluation", (3, 5, 67), axis=1, aligned=False),
+    Case("group", (3, 6, 20), axis=1, groups=3, aligned=False),
+    Case("group", (3, 6, 4100), axis=1, groups=2, interleaved=True, aligned=False),
+    Case("tile", (3, 6, 67), axis=1, groups=2, aligned=False),
     Case("moments", (3, 5, 66), axes=(2,), aligned=False),
     # none
     Case("running", (5, 37)),
@@ -125,6 +162,7 @@ _SPECIAL = (
     Case("batch", (2, 1100, 16), mean=1e5, weight=False, bias=False, at_most=1e-2),
     Case("instance", (2, 3, 5001), axis=1, mean=1e5, weight=False, bias=False, at_most=1e-2),
     Case("batch", (8, 14, 14, 32), mean=10.0, dtype="float16"),
+    Case("group", (2, 1100, 16), groups=4, mean=1e5, weight=False, bias=False, at_most=1e-2),
     # nan stays in the instance that it is in
     Case("instance", (3, 50, 8), nan=True),
     Case("instance", (3, 8, 50), axis=1, nan=True, dtype="float16"),

@@ -76,7 +76,7 @@ def _can_compile() -> bool:
 
 
 class _Net(nn.Module):
-    """Both layers behind a weight, so that the gradient of the weight passes through both.
+    """All layers behind a weight, so that the gradient of the weight passes through all.
 
     The weight multiplies elementwise, because MLX may compute matrix products in less than float32.
     """
@@ -86,9 +86,10 @@ class _Net(nn.Module):
         self.weight = mx.random.normal((7, 24), key=key, stream=mx.cpu)
         self.batch = mw.BatchNorm(24)
         self.instance = mw.InstanceNorm(24, affine=True)
+        self.group = mw.GroupNorm(4, 24)
 
     def __call__(self, x: mx.array) -> mx.array:
-        y: mx.array = self.instance(nn.relu(self.batch(x * self.weight)))
+        y: mx.array = self.instance(nn.relu(self.group(nn.relu(self.batch(x * self.weight)))))
         return y
 
 
@@ -123,6 +124,7 @@ def _train(cast: Cast, *, compiled: bool) -> Arguments:
         "batch.running_mean": net.batch.running_mean,
         "batch.running_var": net.batch.running_var,
         "instance.bias": net.instance.bias,
+        "group.weight": net.group.weight,
     }
 
 

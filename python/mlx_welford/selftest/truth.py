@@ -76,16 +76,23 @@ def error(got: mx.array, truth: mx.array) -> float:
 
 
 def normalization(
-    arguments: Arguments, cotangents: Arguments, axes: list[int], axis: int, eps: float
+    arguments: Arguments,
+    cotangents: Arguments,
+    channels: list[int],
+    statistics: list[int],
+    eps: float,
 ) -> Truth:
-    """Of y, mean and var (kept axes only), and gradients by the names of the arguments."""
+    """Of y, mean and var, and gradients by the names of the arguments.
+
+    Weight and bias have the axes ``channels`` of x, mean and var the axes ``statistics``.
+    """
     names: list[str] = [name for name in ("x", "weight", "bias") if name in arguments]
-    ndim = arguments["x"].ndim
+    axes = _others(arguments["x"], statistics)
 
     def f(*values: mx.array) -> list[mx.array]:
         given = dict(zip(names, values, strict=True))
         mean, var = _moments(given["x"], axes)
-        y = _apply(given, mean, var, eps, axis)
+        y = _apply(given, mean, var, eps, channels)
         return [y, mean.squeeze(axes), var.squeeze(axes)]
 
     with mx.stream(mx.cpu):
@@ -94,38 +101,45 @@ def normalization(
         r = 1 / mx.sqrt(var + eps)
         d = wide(arguments["x"]) - mean
         n = _count(d, axes)
-        per_channel = d.size // d.shape[axis % ndim]
+        per_channel = _count(d, _others(d, channels))
         sizes = _Sizes(arguments, cotangents, normal=largest(d * r), slope=largest(r))
         shift = U * largest(mean * r)  # of x - mean, in standard deviations
-        statistics = (sizes.g_mean + 2 * sizes.g_var * largest(d)) / n
+        through = (sizes.g_mean + 2 * sizes.g_var * largest(d)) / n
         passed = sizes.g * sizes.weight * sizes.slope * max(1.0, sizes.normal)
         accumulation = {
             "y": 16 * U * (sizes.weight * sizes.normal + sizes.bias) + shift * sizes.weight,
             "mean": 4 * U * largest(d),
             "var": 16 * U * largest(var),
-            "grad x": (16 * U + 2 * shift) * (passed + statistics),
+            "grad x": (16 * U + 2 * shift) * (passed + through),
             "grad weight": (4 * U + shift) * math.sqrt(per_channel) * sizes.g * sizes.normal,
             "grad bias": 4 * U * math.sqrt(per_channel) * sizes.g,
         }
     return Truth(_named(["y", "mean", "var"], outputs, names, grads), accumulation)
 
 
-def evaluation(arguments: Arguments, cotangents: Arguments, axis: int, eps: float) -> Truth:
+def evaluation(
+    arguments: Arguments,
+    cotangents: Arguments,
+    channels: list[int],
+    statistics: list[int],
+    eps: float,
+) -> Truth:
     """Of y with given statistics, and gradients by the names of the arguments."""
     names: list[str] = [n for n in ("x", "weight", "bias", "mean", "var") if n in arguments]
     ndim = arguments["x"].ndim
 
     def f(*values: mx.array) -> list[mx.array]:
         given = dict(zip(names, values, strict=True))
-        mean, var = (_along(given[n], axis, ndim) for n in ("mean", "var"))
-        return [_apply(given, mean, var, eps, axis)]
+        mean, var = (_along(given[n], statistics, ndim) for n in ("mean", "var"))
+        return [_apply(given, mean, var, eps, channels)]
 
     with mx.stream(mx.cpu):
         outputs, grads = _differentiate(f, [arguments[n] for n in names], cotangents)
-        mean, var = (_along(wide(arguments[n]), axis, ndim) for n in ("mean", "var"))
+        mean, var = (_along(wide(arguments[n]), statistics, ndim) for n in ("mean", "var"))
         r = 1 / mx.sqrt(var + eps)
         normal = (wide(arguments["x"]) - mean) * r
-        n = normal.size // normal.shape[axis % ndim]
+        n = _count(normal, _others(normal, channels))
+        of_statistic = _count(normal, _others(normal, statistics))
         sizes = _Sizes(arguments, cotangents, normal=largest(normal), slope=largest(r))
         passed = sizes.g * sizes.weight * sizes.slope
         sums = 4 * U * math.sqrt(n)
@@ -134,8 +148,8 @@ def evaluation(arguments: Arguments, cotangents: Arguments, axis: int, eps: floa
             "grad x": 16 * U * passed,
             "grad weight": sums * sizes.g * sizes.normal,
             "grad bias": sums * sizes.g,
-            "grad mean": sums * passed,
-            "grad var": sums * passed * sizes.normal * sizes.slope,
+            "grad mean": 4 * U * math.sqrt(of_statistic) * passed,
+            "grad var": 4 * U * math.sqrt(of_statistic) * passed * sizes.normal * sizes.slope,
         }
     return Truth(_named(["y"], outputs, names, grads), accumulation)
 
@@ -160,32 +174,30 @@ def moments(arguments: Arguments, cotangents: Arguments, axes: list[int]) -> Tru
     return Truth(_named(["mean", "var"], outputs, ["x"], grads), accumulation)
 
 
-def shard(
-    arguments: Arguments, cotangents: Arguments, axes: list[int], axis: int, eps: float
-) -> Truth:
+def shard(arguments: Arguments, cotangents: Arguments, statistics: list[int], eps: float) -> Truth:
     """Of mean and var, and grad x = weight r g + (grad_mean + 2 grad_var (x - mean)) / n."""
     with mx.stream(mx.cpu):
         x, g = wide(arguments["x"]), wide(cotangents["y"])
+        axes = _others(x, statistics)
         mean, var = _moments(x, axes)
         r = 1 / mx.sqrt(var + eps)
         d = x - mean
         n = _count(x, axes)
-        g_mean, g_var = (_along(wide(cotangents[v]), axis, x.ndim) for v in ("mean", "var"))
-        scale = r * (
-            _along(wide(arguments["weight"]), axis, x.ndim) if "weight" in arguments else 1
-        )
-        statistics = (g_mean + 2 * g_var * d) / n
+        g_mean, g_var = (_along(wide(cotangents[v]), statistics, x.ndim) for v in ("mean", "var"))
+        weight = arguments.get("weight")
+        scale = r if weight is None else r * _along(wide(weight), statistics, x.ndim)
+        through = (g_mean + 2 * g_var * d) / n
         values = {
             "mean": mean.squeeze(axes),
             "var": var.squeeze(axes),
-            "grad x": scale * g + statistics,
+            "grad x": scale * g + through,
         }
         mx.eval(values)
         shift = U * largest(mean * r)  # of x - mean, in standard deviations
         accumulation = {
             "mean": 4 * U * largest(d),
             "var": 16 * U * largest(var),
-            "grad x": (16 * U + 2 * shift) * (largest(scale * g) + largest(statistics)),
+            "grad x": (16 * U + 2 * shift) * (largest(scale * g) + largest(through)),
         }
     return Truth(values, accumulation)
 
@@ -229,13 +241,15 @@ def _moments(x: mx.array, axes: list[int]) -> tuple[mx.array, mx.array]:
     return mean, (d * d).sum(axes, keepdims=True) / n
 
 
-def _apply(given: Arguments, mean: mx.array, var: mx.array, eps: float, axis: int) -> mx.array:
+def _apply(
+    given: Arguments, mean: mx.array, var: mx.array, eps: float, channels: list[int]
+) -> mx.array:
     x = given["x"]
     y = (x - mean) / mx.sqrt(var + eps)
     if "weight" in given:
-        y = y * _along(given["weight"], axis, x.ndim)
+        y = y * _along(given["weight"], channels, x.ndim)
     if "bias" in given:
-        y = y + _along(given["bias"], axis, x.ndim)
+        y = y + _along(given["bias"], channels, x.ndim)
     return y
 
 
@@ -259,10 +273,16 @@ def _named(
     return named
 
 
-def _along(v: mx.array, axis: int, ndim: int) -> mx.array:
+def _along(v: mx.array, axes: list[int], ndim: int) -> mx.array:
+    """An array that has these axes of x, to broadcast along x."""
     shape = [1] * ndim
-    shape[axis] = -1
+    for axis, length in zip(axes, v.shape, strict=True):
+        shape[axis] = length
     return v.reshape(shape)
+
+
+def _others(x: mx.array, axes: list[int]) -> list[int]:
+    return [axis for axis in range(x.ndim) if axis not in axes]
 
 
 def _count(x: mx.array, axes: list[int]) -> int:
@@ -271,6 +291,6 @@ def _count(x: mx.array, axes: list[int]) -> int:
 
 def ulp(magnitude: float, dtype: mx.Dtype) -> float:
     """The distance between neighbours of the type around a magnitude."""
-    about = mx.finfo(dtype)
-    exponent = math.floor(math.log2(max(magnitude, about.smallest_normal)))
-    return about.eps * 2.0**exponent
+    smallest_normal = 2.0 ** (-14 if dtype == mx.float16 else -126)
+    exponent = math.floor(math.log2(max(magnitude, smallest_normal)))
+    return mx.finfo(dtype).eps * 2.0**exponent

@@ -311,6 +311,10 @@ const bool kMethods = [] {
       +[](Pipeline* self, Selector) { return self->most_threads; });
   method(
       "MTLComputePipelineState", "threadExecutionWidth", +[](Pipeline*, Selector) { return 32ul; });
+  // Known to the simulator only once a kernel runs; nothing but the self-test's report asks.
+  method(
+      "MTLComputePipelineState", "staticThreadgroupMemoryLength",
+      +[](Pipeline*, Selector) { return 0ul; });
 
   method("MTLSharedEvent", "signaledValue", read_event);
   method("MTLSharedEvent", "setSignaledValue:", signal_event);
