@@ -330,6 +330,7 @@ def ended(ranks: int, task: str, directory: Path) -> list[Ended]:
     return found
 
 
+@pytest.mark.since("0.32.1", "an exception while MLX evaluated on the CPU ended the process")
 def test_a_lost_rank_ends_the_others(tmp_path: Path) -> None:
     first, second = ended(2, "lost", tmp_path)
     assert second.status == -9
@@ -337,6 +338,7 @@ def test_a_lost_rank_ends_the_others(tmp_path: Path) -> None:
     assert "RuntimeError: [ring] connection to a peer was lost" in first.text
 
 
+@pytest.mark.since("0.32.1", "an exception while MLX evaluated on the CPU ended the process")
 def test_another_number_of_channels(tmp_path: Path) -> None:
     found = ended(3, "other_channels", tmp_path)
     assert all(rank.status == 1 for rank in found)
@@ -346,6 +348,7 @@ def test_another_number_of_channels(tmp_path: Path) -> None:
     )
 
 
+@pytest.mark.since("0.32.1", "an exception while MLX evaluated on the CPU ended the process")
 def test_another_dtype(tmp_path: Path) -> None:
     for rank, process in enumerate(ended(2, "other_dtype", tmp_path)):
         assert process.status == 1
@@ -356,12 +359,14 @@ def test_another_dtype(tmp_path: Path) -> None:
         )
 
 
+@pytest.mark.since("0.32.1", "an exception while MLX evaluated on the CPU ended the process")
 def test_another_collective(tmp_path: Path) -> None:
     first, _ = ended(2, "other_message", tmp_path)
     assert first.status == 1
     assert "rank 1 sent something else. Do all ranks run the same layers" in first.text
 
 
+@pytest.mark.since("0.32.1", "an exception while MLX evaluated on the CPU ended the process")
 def test_one_value_on_all_ranks_together(tmp_path: Path) -> None:
     for rank in ended(2, "one_value", tmp_path):
         assert rank.status == 1

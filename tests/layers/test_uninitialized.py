@@ -257,7 +257,7 @@ def test_a_strict_load_still_names_what_is_missing_or_of_another_shape() -> None
     assert model.layers[0].num_features is None
 
 
-@pytest.mark.since("0.32.0", "empty arrays could not be saved")
+@pytest.mark.since("0.32.1", "arrays without elements could not be saved")
 @pytest.mark.parametrize("ending", ["safetensors", "npz"])
 def test_saved_before_the_first_call(tmp_path: Path, ending: str) -> None:
     """Such a file has the names of the parameters and no values."""

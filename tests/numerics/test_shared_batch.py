@@ -163,6 +163,7 @@ def error_of(messages: Sequence[mx.array], rank: int) -> str:
     return str(error.value)
 
 
+@pytest.mark.since("0.32.1", "an exception while MLX evaluated on the CPU ended the process")
 def test_what_ranks_disagree_about_is_said() -> None:
     assert error_of([message(2), message(2, MARK + 1)], 0) == (
         "[Layer] The ranks disagree: rank 0 has 2 channels of float32, rank 1 has 2 channels of "
@@ -174,6 +175,7 @@ def test_what_ranks_disagree_about_is_said() -> None:
     )
 
 
+@pytest.mark.since("0.32.1", "an exception while MLX evaluated on the CPU ended the process")
 @pytest.mark.parametrize("kind", [0.0, 1.5, MARK + 0.5, MARK + 4, MARK - 1, np.nan, np.inf])
 def test_what_is_no_message(kind: float) -> None:
     assert error_of([message(2), message(2, kind)], 0) == (
@@ -182,6 +184,7 @@ def test_what_is_no_message(kind: float) -> None:
     )
 
 
+@pytest.mark.since("0.32.1", "an exception while MLX evaluated on the CPU ended the process")
 def test_one_value_in_all() -> None:
     assert error_of([message(2, count=0), message(2, count=1)], 0) == (
         "[Layer] expected more than one value per channel in training, but all ranks together have "
@@ -189,6 +192,7 @@ def test_one_value_in_all() -> None:
     )
 
 
+@pytest.mark.since("0.32.1", "an exception while MLX evaluated on the CPU ended the process")
 def test_computing_goes_on_after_an_error() -> None:
     error_of([message(2), message(2, 0.0)], 0)
     assert merged(mx.ones((4, 2)), [2, 4])[0].tolist() == [1, 1]
