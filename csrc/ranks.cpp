@@ -1,5 +1,5 @@
-// A message is an array (1 + C, 4) of the statistics' type: a MessageHead (rules.h), then the partial
-// moments of every channel.
+// A message is an array (1 + C, 4) of the statistics' type: a MessageHead (rules.h), then the
+// partial moments of every channel.
 
 #include "ranks.h"
 

@@ -503,7 +503,7 @@ template <typename T, int V, typename A>
   }
 }
 
-// ---- Both passes at once, for statistics whose values a threadgroup can hold ---------------------
+// ---- Both passes at once, for statistics whose values a threadgroup can hold --------------------
 
 /// The merge of sets of equally many values, `step` entries apart: without a division for each.
 inline Moments merge_members(const threadgroup Moments* own, uint step, uint members) {
