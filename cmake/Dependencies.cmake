@@ -88,4 +88,8 @@ function(welford_add_module target domain)
   welford_compile_options(${target})
   target_compile_definitions(${target} PRIVATE NB_DOMAIN=${domain})
   target_link_libraries(${target} PRIVATE ${nanobind_library} welford_portable)
+  if(APPLE AND CMAKE_CROSSCOMPILING)
+    # zig makes the name of the path that it links to.
+    target_link_options(${target} PRIVATE -Wl,-install_name,$<TARGET_FILE_NAME:${target}>)
+  endif()
 endfunction()

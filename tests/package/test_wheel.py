@@ -228,7 +228,9 @@ def test_is_for_arm64_and_the_oldest_macos(extension: Path) -> None:
     assert (image.architecture, image.platform, image.minimum) == ("ARM64", "MACOS", OLDEST)
     assert image.kind == "DYLIB"
     assert image.signed
-    assert image.exports - {"__mh_dylib_header", "___dso_handle"} == {"_PyInit__ext"}
+    # Up to 2.15 nanobind's exceptions are visible, as what is thrown between images would be.
+    exports = {symbol for symbol in image.exports if "8nanobind" not in symbol}
+    assert exports - {"__mh_dylib_header", "___dso_handle"} == {"_PyInit__ext"}
 
 
 def test_finds_mlx_beside_itself(extension: Path) -> None:
@@ -475,9 +477,7 @@ def test_the_sdist_builds_in_isolation_to_the_same_bytes(
     (wheel,) = (tmp_path / "wheel").iterdir()
     # auditwheel rewrites what it has found out about: compare what it was given.
     other = ROOT / "build" / "unaudited" / wheel.name
-    assert differing(wheel, other) == {"METADATA", "RECORD", "_build.py"}
-    requirements = fields(contents(wheel), "METADATA").get_all("Requires-Dist") or []
-    assert [line for line in requirements if "extra" not in line] == [f"mlx=={NEWEST}"]
+    assert differing(wheel, other) == {"RECORD", "_build.py"}
 
 
 @pytest.mark.parametrize("cpython", ["running"], indirect=True)

@@ -51,6 +51,8 @@ SYSTEM = {
     "__ZNSt11logic_errorD1Ev",
     "__ZNKSt11logic_error4whatEv",
     "__ZNSt16invalid_argumentD2Ev",
+    # libc++: the clock of C++11, which not every release of libmlx reads.
+    "__ZNSt3__16chrono12steady_clock3nowEv",
     # libc++abi: sized operator delete of C++14, and with an alignment, of C++17 (macOS 10.13).
     "__ZdlPvm",
     "__ZdlPvmSt11align_val_t",
