@@ -37,7 +37,7 @@ OPTIONS = ROOT / "cmake" / "macos"
 COMPILE = tuple((OPTIONS / "compile_options.txt").read_text().split())
 # Optimised, so that zig links the runtime library that it has compiled for the wheel.
 LINK = ("-shared", "-O2", *(OPTIONS / "link_options.txt").read_text().split())
-RPATH = "@loader_path/../mlx/lib"
+RPATH = "@loader_path/../../mlx/lib"
 RUNNING = f"{sys.version_info.major}.{sys.version_info.minor}"
 
 # What neither MLX nor CPython refers to, but every macOS that can run MLX has.
