@@ -16,7 +16,9 @@ namespace mx = mlx::core;
 
 FallbackCall KernelPrimitive::fallback_call(const Arrays& inputs) const {
   const Attributes& a = attributes_;
-  FallbackCall call{.function = signature_.function, .arguments = {}, .outputs = {}};
+  FallbackCall call{.function = kOperationNames[static_cast<size_t>(a.operation)],
+                    .arguments = {},
+                    .outputs = {}};
   for (size_t i = 0; i < inputs.size(); ++i) {
     call.arguments.emplace_back(kBufferNames[signature_.inputs[i].buffer], inputs[i]);
   }

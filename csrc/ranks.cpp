@@ -19,20 +19,18 @@ namespace mx = mlx::core;
 
 namespace {
 
-constexpr int kRow = kMomentsRow;
-
 /// Computes in double: there is little to compute.
 template <typename T>
 void merge(const array& messages, array& mean, array& var, array& count, int ranks, int rank,
            const std::string& caller) {
   const T* data = messages.data<T>();
   const auto channels = static_cast<int64_t>(mean.size());
-  const int64_t size = (1 + channels) * kRow;
+  const int64_t size = (1 + channels) * kMomentsRow;
   std::vector<MessageHead> heads(ranks);
   std::vector<double> counts(ranks);
   double total = 0;
   for (int i = 0; i < ranks; ++i) {
-    std::copy_n(data + i * size, kRow, heads[i].begin());
+    std::copy_n(data + i * size, kMomentsRow, heads[i].begin());
     counts[i] = message_count(heads[i]);
     total += counts[i];
   }
@@ -46,21 +44,21 @@ void merge(const array& messages, array& mean, array& var, array& count, int ran
     std::fill_n(var.data<T>(), channels, std::numeric_limits<T>::quiet_NaN());
     return;
   }
-  const T* rows = data + kRow;  // of the first rank
+  const T* rows = data + kMomentsRow;  // of the first rank
   const T* origins = rows + (first - counts.begin()) * size;
   std::vector<double> offsets(ranks);
   for (int64_t c = 0; c < channels; ++c) {
-    const double origin = origins[c * kRow + 1];
+    const double origin = origins[c * kMomentsRow + 1];
     double offset = 0;
     for (int i = 0; i < ranks; ++i) {
-      const T* of_rank = rows + i * size + c * kRow;
+      const T* of_rank = rows + i * size + c * kMomentsRow;
       offsets[i] = (of_rank[1] - origin) + of_rank[2];
       offset += counts[i] > 0 ? counts[i] / total * offsets[i] : 0;
     }
     double m2 = 0;
     for (int i = 0; i < ranks; ++i) {
       const double d = offsets[i] - offset;
-      m2 += counts[i] > 0 ? rows[i * size + c * kRow + 3] + counts[i] * d * d : 0;
+      m2 += counts[i] > 0 ? rows[i * size + c * kMomentsRow + 3] + counts[i] * d * d : 0;
     }
     mean.data<T>()[c] = static_cast<T>(origin + offset);
     var.data<T>()[c] = static_cast<T>(m2 / total);
@@ -93,7 +91,7 @@ array message_of(const array& x, int channel_axis, double kind, mx::Stream s) {
   const MessageHead head{kind, static_cast<double>(x.shape(channel_axis)),
                          static_cast<double>(count / kMessageUnit),
                          static_cast<double>(count % kMessageUnit)};
-  return mx::concatenate({array(head.begin(), mx::Shape{1, kRow}, wide), moments}, 0, s);
+  return mx::concatenate({array(head.begin(), mx::Shape{1, kMomentsRow}, wide), moments}, 0, s);
 }
 
 void MergeRanks::eval_cpu(const Arrays& inputs, Arrays& outputs) {

@@ -11,25 +11,19 @@ Signature signature_of(const Attributes& a) {
   switch (a.operation) {
     case Operation::moments:
       return {"WelfordMoments",
-              "moments",
               {{kX, Per::element}},
               {{kMean, Per::statistic}, {kVar, Per::statistic}}};
     case Operation::moments_gradient:
       return {"WelfordMomentsGradient",
-              "moments_gradient",
               {{kX, Per::element},
                {kMean, Per::statistic},
                {kGradMean, Per::statistic},
                {kGradVar, Per::statistic}},
               {{kOut, Per::element, true, {kX}}}};
     case Operation::partial_moments:
-      return {"WelfordPartialMoments",
-              "partial_moments",
-              {{kX, Per::element}},
-              {{kMoments, Per::moments}}};
+      return {"WelfordPartialMoments", {{kX, Per::element}}, {{kMoments, Per::moments}}};
     case Operation::normalize:
       return {"WelfordNormalize",
-              "normalize",
               {{kX, Per::element},
                {kMean, Per::statistic, a.given},
                {kVar, Per::statistic, a.given},
@@ -40,7 +34,6 @@ Signature signature_of(const Attributes& a) {
                {kVar, Per::statistic, !a.given}}};
     case Operation::normalize_gradient:
       return {"WelfordNormalizeGradient",
-              "normalize_gradient",
               {{kX, Per::element},
                {kMean, Per::statistic},
                {kVar, Per::statistic},
@@ -55,7 +48,6 @@ Signature signature_of(const Attributes& a) {
                {kGradBias, Per::channel, a.wanted.bias}}};
     case Operation::input_gradient:
       return {"WelfordInputGradient",
-              "input_gradient",
               {{kX, Per::element},
                {kMean, Per::statistic},
                {kVar, Per::statistic},
@@ -66,7 +58,6 @@ Signature signature_of(const Attributes& a) {
               {{kOut, Per::element, true, {kG, kX}}}};
     case Operation::running_statistics:
       return {"WelfordRunningStatistics",
-              "running_statistics",
               {{kRunningMean, Per::element},
                {kRunningVar, Per::element},
                {kMean, Per::statistic},

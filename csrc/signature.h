@@ -30,7 +30,8 @@ struct Attributes {
   bool operator==(const Attributes&) const = default;
 };
 
-constexpr int kMomentsRow = 4;  // numbers of partial moments: count, mean, tail, m2
+/// Numbers of a row of partial moments.
+constexpr int kMomentsRow = sizeof(shared::Moments) / sizeof(float);
 
 /// What an operand has one value for. Its dtype follows: that of the first input for elements and
 /// channels, that of statistics for all others.
@@ -75,8 +76,7 @@ class Operands {
 };
 
 struct Signature {
-  const char* name;      // of the primitive
-  const char* function;  // its fallback, in python/mlx_welford/_fallback.py
+  const char* name;  // of the primitive
   Operands inputs;
   Operands outputs;
 };

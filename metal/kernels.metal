@@ -9,8 +9,7 @@ using namespace metal;  // before our headers: uint is metal::uint to Apple's co
 
 #include "stages.h"
 
-// ---- What belongs to a slot, and may be absent
-// -----------------------------------------------------
+// ---- What belongs to a slot, and may be absent --------------------------------------------------
 
 template <typename T>
 inline float weight_of(uint present, const device T* weight, long channel) {

@@ -178,11 +178,11 @@ std::optional<Shape> fused(const Problem& p, const Access& a, const Limits& limi
   if (g.merge > 1 || g.reduce > kSpan / g.inner) {
     return std::nullopt;
   }
+  const Slots slots = p.slots();
   const int64_t most_threads = std::min<int64_t>(
-      most_fused_threads(limits.tuning, kernel, a.columns, p.slots().members > 1, a.vector),
+      most_fused_threads(limits.tuning, kernel, a.columns, slots.members > 1, a.vector),
       limits.threads);
   const int64_t along = ceil_div(a.columns ? g.reduce : a.vectors, kKept);
-  const Slots slots = p.slots();
   if (!a.columns) {
     const int64_t whole_simdgroups = round_up(along, kSimd);
     const int64_t most_across = most_threads / whole_simdgroups;
