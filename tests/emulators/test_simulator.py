@@ -18,6 +18,8 @@ from simulator import CompileError, Library, SimulatorError, Traffic, compile_li
 from simulator.loader import MIRRORED, check_system
 from simulator.source import SourceError, translate
 
+pytestmark = pytest.mark.usefixtures("own_settings")
+
 KERNELS = Path(__file__).parents[1] / "simulator" / "kernels"
 BASICS = (KERNELS / "basics.metal").read_text()
 SEEDS = [0, 1, 2, 3]
@@ -54,13 +56,6 @@ INSTANTIATIONS = [
 
 def build(*, contract: bool = True, instrumented: bool = False) -> Library:
     return compile_library(BASICS, INSTANTIATIONS, contract=contract, instrumented=instrumented)
-
-
-@pytest.fixture(autouse=True)
-def own_settings(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What these tests say about seeds and denormals holds whatever the suite runs under."""
-    for name in ("SEED", "FTZ", "LOG"):
-        monkeypatch.delenv(f"MLX_WELFORD_SIM_{name}", raising=False)
 
 
 @pytest.fixture(scope="module")

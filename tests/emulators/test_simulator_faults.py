@@ -15,6 +15,8 @@ import pytest
 from numpy.typing import NDArray
 from simulator import Library, SimulatorError, compile_library
 
+pytestmark = pytest.mark.usefixtures("own_settings")
+
 FAULTS = (Path(__file__).parents[1] / "simulator" / "kernels" / "faults.metal").read_text()
 SEEDS = [0, 1, 2, 3]
 
@@ -32,13 +34,6 @@ INSTANTIATIONS = [
         for name, type_name in TYPES.items()
     ),
 ]
-
-
-@pytest.fixture(autouse=True)
-def own_settings(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What these tests say about seeds and denormals holds whatever the suite runs under."""
-    for name in ("SEED", "FTZ", "LOG"):
-        monkeypatch.delenv(f"MLX_WELFORD_SIM_{name}", raising=False)
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,7 @@ import mlx_welford as mw
 import numpy as np
 import pytest
 from mlx_welford.compat import torch as compat
-from records import Record, describe
+from records import Record, describe, step_of
 from tolerance import assert_same_bits, wide
 from trees import leaves, parameters_of, trainable_of
 
@@ -42,20 +42,6 @@ def shape_for(name: str, channels: int = 4, batch: int = 3) -> tuple[int, ...]:
 def test_all_files_are_there() -> None:
     assert len(FILES) == 47
     assert {Record(path).meta["cls"] for path in FILES} == set(EAGER)
-
-
-def step_of(layer: nn.Module, x: mx.array, gy: mx.array) -> tuple[mx.array, dict[str, mx.array]]:
-    """y, and the gradients by name, for a cotangent."""
-    names = [name for name in ("weight", "bias") if name in layer]
-
-    def f(x: mx.array, *parameters: mx.array) -> list[mx.array]:
-        layer.update(dict(zip(names, parameters, strict=True)))
-        return [layer(x)]
-
-    primals = [x, *(layer[name] for name in names)]
-    (y,), grads = mx.vjp(f, primals, [gy])
-    layer.update(dict(zip(names, primals[1:], strict=True)))
-    return y, dict(zip(["x", *names], grads, strict=True))
 
 
 @pytest.mark.parametrize("dtype", ["float64", "float32"])

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import reference
 import systems
-from records import Record, describe
+from records import Record, describe, step_of
 from reference import Array, Kind, Running
 from systems import System
 from tolerance import Comparison, wide
@@ -94,22 +94,6 @@ def test_reference_agrees_with_torch(path: Path) -> None:
 def layer_of(record: Golden) -> mw.BatchNorm | mw.InstanceNorm:
     cls = mw.BatchNorm if record.kind == "batch" else mw.InstanceNorm
     return cls(record["x0"].shape[1], axis=1, **record.kwargs)
-
-
-def step_of(
-    layer: mw.BatchNorm | mw.InstanceNorm, x: mx.array, gy: mx.array
-) -> tuple[mx.array, dict[str, mx.array]]:
-    """y and the gradients by name, for a cotangent, through a layer."""
-    names = [name for name in ("weight", "bias") if name in layer]
-
-    def f(x: mx.array, *parameters: mx.array) -> list[mx.array]:
-        layer.update(dict(zip(names, parameters, strict=True)))
-        return [layer(x)]
-
-    primals = [x, *(layer[name] for name in names)]
-    (y,), grads = mx.vjp(f, primals, [gy])
-    layer.update(dict(zip(names, primals[1:], strict=True)))
-    return y, dict(zip(["x", *names], grads, strict=True))
 
 
 GOLDEN_NAMES = {"x": "gx", "weight": "gw", "bias": "gb"}
