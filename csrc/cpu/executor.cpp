@@ -235,6 +235,7 @@ void normalize(const Problem& problem, BoundArrays& a) {
   const array& x = a[kX];
   auto* mean = a[kMean].data<float>();
   auto* var = a[kVar].data<float>();
+  const auto eps = static_cast<float>(problem.eps);
   const Kernels& k = kernels(problem.element);
   const Channels weight(a.optional(kWeight), slots.channels, 1);
   const Channels bias(a.optional(kBias), slots.channels, 0);
@@ -245,7 +246,7 @@ void normalize(const Problem& problem, BoundArrays& a) {
     for_slots(tiling, slots, first, last, [&](const Slot& slot, int64_t) {
       const int64_t i = slot.statistic;
       w.set_map(slot.index, {.mean = mean[i],
-                             .slope = weight[slot.channel] * rstd_of(var[i], problem.eps),
+                             .slope = weight[slot.channel] * rstd_of(var[i], eps),
                              .shift = bias[slot.channel]});
     });
   };
@@ -279,7 +280,7 @@ struct GradientInputs {
   Channels weight;
 
   GradientInputs(const Problem& p, const BoundArrays& a)
-      : eps(p.eps),
+      : eps(static_cast<float>(p.eps)),
         grouped(p.slots().members > 1),
         of_g_alone(p.given && p.operation == Operation::normalize_gradient),
         mean(of_g_alone ? nullptr : a[kMean].data<float>()),

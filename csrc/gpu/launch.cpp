@@ -86,7 +86,7 @@ Sweep describe(const Problem& p) {
           .count = p.operation == Operation::input_gradient
                        ? 1.0f
                        : static_cast<float>(g.count() * slots.members),
-          .eps = p.eps,
+          .eps = static_cast<float>(p.eps),
           .grouping = grouping_of(slots),
           .run = 0,  // see arrange
           .jump = 0};
@@ -369,7 +369,7 @@ class Planner {
                                       .along = static_cast<uint32_t>(along),
                                       .has_weight = p_.has_weight,
                                       .has_bias = p_.has_bias,
-                                      .eps = p_.eps,
+                                      .eps = static_cast<float>(p_.eps),
                                       .weight_per_slot = p_.affine_per_instance,
                                       .grouping = grouping_of(slots_)},
                                 static_cast<uint32_t>(ceil_div(columns, across)),
@@ -381,7 +381,7 @@ class Planner {
   void merge_groups(Kernel kernel, std::vector<Binding> buffers, int64_t parts, int64_t bytes) {
     const int64_t run = std::min<int64_t>(kSimd, limits_.tuning.least_run / bytes);
     merge(kernel, std::move(buffers), slots_.statistics(), parts, slots_.members,
-          p_.interleaved ? run : 1);
+          p_.groups.interleaved ? run : 1);
   }
 
   /// A sweep that leaves partial results of `bytes` each, and their merge into the array `whole`. A
