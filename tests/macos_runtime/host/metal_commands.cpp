@@ -357,7 +357,7 @@ void CommandBuffer::execute() {
     static std::mutex telling;
     const std::lock_guard lock(telling);
     gpu::Message message;
-    message.number(id).number(completed_before).number(observed_before);
+    message.number(id).number(queue->id).number(completed_before).number(observed_before);
     add_observations(message);
     message.number(error.empty()).bytes(gpu::setting("order")).bytes(gpu::setting("fault"));
     message.bytes(step.work.body);
