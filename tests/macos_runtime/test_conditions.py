@@ -101,6 +101,12 @@ def test_a_kernel_that_cannot_be_had_is_an_error_of_its_operation() -> None:
     macos_host.reports()
 
 
+def test_function_constants_of_a_library_made_from_source() -> None:
+    """An int and a float; two pipelines of one kernel keep their own."""
+    line = 0.5 * np.arange(64) + 3
+    np.testing.assert_array_equal(macos_host.specialized(3, 0.5), [*line, *-line])
+
+
 @pytest.mark.parametrize(("system", "version"), [("14", "3.1"), ("15", "3.2"), ("26", "4.0")])
 def test_the_system_decides_on_the_language(system: str, version: str) -> None:
     if int(system) < int(os.environ["MLX_WELFORD_MACOS"]):
