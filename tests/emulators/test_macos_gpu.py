@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from macos_runtime.gpu import Binding, CommandError, Dispatch, changed, check, whole_groups
 from macos_runtime.hazards import Access, Hazards
-from macos_runtime.kernels import Kernel, compile_source
+from macos_runtime.kernels import Kernel, KernelError, compile_source
 from mlx_welford import _ext
 
 
@@ -215,6 +215,33 @@ def test_vectors_are_aligned(name: str, offset: int, right: bool) -> None:
     else:
         with pytest.raises(CommandError, match="not aligned to"):
             check(dispatch)
+
+
+CONSTANTS = """
+#include <metal_stdlib>
+using namespace metal;
+constant int kind [[function_constant(0)]];
+constant float factor [[function_constant(4)]];
+constant bool has_bias [[function_constant(5)]];
+inline float scaled(float a) {
+  return kind == 1 ? a * (is_function_constant_defined(factor) ? factor : 2.0f) : a;
+}
+[[kernel]] void scale(device float* out [[buffer(0)]],
+                      const device float* bias [[buffer(1), function_constant(has_bias)]],
+                      uint i [[thread_position_in_grid]]) {
+  out[i] = scaled(out[i]);
+}
+[[kernel]] void plain(device float* out [[buffer(0)]]) { out[0] = 1; }
+"""
+
+
+def test_function_constants_that_a_kernel_needs() -> None:
+    """Those that it reads, in a function that it calls, or that switch an argument on."""
+    library = compile_source(CONSTANTS)
+    library.kernel("plain", {})
+    library.kernel("scale", {0: b"\0\0\0\1", 5: b"\1"})
+    with pytest.raises(KernelError, match="scale needs the function constants kind, has_bias"):
+        library.kernel("scale", {4: b"\0\0\0\0"})
 
 
 def test_another_source_than_this_checkouts_is_refused() -> None:

@@ -35,6 +35,7 @@ IN_REPORTS = {
     "an encoder that does not end": "is released before its encoding ends",
     "a pool drained out of order": "is drained out of order",
     "a pool that is not drained": "a thread ends with 1 autorelease pools that were not drained",
+    "a function constant that is missing": "h needs the function constants added, factor",
     "a function constant of an unknown type": "a function constant of MTLDataType 4",
     "no pool": "autoreleased where there is no pool",
 }

@@ -229,6 +229,14 @@ const std::map<std::string, Misuse>& all() {
          p.set_number(7, 1);
          p.dispatch();
        }},
+      {"a function constant that is missing",
+       [](Program& p) {
+         Error* error = nullptr;
+         Object* function = send(p.library, "newFunctionWithName:", string("h"));
+         send(p.device, "newComputePipelineStateWithFunction:error:", function, &error);
+         objc::release(function);
+         report("%s", error->description->text.c_str());
+       }},
       {"a function constant of another size",
        [](Program& p) {
          const int32_t added = 1;
