@@ -151,7 +151,7 @@ mutants: build ## plant faults, see which tests notice: MUTANTS_ARGS="--only NAM
 MACOS ?= 14
 MACOS_BACKEND ?= gpu
 MACOS_WHEELS := build/macos_runtime/wheels
-MACOS_PYTEST = PYTHONPATH=$(TESTS_PATH) MACOS=$(MACOS) $(PY) -m macos_runtime -m pytest
+MACOS_PYTEST = PYTHONPATH=$(TESTS_PATH) MACOS=$(MACOS) $(PY) -m macos_runtime -m pytest --numprocesses $(JOBS)
 # Of the suite what holds the CPU's kernels to float64, here with NEON.
 MACOS_CPU_TESTS := tests/numerics/test_evaluation.py tests/numerics/test_layouts.py
 test-macos: $(MACOS_WHEELS)/stamp ## test the wheel for macOS, on Linux: MACOS=26 PYTEST_ARGS=tests/numerics/test_forward.py
