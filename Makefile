@@ -47,7 +47,7 @@ DIST ?= dist
 # What wheels are made of: this checkout, or an unpacked source distribution.
 SOURCE ?= .
 
-.PHONY: help build demo test test-quick test-nightly test-macos sanitize mutants bench lint format \
+.PHONY: help build demo test test-quick test-nightly test-macos sanitize mutants bench lint format docs \
 	sdist wheels wheel-macos wheel-aarch64 try-mlx cuda cuda-pack clean force
 .DEFAULT_GOAL := help
 
@@ -180,6 +180,9 @@ format: build ## rewrite the sources as the checks want them
 	$(PY) -m ruff check --fix-only --quiet
 	$(PY) -m ruff format
 	$(VENV)/bin/clang-format -i $(CXX_SOURCES)
+
+docs: build ## build the documentation into build/docs
+	$(PY) -m sphinx --conf-dir docs --doctree-dir build/doctrees --fail-on-warning --keep-going --quiet . build/docs
 
 sdist: $(VENV)/requirements.stamp ## pack the sources into dist/
 	$(PY) -m build --sdist --no-isolation --outdir $(DIST)

@@ -1,8 +1,8 @@
 """Make plots and tables of what bench.suite measured.
 
     python -m bench.report                              plots in build/bench
-    python -m bench.report --write docs/performance.md README.md
-        the tables between markers in these files, plots in a folder beside the first
+    python -m bench.report --write docs/performance.md
+        the tables between its markers, plots in a folder beside it
 
 README.md beside this file says what they mean.
 """
