@@ -15,8 +15,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from . import macs, plots
-from .implementations import (
+from mlx_welford.bench.implementations import (
     BASELINE,
     BOTH,
     COPY,
@@ -27,9 +26,11 @@ from .implementations import (
     OURS,
     TORCH,
 )
+from mlx_welford.bench.results import Report, Row
+from mlx_welford.bench.settings import TUNED
+
+from . import macs, plots
 from .plots import MEBIBYTE, Reports, in_folder
-from .results import Report, Row
-from .settings import TUNED
 from .suite import COLD, GROUPS, RESULTS, SUFFIXES
 
 NAMES = (BASELINE, TORCH, INSTANCE, OURS)

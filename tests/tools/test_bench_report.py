@@ -9,15 +9,16 @@ from xml.etree import ElementTree
 
 import pytest
 from bench_cases import MEASURED, MEBIBYTE, X_BYTES, described, samples
+from mlx_welford.bench import compare, results, settings
+from mlx_welford.bench.environment import environment
+from mlx_welford.bench.implementations import BASELINE, BOTH, EVALUATION, FORWARD, INSTANCE, OURS
+from mlx_welford.bench.results import Report
+from mlx_welford.bench.settings import AS_FOUND, TUNED
+from mlx_welford.bench.workloads import CASES, Case
 
-from bench import compare, plots, report, results, settings, suite
-from bench.environment import environment
-from bench.implementations import BASELINE, BOTH, EVALUATION, FORWARD, INSTANCE, OURS
+from bench import plots, report, suite
 from bench.plots import Reports
-from bench.results import Report
-from bench.settings import AS_FOUND, TUNED
 from bench.suite import GROUPS
-from bench.workloads import CASES, Case
 
 
 def test_jobs_measure_what_the_report_needs(tmp_path: Path) -> None:
@@ -52,10 +53,9 @@ def test_scripts_run_as_programs(tmp_path: Path) -> None:
         )
 
     path = tmp_path / "tuned.json"
-    options = "--cases cifar-resnet-64kb --dtypes float32 --modes forward --seconds 1e-3"
-    run(
-        "bench.compare", *options.split(), "--setting", TUNED, "--threads", "1", "--json", str(path)
-    )
+    options = "bench --cases cifar-resnet-64kb --dtypes float32 --modes forward --seconds 1e-3"
+    setting = ("--setting", TUNED, "--threads", "1")
+    run("mlx_welford", *options.split(), *setting, "--json", str(path))
     found = Report.read(path).environment
     assert found["MALLOC_MMAP_MAX_"] == "0"
     assert found["MLX_WELFORD_NUM_THREADS"] == "1"
