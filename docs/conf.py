@@ -6,6 +6,7 @@ and on GitHub.
 
 import importlib
 import os
+import re
 import subprocess
 import sys
 from importlib.metadata import version as version_of
@@ -44,6 +45,7 @@ html_math_renderer = "mathml"
 html_show_sourcelink = False
 html_copy_source = False
 
+GITHUB = f"https://github.com/{os.environ.get('GITHUB_REPOSITORY', 'OWNER/mlx-welford')}"
 PUBLIC = ("mlx_welford", "mlx_welford.compat.torch", "mlx_welford.compat.gluon")
 # Pages of other documentation, for the names that signatures and docstrings refer to.
 MLX = "https://ml-explore.github.io/mlx/build/html/python/"
@@ -68,6 +70,7 @@ def setup(app: Sphinx) -> None:
         "mathml", inline_renderers=(math, None), block_renderers=(math_block, None)
     )
     app.add_directive("command-help", CommandHelp)
+    app.connect("source-read", link_to_github)
     app.connect("missing-reference", link_elsewhere)
     app.connect("env-check-consistency", check_public_names)
 
@@ -96,6 +99,11 @@ class CommandHelp(SphinxDirective):
             command, env=environment, stdout=subprocess.PIPE, text=True, check=True
         )
         return [nodes.literal_block(text.stdout, text.stdout, language="text")]
+
+
+def link_to_github(app: Sphinx, docname: str, source: list[str]) -> None:
+    """Completes links to GitHub's own pages, which files in the root give as ../../compare/..."""
+    source[0] = re.sub(r"(\]\(|\]: )\.\./\.\./(compare|issues)", rf"\1{GITHUB}/\2", source[0])
 
 
 def link_elsewhere(
