@@ -1,6 +1,7 @@
-// A small Objective-C runtime: classes, selectors, messages, reference counts and autorelease
-// pools, for objects that are C++ objects. It is strict: it finds a message to a released object, an
-// object released once too often, one autoreleased where there is no pool, and a pool never drained.
+// A small Objective-C runtime: classes, selectors, messages, reference counts and autorelease pools,
+// for objects that are C++ objects. It is strict: it finds a message to a released object, an object
+// released once too often, one autoreleased where there is no pool, and a pool that is never
+// drained.
 #pragma once
 
 #include <atomic>
