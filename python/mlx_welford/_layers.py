@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import KW_ONLY, InitVar, fields
-from typing import TYPE_CHECKING, Any, ClassVar, cast
+from typing import TYPE_CHECKING, Any, ClassVar, TypedDict, cast
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -20,7 +20,7 @@ from mlx_welford._arguments import (
 from mlx_welford._operations import operations
 from mlx_welford._uninitialized import UninitializedParameter, is_uninitialized
 
-__all__ = ["BatchNorm", "GroupNorm", "InstanceNorm", "set_dtype"]
+__all__ = ["BatchNorm", "Epilogue", "GroupNorm", "InstanceNorm", "set_dtype"]
 
 _AFFINE = ["weight", "bias"]
 _RUNNING = ["running_mean", "running_var"]
@@ -28,6 +28,13 @@ _VECTORS = [*_AFFINE, *_RUNNING]  # parameters of shape (C,)
 _COUNTER = "num_batches_tracked"
 # A momentum may be an array, as from a schedule. Then Module counts it among the parameters.
 _FROZEN = [*_RUNNING, _COUNTER, "momentum"]
+
+
+class Epilogue(TypedDict, total=False):
+    """The options for what follows a normalisation: keyword arguments of the layers of compat/."""
+
+    activation: str | None
+    negative_slope: float
 
 
 @options
@@ -47,6 +54,8 @@ class _Normalization(Module):
 
     _: KW_ONLY
     axis: int = -1
+    activation: str | None = None
+    negative_slope: float = 0.01
     if TYPE_CHECKING:  # what the subclasses must have
         num_features = eps = momentum = track_running_stats = cast(Any, None)
 
@@ -59,13 +68,19 @@ class _Normalization(Module):
     def __post_init__(self, affine: bool = False) -> None:
         self._start(weight=affine, bias=affine)
 
-    def _start(self, *, weight: bool, bias: bool, **given: Any) -> None:
+    def _start(
+        self, *, weight: bool, bias: bool, epilogue: Epilogue | None = None, **given: Any
+    ) -> None:
         """Sets the given options, checks all of them, and creates the parameters."""
         Module.__init__(self)  # not super(): the next class is mlx.nn's, with other arguments
+        name = type(self).__name__
+        for option, value in (epilogue or {}).items():
+            if option not in Epilogue.__annotations__:
+                raise TypeError(f"{name}() got an unexpected keyword argument '{option}'")
+            setattr(self, option, value)
         for option, value in given.items():
             setattr(self, option, value)
         set_missing_options(self)
-        name = type(self).__name__
         check_positive(self.num_features, self._features_argument, name)
         check_eps(self.eps, name, self._eps_argument)
         check_momentum(self.momentum, name)
@@ -131,6 +146,14 @@ class _Normalization(Module):
         """As ``Module.unfreeze``, except that running statistics stay frozen."""
         return Module.unfreeze(self, *args, **kwargs)
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Sets an attribute. Those of the epilogue are checked, whenever they are set."""
+        if name == "activation":
+            operations.check_activation(value, 0, type(self).__name__)
+        elif name == "negative_slope":
+            operations.check_activation(None, value, type(self).__name__)
+        super().__setattr__(name, value)
+
     def __setitem__(self, name: str, value: Any) -> None:
         """Sets a parameter. Assignment, update, load_weights and casts all end here.
 
@@ -158,7 +181,8 @@ class _Normalization(Module):
                 dict.__setitem__(self, name, value)
             self.num_features = num_features
 
-    def __call__(self, x: mx.array) -> mx.array:
+    def __call__(self, x: mx.array, residual: mx.array | None = None) -> mx.array:
+        """activation(y + residual), where y is x normalised."""
         name = type(self).__name__
         self._take_features_from(x, self._needs_several_values())
         updates = self.training and self.track_running_stats
@@ -179,6 +203,9 @@ class _Normalization(Module):
             running=evaluates,
             groups=groups,
             interleaved=interleaved,
+            activation=self.activation,
+            negative_slope=self.negative_slope,
+            residual=residual,
         )
         if updates:
             self._update_running_statistics(x, mean, var)
@@ -248,13 +275,20 @@ class _Normalization(Module):
 
     def _extra_repr(self) -> str:
         """The options of mlx.nn, then the others if they are not at their default."""
-        shown = {name: getattr(self, name) for name in self._shown}
-        for option in fields(_Normalization):
-            if (value := getattr(self, option.name)) != option.default:
-                shown[option.name] = value
+        shown = [f"{name}={getattr(self, name)}" for name in self._shown]
+        shown += self._not_at_default("axis", *Epilogue.__annotations__)
         if self._accelerated is not None:
-            shown["accelerated"] = True
-        return ", ".join([f"{self.num_features}", *(f"{k}={v}" for k, v in shown.items())])
+            shown.append("accelerated=True")
+        return ", ".join([f"{self.num_features}", *shown])
+
+    def _not_at_default(self, *names: str) -> list[str]:
+        """Those of these options that repr has to show."""
+        values = {
+            option.name: getattr(self, option.name)
+            for option in fields(self)
+            if option.name in names and getattr(self, option.name) != option.default
+        }
+        return [f"{name}={value!r}" for name, value in values.items()]
 
 
 def _counter(value: mx.array, before: mx.array | None) -> mx.array:
@@ -314,10 +348,11 @@ class InstanceNorm(_Normalization, nn.InstanceNorm):
             instances, of their means and unbiased variances. Default: ``False``, the statistics of
             the input are used in training and evaluation.
         axis: The channel axis; not 0. Default: ``-1``.
+        activation, negative_slope: As in :class:`BatchNorm`.
 
     Shape:
         - Input: ``(N, ..., C)`` with at least 3 dimensions, or with the channels on ``axis``.
-        - Output: same shape as the input, dtype ``mx.result_type(x, weight, bias)``.
+        - Output: same shape as the input, dtype ``mx.result_type(x, weight, bias, residual)``.
 
     Raises:
         ValueError: If an argument is out of range, or an input has too few dimensions, another
@@ -376,10 +411,11 @@ class GroupNorm(_Normalization, nn.GroupNorm):
             every ``num_groups``-th one. Default: ``False``: as ``mlx.nn.GroupNorm`` reshapes its
             input, channel ``c`` is in group ``c % num_groups``.
         axis: The channel axis; not 0. Default: ``-1``.
+        activation, negative_slope: As in :class:`BatchNorm`.
 
     Shape:
         - Input: ``(N, ..., C)`` with at least 2 dimensions, or with the channels on ``axis``.
-        - Output: same shape as the input, dtype ``mx.result_type(x, weight, bias)``.
+        - Output: same shape as the input, dtype ``mx.result_type(x, weight, bias, residual)``.
 
     Raises:
         ValueError: If an argument is out of range, or an input has too few dimensions or another
@@ -457,11 +493,19 @@ class BatchNorm(_Normalization, nn.BatchNorm):
         track_running_stats: Whether to keep running statistics. Default: ``True``. Without them
             evaluation uses the statistics of the input, too.
         axis: The channel axis. Default: ``-1``.
+        activation: ``"relu"``, ``"relu6"``, ``"leaky_relu"``, ``"silu"``, ``"gelu"``,
+            ``"gelu_approx"`` or ``"hardswish"``: the function of ``mlx.nn`` that follows, at no
+            extra traffic. Default: ``None``.
+        negative_slope: Of ``"leaky_relu"``. Default: ``0.01``.
+
+    ``layer(x, residual)`` adds an array of the shape of ``x`` before the activation. The layer
+    computes both: ``mlx.nn.BatchNorm.__call__(layer, x)`` knows neither, nor do tools that fold a
+    normalisation into a convolution. docs/fusing.md has more.
 
     Shape:
         - Input: ``(N, C)``, ``(N, L, C)``, ``(N, H, W, C)`` and so on, or with the channels on
           ``axis``.
-        - Output: same shape as the input, dtype ``mx.result_type(x, weight, bias)``.
+        - Output: same shape as the input, dtype ``mx.result_type(x, weight, bias, residual)``.
 
     Raises:
         ValueError: If an argument is out of range, or an input has too few dimensions, another
