@@ -155,13 +155,15 @@ def test_other_keywords_are_still_errors(kind: str) -> None:
 
 
 def test_they_are_keywords_alone() -> None:
-    for make in (
-        lambda: mw.BatchNorm(4, 1e-5, 0.1, True, True, "relu"),  # type: ignore[call-arg]
-        lambda: mw.InstanceNorm(4, 1e-5, True, "relu"),  # type: ignore[call-arg]
-        lambda: compat.GroupNorm(2, 4, 1e-5, True, "relu"),  # type: ignore[call-arg]
-    ):
+    made: list[tuple[Callable[..., nn.Module], tuple[Any, ...]]] = [
+        (mw.BatchNorm, (4, 1e-5, 0.1, True, True)),
+        (mw.InstanceNorm, (4, 1e-5, True)),
+        (compat.GroupNorm, (2, 4, 1e-5, True)),
+    ]
+    for kind, arguments in made:
+        kind(*arguments)
         with pytest.raises(TypeError, match="positional"):
-            make()
+            kind(*arguments, "relu")
 
 
 @every_layer
@@ -208,6 +210,7 @@ def test_a_residual_of_another_shape_leaves_the_layer_as_it_was(kind: str) -> No
 
 def test_mlx_nn_does_not_know_them() -> None:
     """Code that calls mlx.nn's class with a layer of ours gets neither: docs/fusing.md says so."""
-    layer, plain = mw.BatchNorm(6, activation="relu").eval(), nn.BatchNorm(6).eval()
+    layer: Any = mw.BatchNorm(6, activation="relu").eval()
+    plain = nn.BatchNorm(6).eval()
     given = x()
     assert_same_bits(nn.BatchNorm.__call__(layer, given), plain(given))
