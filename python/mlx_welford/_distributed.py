@@ -78,10 +78,12 @@ class SyncBatchNorm(BatchNorm):
             return super().__call__(x, residual)
         # Only the messages of all ranks tell whether there are several values per channel.
         self._take_features_from(x, several_values=False)
+        x, shift = self._split(x)
         normalize = _Synchronized(self, group)
         y, mean, var, count = normalize(x, self.get("weight"), self.get("bias"), residual)
         if self.track_running_stats:
-            following = self._next_running_statistics(mean, var, count)
+            of_input = mean if shift is None else mean + shift
+            following = self._next_running_statistics(of_input, var, count)
             # A batch that is empty on all ranks changes nothing.
             self.update({k: mx.where(count > 0, v, self[k]) for k, v in following.items()})
         return y

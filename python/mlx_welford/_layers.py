@@ -17,6 +17,8 @@ from mlx_welford._arguments import (
     options,
     set_missing_options,
 )
+from mlx_welford._fallback import statistics_dtype
+from mlx_welford._input_bias import BiasedArray
 from mlx_welford._operations import operations
 from mlx_welford._uninitialized import UninitializedParameter, is_uninitialized
 
@@ -62,6 +64,7 @@ class _Normalization(Module):
     _statistics: ClassVar[operations.Statistics]
     _features_argument: ClassVar[str]
     _eps_argument: ClassVar[str] = "eps"
+    _channelwise: ClassVar[bool] = True  # each channel has statistics of its own
     # Set on layers of mlx.nn that have become one of these: their class and options before.
     _accelerated: ClassVar[tuple[type[Module], dict[str, Any]] | None] = None
 
@@ -185,6 +188,7 @@ class _Normalization(Module):
         """activation(y + residual), where y is x normalised."""
         name = type(self).__name__
         self._take_features_from(x, self._needs_several_values())
+        x, shift = self._split(x)
         updates = self.training and self.track_running_stats
         evaluates = not self.training and self.track_running_stats
         groups, interleaved = self._grouping()
@@ -195,7 +199,7 @@ class _Normalization(Module):
             self.eps,
             self._statistics,
             name,
-            mean=self["running_mean"] if evaluates else None,
+            mean=self._running_mean_less(shift) if evaluates else None,
             var=_finite(self["running_var"]) if evaluates else None,
             axis=self.axis,
             channels=self._channels(),
@@ -208,8 +212,23 @@ class _Normalization(Module):
             residual=residual,
         )
         if updates:
-            self._update_running_statistics(x, mean, var)
+            self._update_running_statistics(x, mean if shift is None else mean + shift, var)
         return y
+
+    def _split(self, x: mx.array) -> tuple[mx.array, mx.array | None]:
+        """x without the bias that a convolution has handed over, and that bias in float32."""
+        if isinstance(x, BiasedArray) and x.terms and self.axis in (-1, x.ndim - 1):
+            before, bias = x.terms
+            if self._channelwise and bias.size == self.num_features:
+                return before, bias.astype(statistics_dtype(bias.dtype))
+        return x, None
+
+    def _running_mean_less(self, shift: mx.array | None) -> mx.array:
+        """The running mean of an input without the bias."""
+        mean: mx.array = self["running_mean"]
+        if shift is None or shift.shape != mean.shape:
+            return mean
+        return mean.astype(statistics_dtype(mean.dtype)) - shift
 
     def _update_running_statistics(self, x: mx.array, mean: mx.array, var: mx.array) -> None:
         """Updates them, unless the batch is empty."""
@@ -442,6 +461,7 @@ class GroupNorm(_Normalization, nn.GroupNorm):
     _statistics = operations.Statistics.of_instance
     _features_argument = "dims"
     _shown = ("eps", "affine", "pytorch_compatible")
+    _channelwise = False
     num_features = _dims
     momentum = None
     track_running_stats = False
