@@ -123,6 +123,7 @@ def activated(case: Case, p: Array) -> tuple[Array, Array]:
 def truth(case: Case) -> dict[str, Array]:
     whole = shares.data(case)
     x, gz, weight, bias, residual = (wide(a) for a in whole)
+    x = x + case.handed
     if not case.affine:
         weight, bias = np.ones_like(weight), np.zeros_like(bias)
     if not case.residual:

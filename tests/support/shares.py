@@ -14,6 +14,7 @@ import mlx.nn as nn
 import mlx.optimizers as optim
 import numpy as np
 from mlx.utils import tree_flatten
+from mlx_welford._input_bias import BiasedArray
 from problems import DTYPES
 from reference import Array
 from tolerance import wide
@@ -52,6 +53,7 @@ class Case:
     torch: bool = False  # the layer of compat.torch
     activation: str | None = None
     residual: bool = False
+    handed: float = 0.0  # the bias that a convolution hands over with x
 
     @property
     def channels(self) -> int:
@@ -82,6 +84,7 @@ CASES = {
         Case("relu, residual", (12, 6, 9), "empty", axis=1, activation="relu", residual=True),
         Case("silu, torch", (12, 5, 7), axis=1, torch=True, activation="silu"),
         Case("silu, residual", (12, 5, 7), "unequal", activation="silu", residual=True),
+        Case("handed bias", (12, 5, 7), "unequal", handed=3.0, activation="relu"),
         Case("silu, no parameters", (12, 5, 7), affine=False, activation="silu", residual=True),
     )
 }
@@ -134,9 +137,15 @@ def results(case: Case, layer: nn.Module, part: slice) -> Results:
     n = len(inputs)
     primals = [*inputs, *(layer[name] for name in names)]
 
+    def output(x: mx.array, *residual: mx.array) -> mx.array:
+        if case.handed:
+            x = BiasedArray(x, mx.full((case.channels,), case.handed))
+        z: mx.array = layer(x, *residual)
+        return z
+
     def function(*arguments: mx.array) -> list[mx.array]:
         layer.update(dict(zip(names, arguments[n:], strict=True)))
-        return [layer(*arguments[:n])]
+        return [output(*arguments[:n])]
 
     def step(*arguments: mx.array) -> list[mx.array]:
         (y,), gradients = mx.vjp(function, list(arguments), [gy])
@@ -153,7 +162,7 @@ def results(case: Case, layer: nn.Module, part: slice) -> Results:
     if case.momentum is None:
         named["num_batches_tracked"] = layer["num_batches_tracked"].astype(mx.float32)
     layer.eval()
-    named["evaluation"] = layer(*inputs)
+    named["evaluation"] = output(*inputs)
     return {name: wide(a).astype(np.float64) for name, a in named.items()}
 
 
