@@ -13,14 +13,17 @@ bool can_run(mx::Stream s, const Problem& problem, gpu::PlanCache& cache) {
   if (s.device == mx::Device::gpu) {
     return gpu::metal_can_run(s, problem, cache);
   }
-  return !gpu::simulates() || gpu::simulator_can_run(problem, cache);
+  if (gpu::simulates()) {
+    return gpu::simulator_can_run(problem, cache);
+  }
+  return problem.epilogue == Epilogue{};  // which the CPU's kernels do not have yet
 }
 
 bool run(mx::Stream s, const Problem& of_any_arrays, const BoundArrays& arrays,
          gpu::PlanCache& cache) {
   // A Metal buffer begins at a multiple of 16 bytes, and the simulator's do; a view may not.
   Problem problem = of_any_arrays;
-  for (BufferIndex i : {kX, kG, kOut}) {
+  for (BufferIndex i : {kX, kG, kOut, kResidual, kZ, kGradResidual}) {
     problem.aligned = problem.aligned && (!arrays.has(i) || arrays[i].offset() % 16 == 0);
   }
   if (s.device == mx::Device::gpu) {

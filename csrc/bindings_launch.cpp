@@ -54,6 +54,7 @@ nb::dict to_dict(const Sweep& s) {
   d["has_sums"] = s.has_sums;
   d["count"] = s.count;
   d["eps"] = s.eps;
+  d["negative_slope"] = s.negative_slope;
   add(d, s.grouping);
   d["run"] = s.run;
   d["jump"] = s.jump;
@@ -74,6 +75,17 @@ nb::dict to_dict(const Merge& s) {
   return d;
 }
 
+/// The function constants by index; none if the kernel has none.
+nb::dict to_dict(const gpu::Variant& kernel) {
+  nb::dict d;
+  if (kernel.has_constants()) {
+    d[nb::int_(int{kActivationConstant})] = static_cast<int>(kernel.constants.activation);
+    d[nb::int_(int{kAuxiliaryConstant})] = static_cast<int>(kernel.constants.auxiliary);
+    d[nb::int_(int{kGradientConstant})] = kernel.constants.gradient;
+  }
+  return d;
+}
+
 nb::dict to_dict(const gpu::Dispatch& dispatch) {
   const gpu::Variant& kernel = dispatch.kernel;
   nb::dict d;
@@ -83,6 +95,7 @@ nb::dict to_dict(const gpu::Dispatch& dispatch) {
   d["pattern"] = kernel.walk ? nb::cast(gpu::name_of(kernel.walk->pattern)) : nb::none();
   d["grouped"] = kernel.walk && kernel.walk->grouped;
   d["host_name"] = gpu::host_name(kernel);
+  d["constants"] = to_dict(kernel);
   d["instantiation"] = gpu::instantiation(kernel);
   nb::list buffers;
   for (const gpu::Binding& b : dispatch.buffers) {

@@ -80,29 +80,35 @@ inline Sigmoid<F> sigmoid_of_gelu(F near) {
 }
 
 template <typename F>
+inline F between_0_and_6(F p) {
+  const F most = splat<F>(6.0f);
+  return p < 0.0f ? F{} : (p > most ? most : p);
+}
+
+template <typename F>
 inline F activate(Activation activation, F p, float negative_slope) {
-  switch (activation) {
-    case Activation::none:
-      break;
-    case Activation::relu:
-      return p < 0.0f ? F{} : p;
-    case Activation::relu6: {
-      const F most = splat<F>(6.0f);
-      return p < 0.0f ? F{} : (p > most ? most : p);
-    }
-    case Activation::leaky_relu: {
-      // Zero has no sign, since a gradient tells by the sign of z where p was negative.
-      const F scaled = negative_slope * p;
-      return scaled > p ? scaled : (p == 0.0f ? F{} : p);
-    }
-    case Activation::silu:
-      return p * sigmoid<F>(p).value;
-    case Activation::gelu:
-      return p * normal<F>(p).value;
-    case Activation::gelu_approx:
-      return p * sigmoid_of_gelu<F>(within_32<F>(p)).value;
-    case Activation::hardswish:
-      return p * (activate<F>(Activation::relu6, p + 3.0f, 0.0f) / 6.0f);
+  if (activation == Activation::relu) {
+    return p < 0.0f ? F{} : p;
+  }
+  if (activation == Activation::relu6) {
+    return between_0_and_6<F>(p);
+  }
+  if (activation == Activation::leaky_relu) {
+    // Zero has no sign, since a gradient tells by the sign of z where p was negative.
+    const F scaled = negative_slope * p;
+    return scaled > p ? scaled : (p == 0.0f ? F{} : p);
+  }
+  if (activation == Activation::silu) {
+    return p * sigmoid<F>(p).value;
+  }
+  if (activation == Activation::gelu) {
+    return p * normal<F>(p).value;
+  }
+  if (activation == Activation::gelu_approx) {
+    return p * sigmoid_of_gelu<F>(within_32<F>(p)).value;
+  }
+  if (activation == Activation::hardswish) {
+    return p * (between_0_and_6<F>(p + 3.0f) / 6.0f);
   }
   return p;
 }
@@ -110,31 +116,31 @@ inline F activate(Activation activation, F p, float negative_slope) {
 template <typename F>
 inline F derivative(Activation activation, F p, float negative_slope) {
   const F one = splat<F>(1.0f);
-  switch (activation) {
-    case Activation::none:
-      break;
-    case Activation::relu:
-      return p > 0.0f ? one : F{};
-    case Activation::relu6:
-      return p > 0.0f ? (p < 6.0f ? one : F{}) : F{};
-    case Activation::leaky_relu:
-      return negative_slope * p > p ? splat<F>(negative_slope) : one;
-    case Activation::silu: {
-      const Sigmoid<F> s = sigmoid<F>(p);
-      return s.value * multiply_add(p, s.rest, one);
-    }
-    case Activation::gelu: {
-      const Normal<F> n = normal<F>(p);
-      return multiply_add(0.398942280f * p, n.exponential, n.value);
-    }
-    case Activation::gelu_approx: {
-      const F near = within_32<F>(p);
-      const Sigmoid<F> s = sigmoid_of_gelu<F>(near);
-      const F slope = 1.59576912f * multiply_add(splat<F>(0.134145f), near * near, one);
-      return multiply_add(near * s.value * s.rest, slope, s.value);
-    }
-    case Activation::hardswish:
-      return p <= -3.0f ? F{} : (p >= 3.0f ? one : (2.0f * p + 3.0f) / 6.0f);
+  if (activation == Activation::relu) {
+    return p > 0.0f ? one : F{};
+  }
+  if (activation == Activation::relu6) {
+    return p > 0.0f ? (p < 6.0f ? one : F{}) : F{};
+  }
+  if (activation == Activation::leaky_relu) {
+    return negative_slope * p > p ? splat<F>(negative_slope) : one;
+  }
+  if (activation == Activation::silu) {
+    const Sigmoid<F> s = sigmoid<F>(p);
+    return s.value * multiply_add(p, s.rest, one);
+  }
+  if (activation == Activation::gelu) {
+    const Normal<F> n = normal<F>(p);
+    return multiply_add(0.398942280f * p, n.exponential, n.value);
+  }
+  if (activation == Activation::gelu_approx) {
+    const F near = within_32<F>(p);
+    const Sigmoid<F> s = sigmoid_of_gelu<F>(near);
+    const F slope = 1.59576912f * multiply_add(splat<F>(0.134145f), near * near, one);
+    return multiply_add(near * s.value * s.rest, slope, s.value);
+  }
+  if (activation == Activation::hardswish) {
+    return p <= -3.0f ? F{} : (p >= 3.0f ? one : (2.0f * p + 3.0f) / 6.0f);
   }
   return one;
 }

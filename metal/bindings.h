@@ -72,6 +72,14 @@ enum class Activation { WELFORD_ACTIVATIONS(X) };
 /// the derivative, the output z.
 enum class Auxiliary { none, residual, output };
 
+/// Indices of the function constants, which are set when a pipeline is made: no element takes time
+/// for what its problem does not have.
+enum FunctionConstant {
+  kActivationConstant = 0,  // int: an Activation
+  kAuxiliaryConstant = 1,   // int: an Auxiliary
+  kGradientConstant = 2,    // bool: a sweep that finds sums of g writes grad x, too
+};
+
 /// Buffer indices, the same in every kernel that has the buffer. In place of an absent weight, bias
 /// or sums, var is bound and never read.
 enum BufferIndex {
@@ -132,6 +140,7 @@ struct Sweep {
   shared_uint has_sums;
   float count;  // values per statistic
   float eps;
+  float negative_slope;
   Grouping grouping;
   shared_uint run;   // of columns of groups: vectors that lie side by side
   shared_uint jump;  // columns from a run to the next member's; 0: there is one run

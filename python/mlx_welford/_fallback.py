@@ -284,10 +284,10 @@ def _activated(p: _Array, activation: str | None, negative_slope: float) -> _Arr
         case "gelu":
             return p * (((p * math.sqrt(0.5)).apply(mx.erf) + 1) * 0.5)
         case "gelu_approx":
-            # tanh(u) = 2 sigmoid(2 u) - 1. Beyond +-32 the sigmoid is 0 or 1; p^3 might overflow.
+            # Beyond +-32 tanh is -1 or 1; p^3 might overflow.
             near = p.apply(mx.clip, p.constant(-32), p.constant(32))
-            scaled = (near + near * near * near * 0.044715) * (2 * math.sqrt(2 / math.pi))
-            return p * scaled.apply(mx.sigmoid)
+            scaled = (near + near * near * near * 0.044715) * math.sqrt(2 / math.pi)
+            return p * ((scaled.apply(mx.tanh) + 1) * 0.5)
         case "hardswish":
             return p * (_activated(p + 3, "relu6", 0) / p.constant(6))
     raise ValueError(f"there is no activation {activation!r}")
