@@ -48,7 +48,7 @@ FallbackCall KernelPrimitive::fallback_call(const Arrays& inputs) const {
 }
 
 bool KernelPrimitive::can_evaluate(const Arrays& inputs) {
-  if (uses_fallback() || !has_elements(inputs[0].dtype()) || attributes_.epilogue != Epilogue{}) {
+  if (uses_fallback() || !has_elements(inputs[0].dtype())) {
     return false;
   }
   for (size_t i = 1; i < inputs.size(); ++i) {
