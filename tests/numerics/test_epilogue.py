@@ -36,7 +36,7 @@ AFFINE = [
 
 # (N, S, C, G): one dispatch, pieces of few and of many values, odd numbers of channels
 SIZES = [
-    (3, 9, 6, 3),
+    (4, 9, 16, 4),
     (2, 33, 7, 1),
     (2, 33, 8, 4),
     (5, 2, 32, 2),
@@ -54,7 +54,10 @@ layouts = pytest.mark.parametrize("layout", ["last", "first", "middle"])
 
 
 def made(
-    norm: str, sizes: tuple[int, int, int, int] = (3, 9, 6, 3), layout: str = "last", **options: Any
+    norm: str,
+    sizes: tuple[int, int, int, int] = (4, 9, 16, 4),
+    layout: str = "last",
+    **options: Any,
 ) -> Case:
     """A case of a normalisation of NORMS."""
     n, s, c, g = sizes
@@ -82,7 +85,8 @@ def check(case: Case, names: Sequence[str] = NAMES) -> None:
         for name, gradient in grads.items():
             dtype, size = problem.inputs[name].dtype, sizes.get(name, 0)
             found = f"grad {name}", gradient, base[name], truth[name], dtype
-            comparison.add(*found, magnitude=size)
+            # The gradient of var has r^3 in it, which is rounded more than once.
+            comparison.add(*found, magnitude=2 * size if name == "var" else size)
     comparison.check()
 
 
@@ -238,7 +242,7 @@ def test_cotangents_of_the_statistics_of_a_batch(
     problem = Problem(made("batch", layout=layout, activation=activation, residual=residual))
     axis = problem.case.axis
     axes = reduction_axes("batch", len(problem.case.shape), axis)
-    of_statistics = [mx.random.normal((6,)) * 50 for _ in range(2)]
+    of_statistics = [mx.random.normal((16,)) * 50 for _ in range(2)]
 
     def outputs(*values: mx.array) -> list[mx.array]:
         inputs: dict[str, Any] = dict(zip(problem.inputs, values, strict=True))
@@ -305,7 +309,8 @@ def test_the_type_of_a_residual_counts(norm: str, x: str, residual: str, result:
     truth, sizes = problem.backward(), problem.sizes()
     for name, gradient in problem.gradients(problem.ours).items():
         assert gradient.dtype == problem.inputs[name].dtype
-        unit = ulp(max(np.abs(truth[name]).max(), sizes.get(name, 0)), gradient.dtype)
+        size = max(np.abs(truth[name]).max(), sizes.get(name, 0))
+        unit = max(ulp(size, gradient.dtype), ulp(size, DTYPES[result]))  # g may be of that type
         assert_error(gradient, truth[name], 16 * unit, f"grad {name}")
 
 
