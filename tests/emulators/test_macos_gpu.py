@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from macos_runtime.gpu import Binding, CommandError, Dispatch, changed, check, whole_groups
 from macos_runtime.hazards import Access, Hazards
-from macos_runtime.kernels import Kernel, compile_source
+from macos_runtime.kernels import Kernel, KernelError, compile_source
 from mlx_welford import _ext
 
 
@@ -24,7 +24,7 @@ def read(*ranges: tuple[int, int], buffer: int = 1) -> list[Access]:
 def hazards() -> Hazards:
     """One command buffer, number 1, with encoders 10 and 11."""
     made = Hazards()
-    made.begin(1, completed=0, observed=0)
+    made.begin(1, queue=1, completed=0, observed=0)
     made.begin_encoder(1, 10)
     made.begin_encoder(1, 11)
     return made
@@ -101,11 +101,26 @@ def test_fences_order_what_came_before_what_they_order(hazards: Hazards) -> None
 def test_an_event_orders_queues(hazards: Hazards, waits: bool) -> None:
     hazards.dispatch(10, write((0, 8)))
     hazards.signal_event(1, 7, 1)
-    hazards.begin(2, completed=0, observed=0)
+    hazards.begin(2, queue=2, completed=0, observed=0)
     if waits:
         hazards.wait_event(2, 7, 1)
     hazards.begin_encoder(2, 20)
     assert (hazards.dispatch(20, read((0, 8))) is None) == waits
+
+
+@pytest.mark.parametrize("queue", [1, 2])
+def test_a_signal_comes_after_all_that_its_queue_was_given_before(
+    hazards: Hazards, queue: int
+) -> None:
+    """In another command buffer than what it is to order."""
+    hazards.dispatch(10, write((0, 8)))
+    hazards.complete(1)
+    hazards.begin(2, queue=queue, completed=0, observed=0)
+    hazards.signal_event(2, 7, 1)
+    hazards.begin(3, queue=3, completed=0, observed=0)
+    hazards.wait_event(3, 7, 1)
+    hazards.begin_encoder(3, 30)
+    assert (hazards.dispatch(30, read((0, 8))) is None) == (queue == 1)
 
 
 @pytest.mark.parametrize("seen", [True, False])
@@ -114,7 +129,7 @@ def test_completion_orders_what_is_committed_after_it_was_known(
 ) -> None:
     hazards.dispatch(10, write((0, 8)))
     hazards.complete(1)
-    hazards.begin(2, completed=1 if seen else 0, observed=0)
+    hazards.begin(2, queue=2, completed=1 if seen else 0, observed=0)
     hazards.begin_encoder(2, 20)
     assert (hazards.dispatch(20, read((0, 8))) is None) == seen
 
@@ -124,7 +139,7 @@ def test_an_event_that_the_program_has_seen_orders(hazards: Hazards, seen: bool)
     hazards.dispatch(10, write((0, 8)))
     hazards.signal_event(1, 7, 1)
     hazards.observe(7, 1)
-    hazards.begin(2, completed=0, observed=1 if seen else 0)
+    hazards.begin(2, queue=2, completed=0, observed=1 if seen else 0)
     hazards.begin_encoder(2, 20)
     assert (hazards.dispatch(20, read((0, 8))) is None) == seen
 
@@ -132,7 +147,7 @@ def test_an_event_that_the_program_has_seen_orders(hazards: Hazards, seen: bool)
 def test_what_is_past_is_forgotten() -> None:
     hazards = Hazards()
     for i in range(1000):
-        hazards.begin(i, completed=i, observed=0)
+        hazards.begin(i, queue=1, completed=i, observed=0)
         hazards.begin_encoder(i, i)
         assert hazards.dispatch(i, write((0, 8))) is None
         hazards.complete(i)
@@ -200,6 +215,33 @@ def test_vectors_are_aligned(name: str, offset: int, right: bool) -> None:
     else:
         with pytest.raises(CommandError, match="not aligned to"):
             check(dispatch)
+
+
+CONSTANTS = """
+#include <metal_stdlib>
+using namespace metal;
+constant int kind [[function_constant(0)]];
+constant float factor [[function_constant(4)]];
+constant bool has_bias [[function_constant(5)]];
+inline float scaled(float a) {
+  return kind == 1 ? a * (is_function_constant_defined(factor) ? factor : 2.0f) : a;
+}
+[[kernel]] void scale(device float* out [[buffer(0)]],
+                      const device float* bias [[buffer(1), function_constant(has_bias)]],
+                      uint i [[thread_position_in_grid]]) {
+  out[i] = scaled(out[i]);
+}
+[[kernel]] void plain(device float* out [[buffer(0)]]) { out[0] = 1; }
+"""
+
+
+def test_function_constants_that_a_kernel_needs() -> None:
+    """Those that it reads, in a function that it calls, or that switch an argument on."""
+    library = compile_source(CONSTANTS)
+    library.kernel("plain", {})
+    library.kernel("scale", {0: b"\0\0\0\1", 5: b"\1"})
+    with pytest.raises(KernelError, match="scale needs the function constants kind, has_bias"):
+        library.kernel("scale", {4: b"\0\0\0\0"})
 
 
 def test_another_source_than_this_checkouts_is_refused() -> None:

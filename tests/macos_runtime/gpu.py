@@ -206,14 +206,14 @@ class Device:
         return pack(number)
 
     def _execute(self, message: Message) -> bytes:
-        commands = message.number()
+        commands, queue = message.number(), message.number()
         completed, observed = message.number(), message.number()
         for _ in range(message.number()):
             self._hazards.observe(message.number(), message.number())
         valid, order, fault = message.number(), message.text(), message.text()
         records = list(self._read(Message(message.bytes())))
         if commands not in self._encodings:
-            self._hazards.begin(commands, completed=completed, observed=observed)
+            self._hazards.begin(commands, queue=queue, completed=completed, observed=observed)
             self._encodings[commands] = Encoding()
         encoding = self._encodings[commands]
         failure: CommandError | None = None

@@ -4,7 +4,9 @@ MLX tells Metal not to track hazards, and encodes dispatches that may overlap. W
 them is: a barrier between them in one encoder; a fence that the encoder of the one updates and
 that of the other waits for; an event, in the same way; or that the program knew the one to be done
 when it committed the other: its command buffer had completed, or an event after it had been seen.
-Fences and events order what came before them, too.
+Fences and events order what came before them, too. For a signal this is all that its queue has been
+given so far: Apple writes "after all scheduled commands prior to the event", and MLX signals in
+another command buffer than it computed in. A wait holds up its own command buffer alone.
 
 Each access is kept with its encoder and how many barriers came before it. Encoders that an encoder
 comes after are kept with it as a set. So two accesses are compared directly, in whatever order they
@@ -44,6 +46,7 @@ class Access:
 class _Commands:
     """A command buffer."""
 
+    queue: int
     known: int  # how many had completed when it was committed
     after: set[int] = field(default_factory=set)  # encoders that what is encoded next comes after
     encoders: list[int] = field(default_factory=list)
@@ -72,6 +75,7 @@ class Hazards:
         self.completed = 0
         self._commands: dict[int, _Commands] = {}
         self._encoders: dict[int, _Encoder] = {}
+        self._queues: dict[int, set[int]] = defaultdict(set)  # the encoders of each so far
         self._fences: dict[int, set[int]] = {}
         self._events: dict[int, dict[int, set[int]]] = defaultdict(dict)
         self._observed: list[set[int]] = []
@@ -81,14 +85,15 @@ class Hazards:
         """The program has seen the event signalled."""
         self._observed.append(self._before(event, value))
 
-    def begin(self, commands: int, *, completed: int, observed: int) -> None:
+    def begin(self, commands: int, *, queue: int, completed: int, observed: int) -> None:
         """A command buffer, and how much the program had seen when it was committed."""
         after = set[int]().union(*self._observed[:observed])
-        self._commands[commands] = _Commands(completed, after)
+        self._commands[commands] = _Commands(queue, completed, after)
 
     def begin_encoder(self, commands: int, encoder: int) -> None:
         owner = self._commands[commands]
         owner.encoders.append(encoder)
+        self._queues[owner.queue].add(encoder)
         self._encoders[encoder] = _Encoder(commands, owner.known, set(owner.after))
 
     def barrier(self, encoder: int) -> None:
@@ -101,10 +106,10 @@ class Hazards:
         self._encoders[encoder].after |= self._fences.get(fence, set())
 
     def signal_event(self, commands: int, event: int, value: int) -> None:
-        """The event comes after all that the command buffer has encoded so far."""
+        """The event comes after all that the queue of the command buffer has been given so far."""
         owner = self._commands[commands]
         before = set(owner.after)
-        for encoder in owner.encoders:
+        for encoder in self._queues[owner.queue]:
             before |= {encoder, *self._encoders[encoder].after}
         self._events[event][value] = before
 
@@ -167,7 +172,7 @@ class Hazards:
             del self._encoders[number]
         for encoder in self._encoders.values():
             encoder.after -= old
-        for before in [*self._fences.values(), *self._observed]:
+        for before in [*self._queues.values(), *self._fences.values(), *self._observed]:
             before -= old
         for values in self._events.values():
             for before in values.values():

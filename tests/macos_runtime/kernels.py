@@ -10,16 +10,26 @@ from __future__ import annotations
 
 import re
 import threading
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 
 from mlx_welford import _ext
 from simulator.loader import DIRECTORY as SIMULATOR
-from simulator.loader import HEADERS, CompileError, Library, Parameter, compile_library
+from simulator.loader import (
+    HEADERS,
+    KEYWORDS,
+    LANGUAGE,
+    CompileError,
+    Library,
+    Parameter,
+    compile_library,
+    preprocess,
+)
 from simulator.oracle import air
 from simulator.oracle.metallib import MetalLibrary
+from simulator.source import translate
 
 from .cache import BuildError, cached, zig
 
@@ -80,10 +90,14 @@ class SourceLibrary:
     library: Library
     names: tuple[str, ...]
     ours: bool
+    needed: Mapping[str, Mapping[str, int]]  # by kernel, see needed_constants
 
     def kernel(self, name: str, constants: Mapping[int, bytes]) -> Kernel:
         if name not in self.names:
             raise KernelError(f"there is no function {name}")
+        missing = [n for n, i in self.needed.get(name, {}).items() if i not in constants]
+        if missing:
+            raise KernelError(f"{name} needs the function constants {', '.join(missing)}")
         kernel = _kernel(name, self.library, ours=self.ours, function_constants=constants)
         return replace(kernel, alignments=_alignments(kernel)) if self.ours else kernel
 
@@ -103,10 +117,53 @@ def _alignments(kernel: Kernel) -> dict[int, int]:
     return {i: bytes_of_vector for i, p in kernel.buffers.items() if p.name in _VECTORS}
 
 
+_CONSTANT = re.compile(r'\{"(\w+)", (\d+), (simulator_function_constant_\d+),')  # in a table
+_IR_FUNCTION = re.compile(r"^define [^@]*@([\w.$]+)\(.*?^}", re.M | re.S)
+
+
+def needed_constants(
+    source: str, instantiations: Sequence[str] = (), *, include: Sequence[Path] = ()
+) -> dict[str, dict[str, int]]:
+    """The function constants that Metal makes no pipeline without: their indices, by host name.
+
+    A kernel needs those that it, or what it calls, reads or has an argument switched on by, unless
+    it asks whether they are defined.
+    """
+    if "function_constant" not in source:
+        return {}
+    text = preprocess(source, instantiations, include=include)
+    translation = translate(text, instrumented=False)
+    options = ["-O1", "-S", "-emit-llvm", *LANGUAGE, *KEYWORDS]
+
+    def make(folder: Path) -> None:
+        (folder / "kernels.cpp").write_text(translation.kernels_source)
+        zig("clang", *options, folder / "kernels.cpp", "-o", folder / "kernels.ll")
+
+    folder = cached("constants", [translation.kernels_source, *options], make, announce=False)
+    ir = (folder / "kernels.ll").read_text()
+    named = {m[1]: set(re.findall(r"@([\w.$]+)", m[0])) for m in _IR_FUNCTION.finditer(ir)}
+    found = {}
+    for number, kernel in enumerate(translation.kernels):
+        reached: set[str] = set()
+        new = {f"simulator_kernel_{number}"}
+        while new:
+            reached |= new
+            new = set[str]().union(*(named.get(name, set()) for name in new)) - reached
+        switches = {argument.enabled for argument in kernel.arguments}
+        found[kernel.host_name] = {
+            name: int(index)
+            for name, index, symbol in _CONSTANT.findall(translation.table_source)
+            if name in switches or (symbol in reached and f"{symbol}_defined" not in reached)
+        }
+    return found
+
+
 @cache
-def _shaders() -> Library:
+def _shaders() -> tuple[Library, Mapping[str, Mapping[str, int]]]:
     """All kernels of this package in one library, as the tests in the simulator use it."""
-    return compile_library(_ext.shader_source, [text for _, text in _ext.shader_kernels()])
+    instantiations = [text for _, text in _ext.shader_kernels()]
+    library = compile_library(_ext.shader_source, instantiations)
+    return library, needed_constants(_ext.shader_source, instantiations)
 
 
 def compile_source(source: str) -> SourceLibrary:
@@ -120,15 +177,18 @@ def compile_source(source: str) -> SourceLibrary:
         names = [name for name, text in _ext.shader_kernels() if text == line]
         if not names:
             raise KernelError(f"this package has no such kernel:\n{line}")
-        return SourceLibrary(_shaders(), tuple(names), ours=True)
+        library, needed = _shaders()
+        return SourceLibrary(library, tuple(names), ours=True, needed=needed)
     if "mlx_welford" in source:
         raise KernelError("the shaders are not those of this checkout: run it with make test-macos")
+    adapted = _adapt(source)
     try:
-        library = compile_library(_adapt(source), include=[_SUPPORT], implicit_bfloat=True)
+        library = compile_library(adapted, include=[_SUPPORT], implicit_bfloat=True)
+        needed = needed_constants(adapted, include=[_SUPPORT])
     except (CompileError, OSError) as error:  # OSError: it needs a function that nobody has
         raise KernelError(str(error)) from error
     names = [*_HOST_NAME.findall(source), *_PLAIN_KERNEL.findall(source)]
-    return SourceLibrary(library, tuple(names), ours=False)
+    return SourceLibrary(library, tuple(names), ours=False, needed=needed)
 
 
 # Stands in for what metal_stdlib lacks of what MLX's sources name, as for the fidelity oracle.

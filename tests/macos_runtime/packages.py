@@ -14,7 +14,7 @@ from .cache import CACHE, BuildError, cached, run
 WHEELS = CACHE / "wheels"
 
 # Those of the tests, in the releases that this environment has. What they need comes with them.
-_FOR_LINUX = ("numpy", "pytest", "hypothesis")
+_FOR_LINUX = ("numpy", "pytest", "pytest-xdist", "hypothesis")
 _PIP = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--quiet", "install"]
 _PIP += ["--only-binary=:all:", "--no-compile"]
 
@@ -24,7 +24,7 @@ def _platforms(*names: str) -> list[str]:
 
 
 def for_linux(version: str) -> Path:
-    """numpy, pytest and hypothesis for arm64 Linux, in a folder for sys.path."""
+    """These packages for arm64 Linux, in a folder for sys.path."""
     wanted = [f"{name}=={importlib.metadata.version(name)}" for name in _FOR_LINUX]
     platforms = ["manylinux_2_28_aarch64", "manylinux_2_17_aarch64", "manylinux2014_aarch64"]
 

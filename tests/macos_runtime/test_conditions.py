@@ -8,43 +8,46 @@ import mlx_welford as mw
 import numpy as np
 import pytest
 
-from macos_runtime.children import normalise, run
+from macos_runtime.children import PROBLEMS, Problem, normalize, run
 
-SHAPES = [(64, 33, 5), (32, 16, 16, 32)]
+every_problem = pytest.mark.parametrize("problem", PROBLEMS, ids=str)
 
 
 @pytest.mark.parametrize("threads", [32, 256, 640, 832])
-@pytest.mark.parametrize("shape", SHAPES)
-def test_pipelines_that_allow_fewer_threads(shape: tuple[int, ...], threads: int) -> None:
+@every_problem
+def test_pipelines_that_allow_fewer_threads(problem: Problem, threads: int) -> None:
     """Kernels that need many registers: the plan is made again for what they allow."""
-    y, grad, done = normalise(shape, metal=f"max_threads={threads}")
+    y, grad, done = normalize(problem, metal=f"max_threads={threads}")
     assert y < 5e-6
     assert grad < 1e-5
     assert "macOS runtime" not in done.stderr
 
 
 @pytest.mark.parametrize("order", ["reversed", "1", "2"])
-@pytest.mark.parametrize("shape", SHAPES)
-def test_dispatches_in_another_order(shape: tuple[int, ...], order: str) -> None:
+@every_problem
+def test_dispatches_in_another_order(problem: Problem, order: str) -> None:
     """Those that no barrier orders."""
-    y, grad, _ = normalise(shape, metal=f"order={order}")
+    y, grad, _ = normalize(problem, metal=f"order={order}")
     assert y < 5e-6
     assert grad < 1e-5
 
 
 @pytest.mark.parametrize("order", ["", "reversed"])
-def test_a_removed_barrier_is_found(order: str) -> None:
+@pytest.mark.parametrize("call", ["mw.batch_norm(x)[0]", "mw.group_norm(x, 4)"])
+def test_a_removed_barrier_is_found(call: str, order: str) -> None:
     program = """
         import mlx.core as mx, mlx_welford as mw
-        mx.eval(mw.batch_norm(mx.random.normal((32, 16, 16, 32)))[0])
+        x = mx.random.normal((2, 1100, 24))
+        mx.eval(CALL)
     """
-    done = run(program, metal=f"barriers=0,order={order}")
+    done = run(program.replace("CALL", call), metal=f"barriers=0,order={order}")
     assert "a hazard: " in done.stderr
     assert "and nothing orders them" in done.stderr
 
 
 @pytest.mark.parametrize("aligned", [True, False], ids=["aligned", "unaligned"])
-def test_a_shader_that_does_not_compile(aligned: bool) -> None:
+@every_problem
+def test_a_shader_that_does_not_compile(problem: Problem, aligned: bool) -> None:
     """One warning, with the compiler's log; then MLX's own operations."""
     start = 0 if aligned else 1
     more = f"""
@@ -55,7 +58,7 @@ def test_a_shader_that_does_not_compile(aligned: bool) -> None:
         v = np.array(v).astype(np.float64)
         print("view", float(np.abs(np.array(y) - (v - v.mean(0)) / v.std(0)).max()))
     """
-    y, grad, done = normalise((64, 33, 5), metal="compile_fails=1", more=more)
+    y, grad, done = normalize(problem, metal="compile_fails=1", more=more)
     assert y < 1e-5
     assert grad < 1e-5
     (line,) = (line for line in done.stdout.splitlines() if line.startswith("view"))
@@ -96,6 +99,12 @@ def test_a_kernel_that_cannot_be_had_is_an_error_of_its_operation() -> None:
         mx.eval(mx.fft.fft(mx.zeros((64,))))
     np.testing.assert_array_equal(np.array(mx.zeros(3) + 1), 1)
     macos_host.reports()
+
+
+def test_function_constants_of_a_library_made_from_source() -> None:
+    """An int and a float; two pipelines of one kernel keep their own."""
+    line = 0.5 * np.arange(64) + 3
+    np.testing.assert_array_equal(macos_host.specialized(3, 0.5), [*line, *-line])
 
 
 @pytest.mark.parametrize(("system", "version"), [("14", "3.1"), ("15", "3.2"), ("26", "4.0")])

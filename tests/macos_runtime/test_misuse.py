@@ -17,6 +17,10 @@ IN_ERRORS = {
     "too many threads": "a threadgroup of 1056 x 1 x 1 threads",
     "too many positions": "2^32 threads or more",
     "no threadgroups": "a grid that is empty",
+    "threadgroup memory of a part of 16 bytes": "24 bytes, which is no multiple of 16",
+    "too much threadgroup memory": "more than 32 KB of threadgroup memory",
+    "a function constant of another size": "function constant 1 'factor' has 4 bytes but got 8",
+    "a buffer released before the dispatch": "buffer 0 was released before the dispatch",
     "a buffer that is too small": "out of bounds",
     "no barrier": "a hazard: buffer 0 'in' of g reads what buffer 0 'out' of f writes",
 }
@@ -24,10 +28,15 @@ IN_REPORTS = {
     "a buffer released too early": "is released while a command buffer uses it",
     "a dispatch after the end": "a dispatch after the encoding has ended",
     "a handler after the commit": "a completion handler is added after",
+    "a wait before the commit": "waits for a command buffer that was not committed",
+    "commands that are never committed": "a command buffer with dispatches is never committed",
     "a second commit": "commit after the command buffer was committed",
     "a second encoder": "while an encoder of the command buffer has not ended",
     "an encoder that does not end": "is released before its encoding ends",
     "a pool drained out of order": "is drained out of order",
+    "a pool that is not drained": "a thread ends with 1 autorelease pools that were not drained",
+    "a function constant that is missing": "h needs the function constants added, factor",
+    "a function constant of an unknown type": "a function constant of MTLDataType 4",
     "no pool": "autoreleased where there is no pool",
 }
 FATAL = {
@@ -48,10 +57,30 @@ def test_the_command_buffer_fails(what: str) -> None:
     assert IN_ERRORS[what] in report
 
 
+def test_unordered_dispatches_run_in_another_order() -> None:
+    """Otherwise g would read, after f has written."""
+    macos_host.configure("order", "reversed")
+    try:
+        assert "buffer 0 'out' of f writes what buffer 0 'in' of g reads" in macos_host.misuse(
+            "no barrier"
+        )
+    finally:
+        macos_host.configure("order", "")
+        macos_host.reports()
+
+
 @pytest.mark.parametrize("what", IN_REPORTS)
 def test_it_is_reported(what: str) -> None:
     macos_host.misuse(what)
     assert any(IN_REPORTS[what] in report for report in macos_host.reports())
+
+
+def test_objects_that_are_not_released_are_counted() -> None:
+    before = macos_host.alive()["MTLBuffer"]
+    macos_host.misuse("nothing")
+    assert macos_host.alive()["MTLBuffer"] == before
+    macos_host.misuse("a retain too many")
+    assert macos_host.alive()["MTLBuffer"] == before + 1
 
 
 @pytest.mark.parametrize("what", FATAL)

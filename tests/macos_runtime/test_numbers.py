@@ -6,6 +6,8 @@ import mlx.core as mx
 import mlx_welford as mw
 import numpy as np
 import pytest
+from groups import Affine, Case
+from groups import Problem as GroupProblem
 from numpy.typing import NDArray
 
 Array = NDArray[np.float64]
@@ -68,6 +70,25 @@ def test_instance_norm_of_16_bits(dtype: mx.Dtype, tolerance: float) -> None:
     assert y.dtype == dtype
     truth = np.array(x.astype(mx.float32)).astype(np.float64)
     assert error(y, normal(truth, (1, 2))[0]) < tolerance
+
+
+# What one threadgroup holds, and what several share, channels last and first.
+GROUPED = [((3, 37, 24), -1, 4), ((2, 1100, 24), -1, 4), ((3, 6, 129), 1, 3), ((2, 6, 10001), 1, 3)]
+
+
+@pytest.mark.parametrize("affine", ["channel", "instance"])
+@pytest.mark.parametrize("interleaved", [False, True], ids=["neighbours", "interleaved"])
+@pytest.mark.parametrize(("shape", "axis", "groups"), GROUPED)
+def test_group_norm(
+    shape: tuple[int, ...], axis: int, groups: int, interleaved: bool, affine: Affine
+) -> None:
+    """y and the gradients of x, weight and bias, which are (C) or (N, C)."""
+    problem = GroupProblem(Case(shape, groups, interleaved, axis, affine=affine))
+    assert error(problem.ours(**problem.inputs), problem.forward()) < 1e-5
+    gradients = problem.gradients(problem.ours)
+    assert gradients.keys() == {"x", "weight", "bias"}
+    for name, truth in problem.backward().items():
+        assert error(gradients[name], truth) < 2e-6 * float(np.abs(truth).max()) + 1e-5
 
 
 def test_a_large_mean() -> None:

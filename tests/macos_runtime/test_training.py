@@ -14,20 +14,25 @@ from mlx.utils import tree_flatten
 
 STEPS = 3
 
+Layer = Callable[..., Any]
+
 
 class Network(nn.Module):
-    """Convolution, a norm over the batch and one over instances, and a linear layer."""
+    """Convolution, norms over the batch, instances and groups, and a linear layer."""
 
-    def __init__(self, batch_norm: Callable[..., Any], instance_norm: Callable[..., Any]) -> None:
+    def __init__(self, batch_norm: Layer, instance_norm: Layer, group_norm: Layer) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.convolution = nn.Conv2d(3, 8, 3, bias=False)  # the norm takes any bias away
         self.first = batch_norm(8)
         self.second = instance_norm(8, affine=True)
+        self.third = group_norm(2, 8)
+        self.fourth = group_norm(2, 8, pytorch_compatible=True)
         self.linear = nn.Linear(8, 5)
 
     def __call__(self, x: mx.array) -> mx.array:
         x = nn.relu(self.first(self.convolution(x)))
-        return self.linear(nn.relu(self.second(x)).mean((1, 2)))
+        x = nn.relu(self.third(nn.relu(self.second(x))))
+        return self.linear(nn.relu(self.fourth(x)).mean((1, 2)))
 
 
 def train(network: nn.Module, *, compiled: bool) -> tuple[list[float], dict[str, mx.array]]:
@@ -57,7 +62,8 @@ def train(network: nn.Module, *, compiled: bool) -> tuple[list[float], dict[str,
 
 def make(ours: bool) -> nn.Module:
     mx.random.seed(1)
-    return Network(*((mw.BatchNorm, mw.InstanceNorm) if ours else (nn.BatchNorm, nn.InstanceNorm)))
+    layers = mw if ours else nn
+    return Network(layers.BatchNorm, layers.InstanceNorm, layers.GroupNorm)
 
 
 @pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])

@@ -95,6 +95,12 @@ void Encoder::dispatch(Size grid, Size group, bool threads) {
   uint64_t memory = 0;
   for (const auto& [index, bytes] : threadgroup_memory) memory += bytes;
   if (memory > kThreadgroupMemory) refuse("more than 32 KB of threadgroup memory");
+  for (const auto& [index, binding] : bindings) {
+    if (binding.buffer != nullptr && objc::is_released(binding.buffer)) {
+      refuse("buffer " + std::to_string(index) + " was released before the dispatch");
+      return;
+    }
+  }
 
   gpu::Message& work = commands->work();
   work.number(kDispatch).number(pipeline->id).number(threads);
@@ -309,7 +315,8 @@ CommandBuffer::CommandBuffer(Queue* queue_)
 
 CommandBuffer::~CommandBuffer() {
   for (Step& step : steps) {
-    for (Buffer* buffer : step.buffers) --buffer->in_flight;  // never committed
+    if (!step.buffers.empty()) report("a command buffer with dispatches is never committed");
+    for (Buffer* buffer : step.buffers) --buffer->in_flight;
     objc::release(step.event);
   }
   for (void* handler : handlers) macho::release_block(handler);
@@ -357,7 +364,7 @@ void CommandBuffer::execute() {
     static std::mutex telling;
     const std::lock_guard lock(telling);
     gpu::Message message;
-    message.number(id).number(completed_before).number(observed_before);
+    message.number(id).number(queue->id).number(completed_before).number(observed_before);
     add_observations(message);
     message.number(error.empty()).bytes(gpu::setting("order")).bytes(gpu::setting("fault"));
     message.bytes(step.work.body);

@@ -68,8 +68,15 @@ struct Pool : Object {
   size_t depth;
 };
 
-std::vector<std::vector<Object*>>& pools() {
-  static thread_local std::vector<std::vector<Object*>> stack;
+// The pools of a thread, innermost last: the objects that each will release.
+struct Pools : std::vector<std::vector<Object*>> {
+  ~Pools() {
+    if (!empty()) report("a thread ends with %zu autorelease pools that were not drained", size());
+  }
+};
+
+Pools& pools() {
+  static thread_local Pools stack;
   return stack;
 }
 
@@ -125,9 +132,11 @@ Class& class_named(const char* name) {
   return *found;
 }
 
+bool is_released(const Object* object) { return object->isa == &zombie(); }
+
 void release(Object* object) {
   if (object == nullptr) return;
-  if (object->isa == &zombie()) macho::fail("an object is released once too often");
+  if (is_released(object)) macho::fail("an object is released once too often");
   if (object->references.fetch_sub(1, std::memory_order_acq_rel) == 1) delete object;
 }
 
@@ -191,7 +200,7 @@ void macho_send();
 
 __attribute__((used)) const void* macho_find_method(const Object* self, Selector name) {
   if (self == nullptr) return macho::function(answer_of_nil);
-  if (self->isa == &zombie()) macho::fail("-%s is sent to a released object", name);
+  if (is_released(self)) macho::fail("-%s is sent to a released object", name);
   const void* found = find_method(self->isa, name);
   if (found == nullptr) {
     const auto* c = dynamic_cast<const Class*>(self);

@@ -1,6 +1,7 @@
-// A small Objective-C runtime: classes, selectors, messages, reference counts and autorelease
-// pools, for objects that are C++ objects. It is strict: a message to a released object, an object
-// released once too often, and one autoreleased where there is no pool are found.
+// A small Objective-C runtime: classes, selectors, messages, reference counts and autorelease pools,
+// for objects that are C++ objects. It is strict: it finds a message to a released object, an object
+// released once too often, one autoreleased where there is no pool, and a pool that is never
+// drained.
 #pragma once
 
 #include <atomic>
@@ -60,6 +61,8 @@ T* retain(T* object) {
   return object;
 }
 void release(Object* object);
+// True once the last reference is gone: this pointer is one too many.
+bool is_released(const Object* object);
 Object* add_to_pool(Object* object);
 template <typename T>
 T* autorelease(T* object) {

@@ -8,8 +8,8 @@
 #include "gpu_link.h"
 #include "image.h"
 #include "metal.h"
-#include "misuse.h"
 #include "objc.h"
+#include "programs.h"
 #include "stand_ins.h"
 #include "variadic.h"
 
@@ -152,6 +152,20 @@ PyObject* run_misuse(PyObject*, PyObject* what) {
   return PyUnicode_FromString(metal::misuse(name).c_str());
 }
 
+// specialized(added, factor): the numbers that metal::specialized finds.
+PyObject* run_specialized(PyObject*, PyObject* arguments) {
+  int added;
+  float factor;
+  if (!PyArg_ParseTuple(arguments, "if", &added, &factor)) return nullptr;
+  PyObject* list = PyList_New(0);
+  for (const float number : metal::specialized(added, factor)) {
+    PyObject* item = PyFloat_FromDouble(number);
+    PyList_Append(list, item);
+    Py_DECREF(item);
+  }
+  return list;
+}
+
 // alive(): how many Objective-C objects there are, by class.
 PyObject* alive(PyObject*, PyObject*) {
   PyObject* counts = PyDict_New();
@@ -170,6 +184,7 @@ PyMethodDef methods[] = {
     {"configure", configure, METH_VARARGS, nullptr},
     {"reports", reports, METH_NOARGS, nullptr},
     {"misuse", run_misuse, METH_O, nullptr},
+    {"specialized", run_specialized, METH_VARARGS, nullptr},
     {"languages", languages, METH_NOARGS, nullptr},
     {"alive", alive, METH_NOARGS, nullptr},
     {nullptr, nullptr, 0, nullptr},

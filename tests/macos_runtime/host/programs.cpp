@@ -1,4 +1,4 @@
-#include "misuse.h"
+#include "programs.h"
 
 #include "metal.h"
 
@@ -6,11 +6,12 @@ extern "C" void macho_send();
 
 namespace metal {
 
+using objc::report;
 using objc::retain;
 
 namespace {
 
-// Kernel f writes n to every element; g adds 1 to every element.
+// Kernel f writes n to every element; g adds 1 to every element; h has function constants.
 constexpr const char* kSource = R"(
 #include <metal_stdlib>
 using namespace metal;
@@ -18,7 +19,18 @@ using namespace metal;
                   uint i [[thread_position_in_grid]]) { out[i] = n; }
 [[kernel]] void g(const device float* in [[buffer(0)]], device float* out [[buffer(1)]],
                   uint i [[thread_position_in_grid]]) { out[i] = in[i] + 1; }
+
+constant int added [[function_constant(0)]];
+constant float factor [[function_constant(1)]];
+[[kernel]] void h(device float* out [[buffer(0)]], uint i [[thread_position_in_grid]]) {
+  out[i] = factor * float(i) + float(added);
+}
 )";
+
+// MTLDataType
+constexpr uint64_t kFloat = 3, kFloat2 = 4, kInt = 29, kLong = 81;
+
+constexpr uint64_t kElements = 64;  // of the buffers a and b
 
 template <typename Result = Object*, typename... Arguments>
 Result send(Object* to, const char* message, Arguments... arguments) {
@@ -50,13 +62,31 @@ struct Program {
   }
 
   Object* pipeline(const char* name) {
-    Object* function = send(library, "newFunctionWithName:", string(name));
+    return pipeline_of(send(library, "newFunctionWithName:", string(name)));
+  }
+  // h with two function constants of these types
+  Object* pipeline_of_h(const void* added, uint64_t type_of_added, const void* factor,
+                        uint64_t type_of_factor) {
+    Object* values = send(send(&objc::class_named("MTLFunctionConstantValues"), "alloc"), "init");
+    send<void>(values, "setConstantValue:type:atIndex:", added, type_of_added, 0ul);
+    send<void>(values, "setConstantValue:type:atIndex:", factor, type_of_factor, 1ul);
+    Object* descriptor = send(&objc::class_named("MTLFunctionDescriptor"), "functionDescriptor");
+    send<void>(descriptor, "setName:", string("h"));
+    send<void>(descriptor, "setConstantValues:", values);
+    Object* function = send(library, "newFunctionWithDescriptor:error:", descriptor,
+                            static_cast<Error**>(nullptr));
+    objc::release(values);
+    return pipeline_of(function);
+  }
+  Object* pipeline_of(Object* function) {
     Object* made = send(device, "newComputePipelineStateWithFunction:error:", function,
                         static_cast<Error**>(nullptr));
     objc::release(function);
     return made;
   }
-  Object* buffer() { return send(device, "newBufferWithLength:options:", 256ul, 0ul); }
+  Object* buffer() {
+    return send(device, "newBufferWithLength:options:", kElements * sizeof(float), 0ul);
+  }
   void set_pipeline(Object* one) { send<void>(encoder, "setComputePipelineState:", one); }
   void set_buffer(Object* one, uint64_t index, uint64_t offset = 0) {
     send<void>(encoder, "setBuffer:offset:atIndex:", one, offset, index);
@@ -64,7 +94,10 @@ struct Program {
   void set_number(uint32_t value, uint64_t index) {
     send<void>(encoder, "setBytes:length:atIndex:", static_cast<const void*>(&value), 4ul, index);
   }
-  void dispatch(uint64_t groups = 1, uint64_t threads = 64) {
+  void set_threadgroup_memory(uint64_t bytes) {
+    send<void>(encoder, "setThreadgroupMemoryLength:atIndex:", bytes, 0ul);
+  }
+  void dispatch(uint64_t groups = 1, uint64_t threads = kElements) {
     send<void>(encoder, "dispatchThreadgroups:threadsPerThreadgroup:", Size{groups, 1, 1},
                Size{threads, 1, 1});
   }
@@ -174,6 +207,51 @@ const std::map<std::string, Misuse>& all() {
          p.set_buffer(p.b, 1);
          p.dispatch();
        }},
+      {"a buffer released before the dispatch",
+       [](Program& p) {
+         p.set_pipeline(p.f);
+         p.set_buffer(p.a, 0);
+         p.set_number(7, 1);
+         objc::release(p.a);
+         p.a = nullptr;
+         p.dispatch();
+       }},
+      {"threadgroup memory of a part of 16 bytes",
+       [](Program& p) {
+         p.set_pipeline(p.f);
+         p.set_threadgroup_memory(24);
+       }},
+      {"too much threadgroup memory",
+       [](Program& p) {
+         p.set_pipeline(p.f);
+         p.set_threadgroup_memory((32 << 10) + 16);
+         p.set_buffer(p.a, 0);
+         p.set_number(7, 1);
+         p.dispatch();
+       }},
+      {"a function constant that is missing",
+       [](Program& p) {
+         Error* error = nullptr;
+         Object* function = send(p.library, "newFunctionWithName:", string("h"));
+         send(p.device, "newComputePipelineStateWithFunction:error:", function, &error);
+         objc::release(function);
+         report("%s", error->description->text.c_str());
+       }},
+      {"a function constant of another size",
+       [](Program& p) {
+         const int32_t added = 1;
+         const int64_t factor = 2;
+         Object* h = p.pipeline_of_h(&added, kInt, &factor, kLong);
+         p.set_pipeline(h);
+         p.set_buffer(p.a, 0);
+         p.dispatch();
+         objc::release(h);
+       }},
+      {"a function constant of an unknown type",
+       [](Program& p) {
+         const float added[2] = {}, factor = 2;
+         objc::release(p.pipeline_of_h(added, kFloat2, &factor, kFloat));
+       }},
       {"a buffer released too early",
        [](Program& p) {
          p.write_a();
@@ -196,6 +274,19 @@ const std::map<std::string, Misuse>& all() {
          p.commit();
          send<void>(p.commands, "commit");
        }},
+      {"a wait before the commit",
+       [](Program& p) { send<void>(p.commands, "waitUntilCompleted"); }},
+      {"commands that are never committed",
+       [](Program& p) {
+         Object* pool = objc::new_pool();
+         Object* commands = send(p.queue, "commandBufferWithUnretainedReferences");
+         Object* encoder = send(commands, "computeCommandEncoderWithDispatchType:", 1ul);
+         std::swap(p.encoder, encoder);
+         p.write_a();
+         std::swap(p.encoder, encoder);
+         send<void>(encoder, "endEncoding");
+         objc::release(pool);
+       }},
       {"a second encoder",
        [](Program& p) {
          p.write_a();
@@ -213,6 +304,9 @@ const std::map<std::string, Misuse>& all() {
          objc::release(outer);
          objc::release(inner);
        }},
+      {"a pool that is not drained",
+       [](Program&) { std::thread([] { objc::new_pool(); }).join(); }},
+      {"a retain too many", [](Program& p) { retain(p.a); }},
       {"no pool", [](Program&) { std::thread([] { string("a text that nobody frees"); }).join(); }},
       {"a release too many",
        [](Program&) {
@@ -226,6 +320,29 @@ const std::map<std::string, Misuse>& all() {
 }
 
 }  // namespace
+
+std::vector<float> specialized(int32_t added, float factor) {
+  Program program;
+  const int32_t negative_added = -added;
+  const float negative_factor = -factor;
+  Object* first = program.pipeline_of_h(&added, kInt, &factor, kFloat);
+  Object* second = program.pipeline_of_h(&negative_added, kInt, &negative_factor, kFloat);
+  program.set_pipeline(first);
+  program.set_buffer(program.a, 0);
+  program.dispatch();
+  program.set_pipeline(second);
+  program.set_buffer(program.b, 0);
+  program.dispatch();
+  if (const std::string error = program.error(); !error.empty()) report("%s", error.c_str());
+  std::vector<float> written;
+  for (Object* buffer : {program.a, program.b}) {
+    const auto* values = static_cast<const float*>(send<void*>(buffer, "contents"));
+    written.insert(written.end(), values, values + kElements);
+  }
+  objc::release(first);
+  objc::release(second);
+  return written;
+}
 
 std::string misuse(const std::string& what) {
   const auto found = all().find(what);
