@@ -12,7 +12,7 @@ import pytest
 from epilogue import ACTIVATIONS, NAMES, Case, Problem, backward, forward
 from problems import DTYPES, HALVES
 from reference import Array, directional, moments_backward, reduction_axes
-from tolerance import Comparison, assert_error, assert_within, ulp, wide
+from tolerance import Comparison, assert_error, assert_same_bits, assert_within, ulp, wide
 
 pytestmark = pytest.mark.every_backend
 
@@ -330,3 +330,86 @@ def test_float64(norm: str, activation: str, residual: bool) -> None:
     for name, gradient in problem.gradients(problem.ours).items():
         scale = np.abs(truth[name]).max()
         np.testing.assert_allclose(wide(gradient), truth[name], rtol=0, atol=rtol * scale)
+
+
+# ---- Relations that hold to the bit --------------------------------------------------------------
+
+
+@pytest.mark.kernels("MLX differentiates its own operations otherwise")
+@pytest.mark.pairwise(
+    ("backend", "norm", "sizes"),
+    ("backend", "norm", "layout", "activation"),
+    ("backend", "dtype", "activation", "layout"),
+)
+@activations
+@pytest.mark.parametrize("dtype", TYPES)
+@layouts
+@pytest.mark.parametrize("sizes", [*SIZES, LARGE[0], LARGE[1]], ids=str)
+@pytest.mark.parametrize("norm", NORMS)
+def test_gradients_are_those_of_the_returned_cotangent(
+    norm: str, sizes: tuple[int, int, int, int], layout: str, dtype: str, activation: str | None
+) -> None:
+    """The gradient of the residual, g, is rounded and stored; the others are made of what is there.
+
+    Whichever of them are asked for. Without an activation g is the cotangent itself.
+    """
+    options: dict[str, Any] = {"dtype": dtype, "activation": activation, "residual": True}
+    problem = Problem(made(norm, sizes, layout, **options))
+    gradients, alone = problem.gradients(problem.ours), problem.gradients(problem.ours, ["x"])
+    assert_same_bits(alone["x"], gradients["x"], "grad x")
+    g = gradients.pop("residual")
+    if activation is None:
+        assert_same_bits(g, problem.gy, "grad residual")
+    del problem.inputs["residual"]
+    problem.gy = g
+    for name, expected in problem.gradients(problem.plain).items():
+        assert_same_bits(gradients[name], expected, f"grad {name}")
+
+
+@pytest.mark.kernels("MLX differentiates its own operations otherwise")
+@pytest.mark.parametrize("dtype", TYPES)
+@pytest.mark.parametrize("activation", ["relu", "relu6", "leaky_relu"])
+@pytest.mark.parametrize("norm", NORMS)
+def test_the_output_decides_between_the_sides_of_a_kink(
+    norm: str, activation: str, dtype: str
+) -> None:
+    """Of z that is rounded to 0 or 6 there is no gradient, as in mlx.nn."""
+    options: dict[str, Any] = {"activation": activation, "slope": 0.25, "residual": True}
+    problem = Problem(made(norm, (2, 255, 32, 8), dtype=dtype, **options))
+    problem.gy = problem.array(np.random.default_rng(2).normal(size=problem.case.shape))
+    z, g = problem.ours(**problem.inputs), problem.gradients(problem.ours)["residual"]
+    derivative = ACTIVATIONS[activation].derivative(wide(z), 0.25)
+    if activation == "leaky_relu":
+        derivative = np.where(wide(z) < 0, 0.25, 1.0)
+    assert_same_bits(g, problem.array(wide(problem.gy) * derivative), "g")
+
+
+@layouts
+@pytest.mark.parametrize("norm", NORMS)
+def test_without_either_nothing_changes(norm: str, layout: str) -> None:
+    problem = Problem(made(norm, layout=layout, activation=None, slope=0.3))
+    assert_same_bits(problem.ours(**problem.inputs), problem.plain(**problem.inputs))
+    plain = problem.gradients(problem.plain)
+    for name, gradient in problem.gradients(problem.ours).items():
+        assert_same_bits(gradient, plain[name], f"grad {name}")
+
+
+@pytest.mark.parametrize("axis", [1, -1])
+@residuals
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("dtype", TYPES)
+@pytest.mark.parametrize("norm", ["batch given", "neighbours given", "interleaved given"])
+def test_tiles_with_the_statistics_of_the_whole(
+    norm: str, dtype: str, activation: str, residual: bool, axis: int
+) -> None:
+    """Equal to the whole to the bit."""
+    options: dict[str, Any] = {"activation": activation, "residual": residual, "dtype": dtype}
+    problem = Problem(made(norm, (2, 45, 12, 3), "last" if axis == -1 else "first", **options))
+    positions = problem.case.axis % 3 ^ 3  # the axis that is neither 0 nor the channels
+    whole = problem.ours(**problem.inputs)
+    tiles = []
+    for part in (slice(16), slice(16, None)):
+        index = tuple(part if i == positions else slice(None) for i in range(3))
+        inputs = {n: a[index] if n in ("x", "residual") else a for n, a in problem.inputs.items()}
+        tiles.append(problem.ours(**inputs))
+    assert_same_bits(mx.concatenate(tiles, positions), whole)
