@@ -1,4 +1,4 @@
-"""What a Mac may do that cannot be had at will: planted in the stand-in for Metal."""
+"""Conditions that a Mac may present, planted in the stand-in for Metal."""
 
 import os
 
