@@ -155,6 +155,17 @@ def test_temporaries_outlive_their_use() -> None:
         mx.set_cache_limit(before)
 
 
+def test_an_empty_batch_of_a_function_traced_for_any_shape() -> None:
+    """Statistics of no instance have no memory, but something must be bound for them."""
+    layer = mw.InstanceNorm(4, track_running_stats=True)
+    step = mx.compile(layer, inputs=layer.state, outputs=layer.state, shapeless=True)
+    mx.eval(step(mx.ones((2, 3, 4)) * 5), layer.state)
+    before = np.array(layer.running_mean)
+    mx.eval(step(mx.zeros((0, 3, 4))), layer.state)
+    np.testing.assert_array_equal(np.array(layer.running_mean), before)
+    np.testing.assert_allclose(before, 0.5, rtol=1e-6)
+
+
 def test_the_self_test_passes() -> None:
     """With its report, as a user with a Mac is asked to send it."""
     program = """
