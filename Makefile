@@ -47,7 +47,7 @@ DIST ?= dist
 # What wheels are made of: this checkout, or an unpacked source distribution.
 SOURCE ?= .
 
-.PHONY: help build demo test test-quick test-nightly test-macos sanitize mutants bench lint format \
+.PHONY: help build demo test test-quick test-nightly test-macos sanitize mutants bench lint format docs \
 	sdist wheels wheel-macos wheel-aarch64 try-mlx cuda cuda-pack clean force
 .DEFAULT_GOAL := help
 
@@ -86,7 +86,7 @@ $(VENV)/package.stamp: $(SOURCES) $(VENV)/sources.txt $(VENV)/requirements.stamp
 
 demo: build ## train a small network with both libraries, then compare their speed
 	$(PY) examples/train_digits.py
-	$(PY) -m bench.compare --quick
+	$(PY) -m mlx_welford bench --quick
 
 # A file's tests stay in one process, so that its fixtures are made once. Slow files come first
 # (tests/conftest.py). JOBS=0 runs all in one process, as a debugger needs.
@@ -181,6 +181,9 @@ format: build ## rewrite the sources as the checks want them
 	$(PY) -m ruff format
 	$(VENV)/bin/clang-format -i $(CXX_SOURCES)
 
+docs: build ## build the documentation into build/docs
+	$(PY) -m sphinx --conf-dir docs --doctree-dir build/doctrees --fail-on-warning --keep-going --quiet . build/docs
+
 sdist: $(VENV)/requirements.stamp ## pack the sources into dist/
 	$(PY) -m build --sdist --no-isolation --outdir $(DIST)
 
@@ -252,7 +255,7 @@ cuda-pack: build ## the same for a machine without internet: PACK_PYTHON=python3
 		mlx-cpu==$(lastword $(RELEASES)) 'cuda-bindings>=13,<14' hypothesis numpy \
 		$(CUDA_PACK)/wheel/*.whl
 	PYTHONPATH=$(TESTS_PATH) $(PY) -m cuda_twin resources --architecture $(CUDA_ARCHITECTURE) > /dev/null
-	tar -czf $(CUDA_PACK).tar.gz --exclude=__pycache__ tests bench build/cuda/programs -C $(CUDA_PACK) site
+	tar -czf $(CUDA_PACK).tar.gz --exclude=__pycache__ tests build/cuda/programs -C $(CUDA_PACK) site
 
 clean: ## remove whatever these targets made
 	rm -rf $(VENV) build dist $(GENERATED) compile_commands.json .mypy_cache .pytest_cache .ruff_cache .hypothesis

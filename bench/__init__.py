@@ -1,1 +1,1 @@
-"""Speed and memory, compared with mlx.nn, torch and a copy: README.md."""
+"""The measurements of docs/performance.md, with the modules of mlx_welford.bench: README.md."""

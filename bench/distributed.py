@@ -27,9 +27,8 @@ from pathlib import Path
 import mlx.core as mx
 import mlx_welford as mw
 import numpy as np
-
-from .environment import Environment, environment
-from .harness import Run, milliseconds
+from mlx_welford.bench.environment import Environment, environment
+from mlx_welford.bench.harness import Run, milliseconds
 
 CHANNELS = (16, 64, 256, 1024, 4096)
 RANKS = (1, 2, 3, 4)

@@ -1,7 +1,7 @@
-"""Make README's table of Apple's chips from the files that `selftest --publish` wrote.
+"""Make the table of Apple's chips in docs/macs.md from the files that `selftest --publish` wrote.
 
-    python -m bench.macs                    print the table
-    python -m bench.macs --write README.md  put it between the markers in this file
+    python -m bench.macs                       print the table
+    python -m bench.macs --write docs/macs.md  put it between the markers in this file
 
 Each file in results/ holds what one chip measured. What has not been measured is said, too.
 """

@@ -4,35 +4,27 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import matplotlib as mpl
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from mlx_welford.bench.implementations import BASELINE, BOTH, COPY, FORWARD, OURS, TORCH
+from mlx_welford.bench.plot import COLOURS, cases, legend, save, style
+from mlx_welford.bench.results import Report, Row
+from mlx_welford.bench.settings import AS_FOUND, TUNED
 
-from .implementations import BASELINE, BOTH, COPY, FORWARD, INSTANCE, OURS, TORCH
-from .results import Report, Row
-from .settings import AS_FOUND, TUNED
 from .suite import GROUPS
 
 Reports = Mapping[str, Report]
 
-COLOURS = {
-    BASELINE: "#8c8c8c",
-    TORCH: "#c4453c",
-    INSTANCE: "#6fa83c",
-    OURS: "#1f6fb4",
-    COPY: "#222222",
-}
 LINES = {AS_FOUND: "--", TUNED: "-"}
 MEBIBYTE = 2**20
-STYLE: Any = {"svg.fonttype": "path", "svg.hashsalt": "bench", "font.size": 8, "axes.titlesize": 9}
 
 
 def draw(reports: Reports, directory: Path) -> list[Path]:
     """Draws the plots for which there are figures."""
     wanted: dict[str, tuple[Callable[[Reports], Figure], tuple[str, ...]]] = {
-        "cases": (cases, ("cases-tuned", "cases-as-found")),
+        "cases": (_both_settings, ("cases-tuned", "cases-as-found")),
         "groups": (
-            lambda reports: cases(in_folder(reports, GROUPS)),
+            lambda reports: _both_settings(in_folder(reports, GROUPS)),
             (f"{GROUPS}cases-tuned", f"{GROUPS}cases-as-found"),
         ),
         "memory": (memory, ("cases-tuned",)),
@@ -41,10 +33,11 @@ def draw(reports: Reports, directory: Path) -> list[Path]:
     }
     directory.mkdir(parents=True, exist_ok=True)
     written = []
-    with mpl.rc_context(STYLE):
+    with style():
         for name, (make, needed) in wanted.items():
             if all(job in reports for job in needed):
-                written.append(_save(make(reports), directory / f"{name}.svg"))
+                written.append(directory / f"{name}.svg")
+                save(make(reports), written[-1])
     return written
 
 
@@ -57,52 +50,16 @@ def in_folder(reports: Reports, folder: str) -> Reports:
     }
 
 
-def cases(reports: Reports) -> Figure:
-    """Time relative to the copy: a line for every case, full dots tuned, hollow ones as found."""
-    names = _cases(reports["cases-tuned"])
-    figure = Figure(figsize=(9, 1.1 + 0.24 * len(names)), layout="constrained")
-    panels = figure.subplots(1, 2, sharey=True)
-    for panel, mode in zip(panels, (FORWARD, BOTH), strict=True):
-        for setting, job in ((AS_FOUND, "cases-as-found"), (TUNED, "cases-tuned")):
-            for implementation in (BASELINE, TORCH, INSTANCE, OURS):
-                rows = reports[job].only(mode=mode, implementation=implementation).rows
-                rows = [row for row in rows if row.case in names]
-                if not rows:
-                    continue  # nor in the legend
-                colour = COLOURS[implementation]
-                panel.scatter(
-                    [row.copies for row in rows],
-                    [names.index(row.case) for row in rows],
-                    s=22,
-                    facecolors=colour if setting == TUNED else "none",
-                    edgecolors=colour,
-                    linewidths=1,
-                    label=implementation if setting == TUNED else None,
-                )
-        ours = reports["cases-tuned"].only(mode=mode, implementation=OURS).rows
-        limits = [row for row in ours if row.case in names]
-        panel.scatter(
-            [row.limit for row in limits],
-            [names.index(row.case) for row in limits],
-            marker="|",
-            s=90,
-            color="black",
-            linewidths=1,
-            label="limit by traffic",
-        )
-        label = "time in copies of x; full: tuned, hollow: as found"
-        panel.set(xscale="log", title=mode, xlabel=label)
-        panel.xaxis.set_major_formatter("{x:g}")
-        panel.grid(axis="x", which="both", linewidth=0.3)
-    panels[0].set_yticks(range(len(names)), names)
-    panels[0].invert_yaxis()
-    _legend(figure, panels[0])
-    return figure
+def _both_settings(reports: Reports) -> Figure:
+    """Of cases where the overhead of calls is small."""
+    settings = {AS_FOUND: reports["cases-as-found"], TUNED: reports["cases-tuned"]}
+    return cases(settings, least_bytes=MEBIBYTE)
 
 
 def memory(reports: Reports) -> Figure:
     """Peak above the inputs in forward+backward."""
-    names = _cases(reports["cases-tuned"])
+    large = [row for row in reports["cases-tuned"].rows if row.x_bytes >= MEBIBYTE]
+    names = list(dict.fromkeys(row.case for row in large))
     figure = Figure(figsize=(6, 1.0 + 0.24 * len(names)), layout="constrained")
     panel = figure.subplots()
     for implementation in (BASELINE, TORCH, OURS):
@@ -120,7 +77,7 @@ def memory(reports: Reports) -> Figure:
     panel.set_yticks(range(len(names)), names)
     panel.invert_yaxis()
     panel.grid(axis="x", linewidth=0.3)
-    _legend(figure, panel)
+    legend(figure, panel)
     return figure
 
 
@@ -149,7 +106,7 @@ def bandwidth(reports: Reports) -> Figure:
             panel.axhline(float(nominal), color="black", linewidth=0.6, label="nominal")
         panel.set(title=mode, ylim=(0, None), xlabel="x, MiB; full: tuned, dashed: as found")
     panels[0].set_ylabel("GB/s")
-    _legend(figure, panels[0])
+    legend(figure, panels[0])
     return figure
 
 
@@ -160,7 +117,7 @@ def scaling(reports: Reports) -> Figure:
     styles = ("-", "--", ":", "-.")
     counts = by_threads(reports)
     for panel, mode in zip(panels, (FORWARD, BOTH), strict=True):
-        for style, (threads, report) in zip(styles, counts, strict=False):
+        for line, (threads, report) in zip(styles, counts, strict=False):
             for implementation in (COPY, BASELINE, TORCH, OURS):
                 own_mode = COPY if implementation == COPY else mode
                 rows = report.only(implementation=implementation, mode=own_mode)
@@ -169,13 +126,13 @@ def scaling(reports: Reports) -> Figure:
                     rows.rows,
                     lambda row: row.figures.milliseconds,
                     color=COLOURS[implementation],
-                    linestyle=style,
+                    linestyle=line,
                     label=f"{implementation}, {threads} thread{'s' if threads > 1 else ''}",
                 )
         panel.set(yscale="log", title=f"{mode}, tuned", xlabel="x, MiB")
         panel.grid(which="major", linewidth=0.3)
     panels[0].set_ylabel("ms")
-    _legend(figure, panels[0], columns=4)
+    legend(figure, panels[0], columns=4)
     return figure
 
 
@@ -201,20 +158,3 @@ def _curve(panel: Axes, rows: Sequence[Row], value: Callable[[Row], float], **st
     panel.set_xscale("log", base=2)
     panel.xaxis.set_major_formatter("{x:g}")
     panel.grid(axis="y", linewidth=0.3)
-
-
-def _cases(report: Report) -> list[str]:
-    """Cases of 1 MiB and more, where the overhead of calls is small."""
-    return list(dict.fromkeys(row.case for row in report.rows if row.x_bytes >= MEBIBYTE))
-
-
-def _legend(figure: Figure, panel: Axes, columns: int = 6) -> None:
-    handles, labels = panel.get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=columns, fontsize=8)
-
-
-def _save(figure: Figure, path: Path) -> Path:
-    figure.savefig(path, metadata={"Date": None})
-    lines = path.read_text(encoding="utf-8").splitlines()
-    path.write_text("\n".join(line.rstrip() for line in lines) + "\n", encoding="utf-8")
-    return path

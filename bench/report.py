@@ -1,8 +1,8 @@
 """Make plots and tables of what bench.suite measured.
 
     python -m bench.report                              plots in build/bench
-    python -m bench.report --write docs/performance.md README.md
-        the tables between markers in these files, plots in a folder beside the first
+    python -m bench.report --write docs/performance.md
+        the tables between its markers, plots in a folder beside it
 
 README.md beside this file says what they mean.
 """
@@ -15,8 +15,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from . import macs, plots
-from .implementations import (
+from mlx_welford.bench.implementations import (
     BASELINE,
     BOTH,
     COPY,
@@ -27,9 +26,11 @@ from .implementations import (
     OURS,
     TORCH,
 )
+from mlx_welford.bench.results import Report, Row
+from mlx_welford.bench.settings import TUNED
+
+from . import macs, plots
 from .plots import MEBIBYTE, Reports, in_folder
-from .results import Report, Row
-from .settings import TUNED
 from .suite import COLD, GROUPS, RESULTS, SUFFIXES
 
 NAMES = (BASELINE, TORCH, INSTANCE, OURS)

@@ -12,10 +12,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import mlx.core as mx
-
-from . import settings
-from .environment import cores
-from .implementations import (
+from mlx_welford.bench import settings
+from mlx_welford.bench.environment import cores
+from mlx_welford.bench.implementations import (
     BASELINE,
     BOTH,
     COMPILED,
@@ -26,8 +25,8 @@ from .implementations import (
     OURS,
     TORCH,
 )
-from .settings import AS_FOUND, SETTINGS, TUNED
-from .workloads import GROUPED, GROUPED_SOME, SMALL, SOME, SWEEP, TARGETS, Case
+from mlx_welford.bench.settings import AS_FOUND, SETTINGS, TUNED
+from mlx_welford.bench.workloads import GROUPED, GROUPED_SOME, SMALL, SOME, SWEEP, TARGETS, Case
 
 RESULTS = Path(__file__).parents[1] / "build" / "bench"
 
@@ -41,7 +40,7 @@ SCALED = (2**24, 2**26, 2**28)  # bytes, for which threads are varied
 
 @dataclass(frozen=True)
 class Job:
-    """One run of bench.compare."""
+    """One run of `python -m mlx_welford bench`."""
 
     name: str
     cases: Sequence[str]
@@ -165,8 +164,7 @@ def run(job: Job, results: Path) -> int:
     """Returns its exit status. mx.compile caches on disk; here it starts with an empty cache."""
     with tempfile.TemporaryDirectory() as directory:
         return settings.run_in_child(
-            "bench.compare",
-            job.arguments(results),
+            ["bench", *job.arguments(results)],
             job.setting,
             job.threads,
             variables={"TMPDIR": directory},

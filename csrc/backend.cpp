@@ -20,7 +20,7 @@ bool run(mx::Stream s, const Problem& of_any_arrays, const BoundArrays& arrays,
          gpu::PlanCache& cache) {
   // A Metal buffer begins at a multiple of 16 bytes, and the simulator's do; a view may not.
   Problem problem = of_any_arrays;
-  for (BufferIndex i : {kX, kG, kOut}) {
+  for (BufferIndex i : {kX, kG, kOut, kResidual, kZ, kGradResidual}) {
     problem.aligned = problem.aligned && (!arrays.has(i) || arrays[i].offset() % 16 == 0);
   }
   if (s.device == mx::Device::gpu) {

@@ -46,14 +46,18 @@ NB_MODULE(_ext, m) {
          const std::optional<mx::array>& bias, double eps, mw::Statistics statistics,
          const std::string& caller, const std::optional<mx::array>& mean,
          const std::optional<mx::array>& var, int axis, std::optional<int> channels,
-         bool several_values, bool running, int groups, bool interleaved, mx::StreamOrDevice s) {
-        return mw::normalize(x, weight, bias, eps, mean, var, axis, statistics,
-                             {groups, interleaved}, {caller, channels, several_values, running}, s);
+         bool several_values, bool running, int groups, bool interleaved,
+         const std::optional<std::string>& activation, double negative_slope,
+         const std::optional<mx::array>& residual, mx::StreamOrDevice s) {
+        return mw::normalize(x, weight, bias, eps, mean, var, residual, axis, statistics,
+                             {groups, interleaved}, {activation, negative_slope},
+                             {caller, channels, several_values, running}, s);
       },
       "x"_a, "weight"_a.none(), "bias"_a.none(), "eps"_a, "statistics"_a, "caller"_a,
       "mean"_a.none() = nb::none(), "var"_a.none() = nb::none(), "axis"_a = -1,
       "channels"_a.none() = nb::none(), "several_values"_a = false, "running"_a = false,
-      "groups"_a = 0, "interleaved"_a = false, "stream"_a = nb::none());
+      "groups"_a = 0, "interleaved"_a = false, "activation"_a.none() = nb::none(),
+      "negative_slope"_a = 0.0, "residual"_a.none() = nb::none(), "stream"_a = nb::none());
 
   m.def(
       "moments",
@@ -80,12 +84,15 @@ NB_MODULE(_ext, m) {
       "input_gradient",
       [](const mx::array& x, const mx::array& g, const mx::array& mean, const mx::array& var,
          const std::optional<mx::array>& weight, double eps, const mx::array& grad_mean,
-         const mx::array& grad_var, const std::string& caller, int axis) {
-        return mw::input_gradient(x, g, mean, var, weight, eps, grad_mean, grad_var, axis,
-                                  {caller});
+         const mx::array& grad_var, const std::string& caller, int axis,
+         const std::optional<mx::array>& bias, const std::optional<std::string>& activation,
+         double negative_slope) {
+        return mw::input_gradient(x, g, mean, var, weight, bias, eps, grad_mean, grad_var, axis,
+                                  {activation, negative_slope}, {caller});
       },
       "x"_a, "g"_a, "mean"_a, "var"_a, "weight"_a.none(), "eps"_a, "grad_mean"_a, "grad_var"_a,
-      "caller"_a, "axis"_a = -1);
+      "caller"_a, "axis"_a = -1, "bias"_a.none() = nb::none(), "activation"_a.none() = nb::none(),
+      "negative_slope"_a = 0.0);
 
   m.def(
       "rank_moments",

@@ -38,15 +38,15 @@ NB_MODULE(_core, m) {
       [](const Array& x, const std::optional<Array>& weight, const std::optional<Array>& bias,
          mw::Statistics statistics, const std::string& caller, const std::optional<Array>& mean,
          const std::optional<Array>& var, int axis, std::optional<int> channels,
-         bool several_values, bool running, int groups) {
+         bool several_values, bool running, int groups, const std::optional<Array>& residual) {
         return mw::check_normalize(argument(x), argument(weight), argument(bias), argument(mean),
-                                   argument(var), axis, statistics, groups,
+                                   argument(var), argument(residual), axis, statistics, groups,
                                    {caller, channels, several_values, running});
       },
       "x"_a, "weight"_a.none(), "bias"_a.none(), "statistics"_a, "caller"_a,
       "mean"_a.none() = nb::none(), "var"_a.none() = nb::none(), "axis"_a = -1,
       "channels"_a.none() = nb::none(), "several_values"_a = false, "running"_a = false,
-      "groups"_a = 0, "The channel axis, non-negative.");
+      "groups"_a = 0, "residual"_a.none() = nb::none(), "The channel axis, non-negative.");
 
   m.def(
       "check_running_statistics",

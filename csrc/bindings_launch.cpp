@@ -21,6 +21,7 @@
 #include "bindings.h"
 #include "gpu/launch.h"
 #include "gpu/metal_source.h"
+#include "rules.h"
 
 namespace nb = nanobind;
 using namespace nb::literals;
@@ -53,6 +54,7 @@ nb::dict to_dict(const Sweep& s) {
   d["has_sums"] = s.has_sums;
   d["count"] = s.count;
   d["eps"] = s.eps;
+  d["negative_slope"] = s.negative_slope;
   add(d, s.grouping);
   d["run"] = s.run;
   d["jump"] = s.jump;
@@ -73,6 +75,17 @@ nb::dict to_dict(const Merge& s) {
   return d;
 }
 
+/// The function constants by index; none if the kernel has none.
+nb::dict to_dict(const gpu::Variant& kernel) {
+  nb::dict d;
+  if (kernel.has_constants()) {
+    d[nb::int_(int{kActivationConstant})] = static_cast<int>(kernel.constants.activation);
+    d[nb::int_(int{kAuxiliaryConstant})] = static_cast<int>(kernel.constants.auxiliary);
+    d[nb::int_(int{kGradientConstant})] = kernel.constants.gradient;
+  }
+  return d;
+}
+
 nb::dict to_dict(const gpu::Dispatch& dispatch) {
   const gpu::Variant& kernel = dispatch.kernel;
   nb::dict d;
@@ -82,6 +95,7 @@ nb::dict to_dict(const gpu::Dispatch& dispatch) {
   d["pattern"] = kernel.walk ? nb::cast(gpu::name_of(kernel.walk->pattern)) : nb::none();
   d["grouped"] = kernel.walk && kernel.walk->grouped;
   d["host_name"] = gpu::host_name(kernel);
+  d["constants"] = to_dict(kernel);
   d["instantiation"] = gpu::instantiation(kernel);
   nb::list buffers;
   for (const gpu::Binding& b : dispatch.buffers) {
@@ -106,6 +120,16 @@ Operation operation_of(const std::string& name) {
     throw std::invalid_argument("[launch_plan] no operation '" + name + "'.");
   }
   return static_cast<Operation>(found - kOperationNames);
+}
+
+Auxiliary auxiliary_of(const std::optional<std::string>& name) {
+  if (!name) {
+    return Auxiliary::none;
+  }
+  if (*name != "residual" && *name != "output") {
+    throw std::invalid_argument("[launch_plan] no auxiliary '" + *name + "'.");
+  }
+  return *name == "residual" ? Auxiliary::residual : Auxiliary::output;
 }
 
 /// The tuning for one of Apple's GPUs with some constants replaced.
@@ -173,27 +197,29 @@ void bind_launch(nb::module_& m) {
       [](const std::string& operation, const std::vector<int>& shape, const std::vector<int>& axes,
          const std::string& element, int64_t channels, double eps, bool given, bool weight,
          bool bias, std::array<bool, 4> wanted, bool aligned, uint32_t max_threads,
-         const std::string& architecture, int64_t groups, bool interleaved,
-         bool affine_per_instance,
+         const std::string& architecture, int groups, bool interleaved, bool affine_per_instance,
+         const std::optional<std::string>& activation, const std::optional<std::string>& auxiliary,
          const std::map<std::string, int64_t>& tuning) -> DispatchesAndTemporaries {
         const auto geometry =
             groups > 0 ? find_instances(shape, last_kept(shape, axes)) : find_geometry(shape, axes);
         if (!geometry || geometry->size() == 0) {
           throw std::invalid_argument("[launch_plan] no kernels for this shape and these axes.");
         }
-        const Problem problem{.operation = operation_of(operation),
-                              .element = found(find_element(element)),
-                              .geometry = *geometry,
-                              .channels = channels,
-                              .groups = groups,
-                              .interleaved = interleaved,
-                              .eps = static_cast<float>(eps),
-                              .given = given,
-                              .has_weight = weight,
-                              .has_bias = bias,
-                              .affine_per_instance = affine_per_instance,
-                              .wanted = {wanted[0], wanted[1], wanted[2], wanted[3]},
-                              .aligned = aligned};
+        const Problem problem{
+            {.operation = operation_of(operation),
+             .groups = {groups, interleaved},
+             .eps = eps,
+             .given = given,
+             .has_weight = weight,
+             .has_bias = bias,
+             .affine_per_instance = affine_per_instance,
+             .epilogue = {.activation = check_activation(activation, 0, {"launch_plan"}),
+                          .auxiliary = auxiliary_of(auxiliary)},
+             .wanted = {wanted[0], wanted[1], wanted[2], wanted[3]}},
+            found(find_element(element)),
+            *geometry,
+            channels,
+            aligned};
         const gpu::Plan plan = gpu::plan(
             problem, {.threads = max_threads, .tuning = tuning_from(architecture, tuning)});
         Dispatches dispatches;
@@ -210,12 +236,14 @@ void bind_launch(nb::module_& m) {
       "eps"_a = 1e-5, "given"_a = false, "weight"_a = false, "bias"_a = false,
       "wanted"_a = std::array<bool, 4>{false, false, false, false}, "aligned"_a = true,
       "max_threads"_a = 1024, "architecture"_a = "", "groups"_a = 0, "interleaved"_a = false,
-      "affine_per_instance"_a = false, "tuning"_a = std::map<std::string, int64_t>{},
+      "affine_per_instance"_a = false, "activation"_a.none() = nb::none(),
+      "auxiliary"_a.none() = nb::none(), "tuning"_a = std::map<std::string, int64_t>{},
       "The dispatches for a problem over non-negative `axes`, and the bytes of the temporary "
       "arrays. "
       "`element`: the type of x by name, one of element_types. "
       "`wanted`: gradients of x, the given statistics, weight, bias. "
       "`groups` of channels, the last axis that is kept, share statistics (csrc/problem.h). "
+      "`auxiliary`: what the epilogue reads, \"residual\" or \"output\". "
       "`architecture`: the GPU, as Metal calls it (\"applegpu_g13s\"). "
       "`tuning`: constants of csrc/gpu/tuning.h by name, where they are not to be Apple's.");
 

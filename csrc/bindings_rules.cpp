@@ -1,4 +1,6 @@
+#include <nanobind/stl/optional.h>
 #include <nanobind/stl/string.h>
+#include <nanobind/stl/vector.h>
 
 #include "bindings.h"
 #include "rules.h"
@@ -22,6 +24,17 @@ void bind_rules(nb::module_& m) {
         check_groups(channels, groups, {caller});
       },
       nb::arg("channels"), nb::arg("groups"), nb::arg("caller"));
+
+  m.def(
+      "check_activation",
+      [](const std::optional<std::string>& activation, double negative_slope,
+         const std::string& caller) { check_activation(activation, negative_slope, {caller}); },
+      nb::arg("activation").none(), nb::arg("negative_slope"), nb::arg("caller"));
+
+  m.def("activations", [] {
+    const auto* first = std::begin(kActivationNames) + 1;  // behind none
+    return std::vector<std::string>(first, std::end(kActivationNames));
+  });
 
   nb::enum_<Statistics>(m, "Statistics", "Where the statistics of a normalisation come from.")
       .value("of_instance", Statistics::of_instance)

@@ -18,7 +18,7 @@ using Arrays = std::vector<array>;
 
 /// A call of a function of python/mlx_welford/_fallback.py, which returns arrays by name.
 struct FallbackCall {
-  using Argument = std::variant<array, std::vector<int>, bool, int, double>;
+  using Argument = std::variant<array, std::vector<int>, bool, int, double, const char*>;
 
   const char* function;
   std::vector<std::pair<const char*, Argument>> arguments;

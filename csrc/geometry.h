@@ -84,16 +84,6 @@ struct Slots {
   int64_t period() const { return interleaved ? groups : members; }
 };
 
-/// Which gradients are asked for; the others are not computed.
-struct Wanted {
-  bool x = false;
-  bool statistics = false;  // of given mean and var
-  bool weight = false;
-  bool bias = false;
-
-  bool operator==(const Wanted&) const = default;
-};
-
 /// The geometry of a reduction over `axes` (unique, non-negative) of a row-contiguous array, or
 /// nothing when its kept and reduced axes alternate too often for (merge, outer, reduce, inner).
 std::optional<Geometry> find_geometry(std::span<const int32_t> shape, const std::vector<int>& axes);

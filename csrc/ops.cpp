@@ -79,6 +79,13 @@ std::vector<int> order_of(const array& x, const std::vector<int>& axes,
   return axis_order(traced_for_any_shape(x, s) ? no_ones : x.shape(), axes, last, of_groups);
 }
 
+Epilogue epilogue_of(const EpilogueOptions& options, const Caller& caller) {
+  const Activation a = check_activation(options.activation, options.negative_slope, caller);
+  // Where it is not used it should not tell nodes apart.
+  const double slope = a == Activation::leaky_relu ? options.negative_slope : 0;
+  return {.activation = a, .negative_slope = static_cast<float>(slope)};
+}
+
 }  // namespace
 
 int count_channels(const array& x, int axis, Statistics statistics, int groups,
@@ -86,21 +93,22 @@ int count_channels(const array& x, int axis, Statistics statistics, int groups,
   return x.shape(check_input(argument(x), axis, statistics, groups, caller));
 }
 
-std::tuple<array, array, array> normalize(const array& x_, const std::optional<array>& weight_,
-                                          const std::optional<array>& bias_, double eps,
-                                          const std::optional<array>& mean_,
-                                          const std::optional<array>& var_, int axis,
-                                          Statistics statistics, const Groups& groups,
-                                          const Caller& caller, mx::StreamOrDevice s_) {
+std::tuple<array, array, array> normalize(
+    const array& x_, const std::optional<array>& weight_, const std::optional<array>& bias_,
+    double eps, const std::optional<array>& mean_, const std::optional<array>& var_,
+    const std::optional<array>& residual_, int axis, Statistics statistics, const Groups& groups,
+    const EpilogueOptions& options, const Caller& caller, mx::StreamOrDevice s_) {
   int channel_axis =
       check_normalize(argument(x_), argument(weight_), argument(bias_), argument(mean_),
-                      argument(var_), axis, statistics, groups.number, caller);
+                      argument(var_), argument(residual_), axis, statistics, groups.number, caller);
+  Epilogue epilogue = epilogue_of(options, caller);
+  epilogue.auxiliary = residual_ ? Auxiliary::residual : Auxiliary::none;
   if (mean_ && groups.number == 0) {
     statistics = Statistics::given;
   }
   const auto s = mx::to_stream(s_);
   std::vector<array> typed{x_};
-  for (const auto& parameter : {weight_, bias_}) {
+  for (const auto& parameter : {weight_, bias_, residual_}) {
     if (parameter) {
       typed.push_back(*parameter);
     }
@@ -109,6 +117,7 @@ std::tuple<array, array, array> normalize(const array& x_, const std::optional<a
   array x = cast(x_, dtype, s);
   auto weight = cast(weight_, dtype, s);
   auto bias = cast(bias_, dtype, s);
+  auto residual = cast(residual_, dtype, s);
   const bool affine_per_instance = (weight && weight->ndim() == 2) || (bias && bias->ndim() == 2);
   if (weight && bias && weight->ndim() != bias->ndim()) {
     const auto both = mx::broadcast_arrays({*weight, *bias}, s);
@@ -126,44 +135,56 @@ std::tuple<array, array, array> normalize(const array& x_, const std::optional<a
   const int home = channel_axis;
   if (moved) {
     x = mx::transpose(x, order, s);
+    if (residual) {
+      residual = mx::transpose(*residual, order, s);
+    }
     channel_axis = ndim - 1;
     axes = reduced_axes(ndim, channel_axis, statistics);
   }
-  const BoundArrays outputs =
-      compute(s,
-              {.operation = Operation::normalize,
-               .axes = std::move(axes),
-               .channel_axis = channel_axis,
-               .eps = eps,
-               .groups = groups,
-               .given = mean.has_value(),
-               .has_weight = weight.has_value(),
-               .has_bias = bias.has_value(),
-               .affine_per_instance = affine_per_instance},
-              {{kX, x}, {kMean, mean}, {kVar, var}, {kWeight, weight}, {kBias, bias}});
-  array y = moved ? mx::moveaxis(outputs[kOut], -1, home, s) : outputs[kOut];
-  return {y, mean ? *mean : outputs[kMean], var ? *var : outputs[kVar]};
+  const BoundArrays outputs = compute(s,
+                                      {{.operation = Operation::normalize,
+                                        .groups = groups,
+                                        .eps = eps,
+                                        .given = mean.has_value(),
+                                        .has_weight = weight.has_value(),
+                                        .has_bias = bias.has_value(),
+                                        .affine_per_instance = affine_per_instance,
+                                        .epilogue = epilogue},
+                                       std::move(axes),
+                                       channel_axis},
+                                      {{kX, x},
+                                       {kMean, mean},
+                                       {kVar, var},
+                                       {kWeight, weight},
+                                       {kBias, bias},
+                                       {kResidual, residual}});
+  array z = moved ? mx::moveaxis(outputs[kOut], -1, home, s) : outputs[kOut];
+  return {z, mean ? *mean : outputs[kMean], var ? *var : outputs[kVar]};
 }
 
 array input_gradient(const array& x, const array& g, const array& mean, const array& var,
-                     const std::optional<array>& weight, double eps, const array& grad_mean,
-                     const array& grad_var, int axis, const Caller& caller, mx::StreamOrDevice s_) {
+                     const std::optional<array>& weight, const std::optional<array>& bias,
+                     double eps, const array& grad_mean, const array& grad_var, int axis,
+                     const EpilogueOptions& options, const Caller& caller, mx::StreamOrDevice s_) {
   const auto s = mx::to_stream(s_);
   const int channel_axis = check_input(argument(x), axis, Statistics::given, 0, caller);
   return compute(s,
-                 {.operation = Operation::input_gradient,
-                  .axes = reduced_axes(static_cast<int>(x.ndim()), channel_axis, Statistics::given),
-                  .channel_axis = channel_axis,
-                  .eps = eps,
-                  .given = true,
-                  .has_weight = weight.has_value()},
+                 {{.operation = Operation::input_gradient,
+                   .eps = eps,
+                   .given = true,
+                   .has_weight = weight.has_value(),
+                   .has_bias = bias.has_value(),
+                   .epilogue = epilogue_of(options, caller)},
+                  reduced_axes(static_cast<int>(x.ndim()), channel_axis, Statistics::given),
+                  channel_axis},
                  {{kX, x},
                   {kMean, mean},
                   {kVar, var},
                   {kG, g},
                   {kGradMean, grad_mean},
                   {kGradVar, grad_var},
-                  {kWeight, weight}})[kOut];
+                  {kWeight, weight},
+                  {kBias, bias}})[kOut];
 }
 
 array rank_moments(const array& x, int axis, const Caller& caller, mx::StreamOrDevice s) {
@@ -198,7 +219,7 @@ std::pair<array, array> next_running_statistics(const array& running_mean, const
   check_running_statistics(argument(running_mean), argument(running_var), mean.shape(-1), caller);
   const auto s = mx::to_stream(s_);
   array update = update_coefficients(momentum, count, mean.dtype(), s);
-  const BoundArrays outputs = compute(s, {.operation = Operation::running_statistics},
+  const BoundArrays outputs = compute(s, {{.operation = Operation::running_statistics}},
                                       {{kRunningMean, running_mean},
                                        {kRunningVar, running_var},
                                        {kMean, mean},
@@ -220,7 +241,7 @@ std::pair<array, array> moments(const array& x_, std::vector<int> axes, bool kee
     std::iota(kernel_axes.begin(), kernel_axes.end(), ndim - static_cast<int>(axes.size()));
   }
   const BoundArrays outputs =
-      compute(s, {.operation = Operation::moments, .axes = kernel_axes}, {{kX, x}});
+      compute(s, {{.operation = Operation::moments}, kernel_axes}, {{kX, x}});
   const array& mean = outputs[kMean];
   const array& var = outputs[kVar];
   if (keepdims) {

@@ -20,23 +20,31 @@ using mlx::core::array;
 int count_channels(const array& x, int axis, Statistics statistics, int groups,
                    const Caller& caller);
 
-/// (y, mean, var) with y = (x - mean) / sqrt(var + eps) * weight + bias, and the statistics of x or
-/// the given ones: (C), or (N, G) of groups. y has the dtype result_type(x, weight, bias); mean and
-/// biased var are float32, (N, C) per instance, (N, G) of groups or (C) per batch.
-std::tuple<array, array, array> normalize(const array& x, const std::optional<array>& weight,
-                                          const std::optional<array>& bias, double eps,
-                                          const std::optional<array>& mean,
-                                          const std::optional<array>& var, int axis,
-                                          Statistics statistics, const Groups& groups,
-                                          const Caller& caller, mlx::core::StreamOrDevice s = {});
+/// What follows a normalisation, by name. `activation` is that of mlx.nn, none if empty.
+struct EpilogueOptions {
+  std::optional<std::string> activation = std::nullopt;
+  double negative_slope = 0;  // of leaky_relu
+};
+
+/// (z, mean, var) with z = act(y + residual), y = (x - mean) / sqrt(var + eps) * weight + bias, and
+/// the statistics of x or the given ones: (C), or (N, G) of groups. z has the dtype
+/// result_type(x, weight, bias, residual); mean and biased var are float32, (N, C) per instance,
+/// (N, G) of groups or (C) per batch.
+std::tuple<array, array, array> normalize(
+    const array& x, const std::optional<array>& weight, const std::optional<array>& bias,
+    double eps, const std::optional<array>& mean, const std::optional<array>& var,
+    const std::optional<array>& residual, int axis, Statistics statistics, const Groups& groups,
+    const EpilogueOptions& epilogue, const Caller& caller, mlx::core::StreamOrDevice s = {});
 
 /// The gradient with respect to x of `normalize` with given statistics that depend on x, as those
 /// of a batch do of which x is a shard. `grad_mean` and `grad_var` (C) are the cotangents of the
-/// statistics, divided by the number of values per statistic. Arguments have the dtypes that
-/// `normalize` casts to.
+/// statistics, divided by the number of values per statistic. `g` is the cotangent of z without a
+/// residual, of which `epilogue` makes that of y; the bias is needed for that alone. Arguments have
+/// the dtypes that `normalize` casts to.
 array input_gradient(const array& x, const array& g, const array& mean, const array& var,
-                     const std::optional<array>& weight, double eps, const array& grad_mean,
-                     const array& grad_var, int axis, const Caller& caller,
+                     const std::optional<array>& weight, const std::optional<array>& bias,
+                     double eps, const array& grad_mean, const array& grad_var, int axis,
+                     const EpilogueOptions& epilogue, const Caller& caller,
                      mlx::core::StreamOrDevice s = {});
 
 /// The message (1 + C, 4) that a rank sends to the others about its shard x of a batch.

@@ -36,6 +36,11 @@ FallbackCall KernelPrimitive::fallback_call(const Arrays& inputs) const {
   if (a.affine_per_instance) {
     call.arguments.emplace_back("affine_per_instance", true);
   }
+  if (a.epilogue.active()) {
+    call.arguments.emplace_back("activation",
+                                kActivationNames[static_cast<size_t>(a.epilogue.activation)]);
+    call.arguments.emplace_back("negative_slope", double{a.epilogue.negative_slope});
+  }
   for (const Operand& output : signature_.outputs) {
     call.outputs.push_back(kBufferNames[output.buffer]);
   }
@@ -90,17 +95,7 @@ std::vector<mx::Shape> KernelPrimitive::output_shapes(const Arrays& inputs) {
 Problem KernelPrimitive::problem(const Arrays& inputs) const {
   const Attributes& a = attributes_;
   const array& x = inputs[0];
-  Problem problem{.operation = a.operation,
-                  .element = element_of(x.dtype()),
-                  .geometry = {},
-                  .groups = a.groups.number,
-                  .interleaved = a.groups.interleaved,
-                  .eps = static_cast<float>(a.eps),
-                  .given = a.given,
-                  .has_weight = a.has_weight,
-                  .has_bias = a.has_bias,
-                  .affine_per_instance = a.affine_per_instance,
-                  .wanted = a.wanted};
+  Problem problem{a, element_of(x.dtype()), {}};
   if (a.operation == Operation::running_statistics) {
     problem.channels = x.size();
     problem.geometry = {.outer = static_cast<int64_t>(inputs[2].size()) / problem.channels,
@@ -170,6 +165,12 @@ Arrays KernelPrimitive::vjp(const Arrays& primals, const Arrays& cotangents,
                      .statistics = differentiated(kMean) || differentiated(kVar),
                      .weight = differentiated(kWeight),
                      .bias = differentiated(kBias)};
+  if (!gradient.epilogue.active()) {
+    gradient.epilogue = {};
+  } else if (gradient.epilogue.auxiliary == Auxiliary::residual &&
+             gradient.epilogue.output_decides()) {
+    gradient.epilogue.auxiliary = Auxiliary::output;
+  }
 
   BoundArrays known;
   bind_operands(signature_.inputs, primals, known);
@@ -177,7 +178,18 @@ Arrays KernelPrimitive::vjp(const Arrays& primals, const Arrays& cotangents,
   for (size_t i = 0; i < outputs.size(); ++i) {
     known.set(gradient_of(signature_.outputs[i].buffer), cotangents[i]);
   }
-  const BoundArrays found = compute(stream(), gradient, std::move(known));
+  if (known.has(kOut)) {
+    known.set(kZ, known[kOut]);
+  }
+  const array& g = cotangents[0];
+  const bool only_residual = argnums.size() == 1 && differentiated(kResidual);
+  BoundArrays found;
+  if (gradient.epilogue.active() || !only_residual) {
+    found = compute(stream(), gradient, std::move(known));
+  }
+  if (!gradient.epilogue.needs_auxiliary()) {
+    found.set(kGradResidual, g);  // if there is a residual
+  }
   Arrays gradients;
   for (int argnum : argnums) {
     gradients.push_back(found[gradient_of(signature_.inputs[argnum].buffer)]);

@@ -71,7 +71,7 @@ array message_of(const array& x, int channel_axis, double kind, mx::Stream s) {
   const auto axes = reduced_axes(static_cast<int>(x.ndim()), channel_axis, Statistics::of_batch);
   const mx::Dtype wide = statistics_dtype(x.dtype());
   const array moments =
-      compute(s, {.operation = Operation::partial_moments, .axes = axes}, {{kX, x}})[kMoments];
+      compute(s, {{.operation = Operation::partial_moments}, axes}, {{kX, x}})[kMoments];
   if (traced_for_any_shape(x, s)) {
     auto length = [&](const std::vector<int>& of) {
       return mx::number_of_elements(x, of, /* inverted = */ false, mx::int64, s);

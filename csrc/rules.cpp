@@ -1,6 +1,7 @@
 #include "rules.h"
 
 #include <algorithm>
+#include <cmath>
 #include <cstdint>
 #include <iterator>
 #include <sstream>
@@ -131,8 +132,8 @@ int check_input(const Argument& x, int axis, Statistics statistics, int groups,
 
 int check_normalize(const Argument& x, const std::optional<Argument>& weight,
                     const std::optional<Argument>& bias, const std::optional<Argument>& mean,
-                    const std::optional<Argument>& var, int axis, Statistics statistics, int groups,
-                    const Caller& caller) {
+                    const std::optional<Argument>& var, const std::optional<Argument>& residual,
+                    int axis, Statistics statistics, int groups, const Caller& caller) {
   if (mean.has_value() != var.has_value()) {
     fail(caller, "'mean' and 'var' must be given together.");
   }
@@ -150,7 +151,27 @@ int check_normalize(const Argument& x, const std::optional<Argument>& weight,
   const Shape given = groups > 0 ? Shape(of_groups) : Shape(channels);
   check_parameter(mean, caller.running ? "running_mean" : "mean", given, caller);
   check_parameter(var, caller.running ? "running_var" : "var", given, caller);
+  check_parameter(residual, "residual", x.shape, caller);
   return channel_axis;
+}
+
+Activation check_activation(const std::optional<std::string>& name, double negative_slope,
+                            const Caller& caller) {
+  if (!std::isfinite(negative_slope)) {
+    fail(caller, "'negative_slope' must be finite but got ", negative_slope, ".");
+  }
+  if (!name) {
+    return Activation::none;
+  }
+  constexpr auto none = static_cast<size_t>(Activation::none);
+  std::string names;
+  for (size_t i = none + 1; i < std::size(kActivationNames); ++i) {
+    if (*name == kActivationNames[i]) {
+      return static_cast<Activation>(i);
+    }
+    names += std::string(", '") + kActivationNames[i] + "'";
+  }
+  fail(caller, "'activation' must be one of None", names, " but got '", *name, "'.");
 }
 
 void check_running_statistics(const Argument& running_mean, const Argument& running_var,

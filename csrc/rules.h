@@ -13,6 +13,8 @@
 #include <string>
 #include <vector>
 
+#include "settings.h"
+
 namespace mlx_welford {
 
 /// Where the statistics of a normalisation come from. Those of a batch and those given are one per
@@ -22,14 +24,6 @@ enum class Statistics { of_instance, of_batch, given };
 /// An argument of the wrong dtype; a TypeError in Python.
 struct DtypeError : std::invalid_argument {
   using std::invalid_argument::invalid_argument;
-};
-
-/// Groups of channels that share statistics, for each instance; `number` 0 for none.
-struct Groups {
-  int number = 0;
-  bool interleaved = false;  // channel c is in group c % number; otherwise in c / (C / number)
-
-  bool operator==(const Groups&) const = default;
 };
 
 /// The name that errors begin with, and what this caller requires besides.
@@ -57,12 +51,17 @@ void check_groups(int channels, int groups, const Caller& caller);
 int check_input(const Argument& x, int axis, Statistics statistics, int groups,
                 const Caller& caller);
 
-/// The same, for x and the vectors that go with it. Weight and bias are (C), or (N, C) if the
-/// statistics are those of instances; given mean and var are (C), or (N, G) of groups.
+/// The same, for x and the arrays that go with it. Weight and bias are (C), or (N, C) if the
+/// statistics are those of instances; given mean and var are (C), or (N, G) of groups; the residual
+/// is like x.
 int check_normalize(const Argument& x, const std::optional<Argument>& weight,
                     const std::optional<Argument>& bias, const std::optional<Argument>& mean,
-                    const std::optional<Argument>& var, int axis, Statistics statistics, int groups,
-                    const Caller& caller);
+                    const std::optional<Argument>& var, const std::optional<Argument>& residual,
+                    int axis, Statistics statistics, int groups, const Caller& caller);
+
+/// The activation of this name; none if it is empty.
+Activation check_activation(const std::optional<std::string>& name, double negative_slope,
+                            const Caller& caller);
 
 void check_running_statistics(const Argument& running_mean, const Argument& running_var,
                               int channels, const Caller& caller);

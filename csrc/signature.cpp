@@ -28,11 +28,17 @@ Signature signature_of(const Attributes& a) {
                {kMean, Per::statistic, a.given},
                {kVar, Per::statistic, a.given},
                {kWeight, Per::channel, a.has_weight},
-               {kBias, Per::channel, a.has_bias}},
-              {{kOut, Per::element, true, {kX}},
+               {kBias, Per::channel, a.has_bias},
+               {kResidual, Per::element, a.epilogue.auxiliary == Auxiliary::residual}},
+              {{kOut, Per::element, true, {kX, kResidual}},
                {kMean, Per::statistic, !a.given},
                {kVar, Per::statistic, !a.given}}};
-    case Operation::normalize_gradient:
+    case Operation::normalize_gradient: {
+      // The cotangent of y, where it is stored, is read again with x: grad x must not take its
+      // memory.
+      const bool stores_g = a.epilogue.needs_auxiliary();
+      const Operand grad_x = stores_g ? Operand{kOut, Per::element, a.wanted.x, {kX}}
+                                      : Operand{kOut, Per::element, a.wanted.x, {kG, kX}};
       return {"WelfordNormalizeGradient",
               {{kX, Per::element},
                {kMean, Per::statistic},
@@ -40,12 +46,17 @@ Signature signature_of(const Attributes& a) {
                {kG, Per::element},
                {kGradMean, Per::statistic, !a.given},
                {kGradVar, Per::statistic, !a.given},
-               {kWeight, Per::channel, a.has_weight}},
-              {{kOut, Per::element, a.wanted.x, {kG, kX}},
+               {kWeight, Per::channel, a.has_weight},
+               {kBias, Per::channel, a.has_bias && a.epilogue.needs_y()},
+               {kResidual, Per::element, a.epilogue.auxiliary == Auxiliary::residual},
+               {kZ, Per::element, a.epilogue.auxiliary == Auxiliary::output}},
+              {grad_x,
                {kGradMean, Per::statistic, a.wanted.statistics},
                {kGradVar, Per::statistic, a.wanted.statistics},
                {kGradWeight, Per::channel, a.wanted.weight},
-               {kGradBias, Per::channel, a.wanted.bias}}};
+               {kGradBias, Per::channel, a.wanted.bias},
+               {kGradResidual, Per::element, stores_g, {kG, kZ}}}};
+    }
     case Operation::input_gradient:
       return {"WelfordInputGradient",
               {{kX, Per::element},
@@ -54,7 +65,8 @@ Signature signature_of(const Attributes& a) {
                {kG, Per::element},
                {kGradMean, Per::statistic},
                {kGradVar, Per::statistic},
-               {kWeight, Per::channel, a.has_weight}},
+               {kWeight, Per::channel, a.has_weight},
+               {kBias, Per::channel, a.has_bias && a.epilogue.needs_y()}},
               {{kOut, Per::element, true, {kG, kX}}}};
     case Operation::running_statistics:
       return {"WelfordRunningStatistics",
@@ -122,6 +134,8 @@ BufferIndex gradient_of(BufferIndex i) {
       return kGradWeight;
     case kBias:
       return kGradBias;
+    case kResidual:
+      return kGradResidual;
     case kOut:
       return kG;
     default:

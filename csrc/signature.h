@@ -15,17 +15,9 @@ using mlx::core::array;
 using Arrays = std::vector<array>;
 
 /// What a primitive computes, apart from its arrays.
-struct Attributes {
-  Operation operation;
+struct Attributes : Settings {
   std::vector<int> axes{};  // that share a statistic; none for running statistics
   int channel_axis = -1;    // of a normalisation, non-negative
-  double eps = 0;
-  Groups groups{};
-  bool given = false;  // the statistics are given
-  bool has_weight = false;
-  bool has_bias = false;
-  bool affine_per_instance = false;
-  Wanted wanted{};  // of a gradient
 
   bool operator==(const Attributes&) const = default;
 };
@@ -71,7 +63,7 @@ class Operands {
   const Operand& operator[](size_t i) const { return operands_[i]; }
 
  private:
-  std::array<Operand, 8> operands_;
+  std::array<Operand, 10> operands_;
   size_t size_ = 0;
 };
 

@@ -53,31 +53,61 @@ struct Sums {
 
 }  // namespace shared
 
+/// X(name in mlx.nn). The activations that a normalisation may be followed by; see activations.h.
+#define WELFORD_ACTIVATIONS(X) \
+  X(none)                      \
+  X(relu)                      \
+  X(relu6)                     \
+  X(leaky_relu)                \
+  X(silu)                      \
+  X(gelu)                      \
+  X(gelu_approx)               \
+  X(hardswish)
+
+#define X(name) name,
+enum class Activation { WELFORD_ACTIVATIONS(X) };
+#undef X
+
+/// The array that an epilogue reads besides x: the residual, or, in a gradient, where it decides
+/// the derivative, the output z.
+enum class Auxiliary { none, residual, output };
+
+/// Indices of the function constants, which are set when a pipeline is made: no element takes time
+/// for what its problem does not have.
+enum FunctionConstant {
+  kActivationConstant = 0,  // int: an Activation
+  kAuxiliaryConstant = 1,   // int: an Auxiliary
+  kGradientConstant = 2,    // bool: a sweep that finds sums of g writes grad x, too
+};
+
 /// Buffer indices, the same in every kernel that has the buffer. In place of an absent weight, bias
 /// or sums, var is bound and never read.
 enum BufferIndex {
-  kParameters = 0,    // Sweep or Merge
-  kX = 1,             // x
-  kMean = 2,          // float, per statistic
-  kVar = 3,           // float, per statistic
-  kWeight = 4,        // per channel, or per slot
-  kBias = 5,          // likewise
-  kOut = 6,           // y or gradient of x
-  kG = 7,             // cotangent of y
-  kGradMean = 8,      // float, per statistic: cotangent of mean, or gradient of the given mean
-  kGradVar = 9,       // float, per statistic: likewise of var
-  kPartials = 10,     // Moments or Sums, (part, slot)
-  kSums = 11,         // Sums, per slot
-  kGradWeight = 12,   // as weight
-  kGradBias = 13,     // as bias
-  kMoments = 14,      // Moments, per statistic
-  kUpdate = 15,       // float, 3: 1 - momentum, momentum, unbiased by biased variance
-  kRunningMean = 16,  // per channel
-  kRunningVar = 17,   // per channel
-  kNextMean = 18,     // per channel: the running mean after this batch
-  kNextVar = 19,      // per channel
-  kGroupSums = 20,    // Sums, weighted, per statistic of a group
-  kBuffers = 21,
+  kParameters = 0,     // Sweep or Merge
+  kX = 1,              // x
+  kMean = 2,           // float, per statistic
+  kVar = 3,            // float, per statistic
+  kWeight = 4,         // per channel, or per slot
+  kBias = 5,           // likewise
+  kOut = 6,            // z, or gradient of x
+  kG = 7,              // cotangent of z
+  kGradMean = 8,       // float, per statistic: cotangent of mean, or gradient of the given mean
+  kGradVar = 9,        // float, per statistic: likewise of var
+  kPartials = 10,      // Moments or Sums, (part, slot)
+  kSums = 11,          // Sums, per slot
+  kGradWeight = 12,    // as weight
+  kGradBias = 13,      // as bias
+  kMoments = 14,       // Moments, per statistic
+  kUpdate = 15,        // float, 3: 1 - momentum, momentum, unbiased by biased variance
+  kRunningMean = 16,   // per channel
+  kRunningVar = 17,    // per channel
+  kNextMean = 18,      // per channel: the running mean after this batch
+  kNextVar = 19,       // per channel
+  kGroupSums = 20,     // Sums, weighted, per statistic of a group
+  kResidual = 21,      // added to y
+  kZ = 22,             // output of the epilogue, where a gradient needs it
+  kGradResidual = 23,  // cotangent of the residual, and of y
+  kBuffers = 24,
 };
 
 /// The channels that share statistics. Slot q is that of channel q % channels of instance
@@ -110,6 +140,7 @@ struct Sweep {
   shared_uint has_sums;
   float count;  // values per statistic
   float eps;
+  float negative_slope;
   Grouping grouping;
   shared_uint run;   // of columns of groups: vectors that lie side by side
   shared_uint jump;  // columns from a run to the next member's; 0: there is one run

@@ -26,14 +26,20 @@ inline Sums sums_of(uint present, const device float* sums, long slot) {
   return present ? Sums{sums[2 * slot], sums[2 * slot + 1]} : Sums{0.0f, 0.0f};
 }
 
-/// The means of a thread's slots.
-template <typename A, int S>
-inline void load_means(constant Sweep& sweep, Walk w, const device float* mean,
-                       thread float* means) {
+/// The maps from x to y of a thread's slots; of these the means alone, if nothing else is needed.
+template <typename T, typename A, int S>
+inline void maps_to_y(constant Sweep& sweep, Walk w, const device float* mean,
+                      const device float* var, const device T* weight, const device T* bias,
+                      bool whole, thread MapX* y) {
   Slot slot = A::slot_at(sweep, w.slot);
   WELFORD_UNROLL
   for (int i = 0; i < S; ++i) {
-    means[i] = w.inside ? mean[slot.statistic] : 0.0f;
+    const long j = slot.statistic;
+    y[i] = MapX{w.inside ? mean[j] : 0.0f, 0.0f, 0.0f};
+    if (whole && w.inside) {
+      y[i] = map_to_y(sweep, y[i].mean, var[j], weight_of(sweep.has_weight, weight, slot.channel),
+                      bias_of(sweep.has_bias, bias, slot.channel));
+    }
     slot = A::next(sweep, slot);
   }
 }
@@ -90,23 +96,28 @@ template <typename T, int V, typename A>
   }
 }
 
-/// Sums (part, statistic) of g and g * (x - mean); see merge_sums.
+/// Sums (part, statistic) of g and g * (x - mean); see merge_sums. h is the cotangent of z, and g
+/// that of y. With given statistics grad x may be written, too.
 template <typename T, int V, typename A>
-[[kernel]] void partial_sums(constant Sweep& sweep [[buffer(kParameters)]],
-                             const device T* x [[buffer(kX)]], const device T* g [[buffer(kG)]],
-                             const device float* mean [[buffer(kMean)]],
-                             device Sums* partials [[buffer(kPartials)]],
-                             uint group [[threadgroup_position_in_grid]],
-                             uint groups [[threadgroups_per_grid]],
-                             uint thread_index [[thread_position_in_threadgroup]]) {
+[[kernel]] void partial_sums(
+    constant Sweep& sweep [[buffer(kParameters)]], const device T* x [[buffer(kX)]],
+    const device T* h [[buffer(kG)]], const device float* mean [[buffer(kMean)]],
+    const device float* var [[buffer(kVar)]], const device T* weight [[buffer(kWeight)]],
+    const device T* bias [[buffer(kBias)]], const device T* auxiliary [[buffer(kResidual)]],
+    device T* grad_residual [[buffer(kGradResidual)]], device T* grad_x [[buffer(kOut)]],
+    device Sums* partials [[buffer(kPartials)]], uint group [[threadgroup_position_in_grid]],
+    uint groups [[threadgroups_per_grid]], uint thread_index [[thread_position_in_threadgroup]]) {
   enum { S = A::template Statistics<V>::count };
   threadgroup Sums entries[kEntries];
   const Place p = A::place(sweep, thread_index);
   const Walk w = A::template walk<V>(sweep, A::locate(sweep, group, groups, false), p);
-  float means[S];
-  load_means<A, S>(sweep, w, mean, means);
+  MapX y[S];
+  maps_to_y<T, A, S>(sweep, w, mean, var, weight, bias, needs_y() || writes_gradient, y);
+  const GradientArrays<T> a{x + w.first,         h + w.first,
+                            auxiliary + w.first, grad_residual + w.first,
+                            grad_x + w.first,    sweep.negative_slope};
   Sums found[S];
-  find_sums<T, V, S>(x + w.first, g + w.first, w, means, found);
+  find_sums<T, V, S, true>(a, w, y, found);
   merge_along<Sums, S, false>(found, p, entries);
   if (p.along == 0 && w.inside) {
     WELFORD_UNROLL
@@ -396,41 +407,42 @@ template <typename T>
   }
 }
 
-// ---- Second pass: y, grad x --------------------------------------------------------------------
+// ---- Second pass: z, grad x --------------------------------------------------------------------
 
-/// y of x and the statistics.
+/// z of x, the statistics and the residual.
 template <typename T, int V, typename A>
 [[kernel]] void normalize_input(
     constant Sweep& sweep [[buffer(kParameters)]], const device T* x [[buffer(kX)]],
     const device float* mean [[buffer(kMean)]], const device float* var [[buffer(kVar)]],
     const device T* weight [[buffer(kWeight)]], const device T* bias [[buffer(kBias)]],
-    device T* y [[buffer(kOut)]], uint group [[threadgroup_position_in_grid]],
-    uint groups [[threadgroups_per_grid]], uint thread_index [[thread_position_in_threadgroup]]) {
+    const device T* residual [[buffer(kResidual)]], device T* z [[buffer(kOut)]],
+    uint group [[threadgroup_position_in_grid]], uint groups [[threadgroups_per_grid]],
+    uint thread_index [[thread_position_in_threadgroup]]) {
   enum { S = A::template Statistics<V>::count };
   const Place p = A::place(sweep, thread_index);
   const Walk w = A::template walk<V>(sweep, A::locate(sweep, group, groups, true), p);
   if (w.inside) {
-    MapX f[S];
-    Slot slot = A::slot_at(sweep, w.slot);
+    MapX y[S];
+    maps_to_y<T, A, S>(sweep, w, mean, var, weight, bias, true, y);
+    MapToOutput f[S];
     WELFORD_UNROLL
     for (int i = 0; i < S; ++i) {
-      const long j = slot.statistic;
-      f[i] = forward_map(sweep, mean[j], var[j], weight_of(sweep.has_weight, weight, slot.channel),
-                         bias_of(sweep.has_bias, bias, slot.channel));
-      slot = A::next(sweep, slot);
+      f[i] = MapToOutput{y[i], sweep.negative_slope};
     }
-    apply<T, V, S>(x + w.first, x + w.first, w, f, y + w.first);
+    apply<T, V, S>(x + w.first, residual + w.first, w, f, z + w.first);
   }
 }
 
 /// grad x of x, g, the statistics, the sums, and the cotangents of the statistics. Without sums the
-/// statistics are not x's own, and their cotangents say all that reaches x through them.
+/// statistics are not x's own, and their cotangents say all that reaches x through them. In place
+/// of g there may be h, of which it is made.
 template <typename T, int V, typename A>
 [[kernel]] void input_gradient(
     constant Sweep& sweep [[buffer(kParameters)]], const device T* x [[buffer(kX)]],
     const device T* g [[buffer(kG)]], const device float* mean [[buffer(kMean)]],
     const device float* var [[buffer(kVar)]], const device T* weight [[buffer(kWeight)]],
-    const device float* sums [[buffer(kSums)]], const device float* grad_mean [[buffer(kGradMean)]],
+    const device T* bias [[buffer(kBias)]], const device float* sums [[buffer(kSums)]],
+    const device float* grad_mean [[buffer(kGradMean)]],
     const device float* grad_var [[buffer(kGradVar)]], device T* grad_x [[buffer(kOut)]],
     uint group [[threadgroup_position_in_grid]], uint groups [[threadgroups_per_grid]],
     uint thread_index [[thread_position_in_threadgroup]]) {
@@ -439,41 +451,43 @@ template <typename T, int V, typename A>
   const Walk w = A::template walk<V>(sweep, A::locate(sweep, group, groups, true), p);
   if (w.inside) {
     const float per_value = 1.0f / sweep.count;
-    MapXG f[S];
+    MapToGradient f[S];
     Slot slot = A::slot_at(sweep, w.slot);
     WELFORD_UNROLL
     for (int i = 0; i < S; ++i) {
       const long j = slot.statistic;
       const float own_weight = weight_of(sweep.has_weight, weight, slot.channel);
-      f[i] = backward_map(sweep, per_value, mean[j], var[j], own_weight,
-                          sums_of(sweep.has_sums, sums, j), A::of_sums(own_weight), grad_mean[j],
-                          grad_var[j]);
+      const float own_bias = active() ? bias_of(sweep.has_bias, bias, slot.channel) : 0.0f;
+      f[i] = map_to_gradient(sweep, per_value, mean[j], var[j], own_weight, own_bias,
+                             sums_of(sweep.has_sums, sums, j), A::of_sums(own_weight), grad_mean[j],
+                             grad_var[j]);
       slot = A::next(sweep, slot);
     }
     apply<T, V, S>(x + w.first, g + w.first, w, f, grad_x + w.first);
   }
 }
 
-/// grad x of g alone: the gradient with given statistics.
+/// The gradients with given statistics of x and of the residual, where no sums are wanted.
 template <typename T, int V, typename A>
 [[kernel]] void given_input_gradient(
-    constant Sweep& sweep [[buffer(kParameters)]], const device T* g [[buffer(kG)]],
+    constant Sweep& sweep [[buffer(kParameters)]], const device T* x [[buffer(kX)]],
+    const device T* h [[buffer(kG)]], const device float* mean [[buffer(kMean)]],
     const device float* var [[buffer(kVar)]], const device T* weight [[buffer(kWeight)]],
-    device T* grad_x [[buffer(kOut)]], uint group [[threadgroup_position_in_grid]],
-    uint groups [[threadgroups_per_grid]], uint thread_index [[thread_position_in_threadgroup]]) {
+    const device T* bias [[buffer(kBias)]], const device T* auxiliary [[buffer(kResidual)]],
+    device T* grad_residual [[buffer(kGradResidual)]], device T* grad_x [[buffer(kOut)]],
+    uint group [[threadgroup_position_in_grid]], uint groups [[threadgroups_per_grid]],
+    uint thread_index [[thread_position_in_threadgroup]]) {
   enum { S = A::template Statistics<V>::count };
   const Place p = A::place(sweep, thread_index);
   const Walk w = A::template walk<V>(sweep, A::locate(sweep, group, groups, true), p);
   if (w.inside) {
-    MapX f[S];
-    Slot slot = A::slot_at(sweep, w.slot);
-    WELFORD_UNROLL
-    for (int i = 0; i < S; ++i) {
-      const float rstd = rstd_of(var[slot.statistic], sweep.eps);
-      f[i] = MapX{0.0f, rstd * weight_of(sweep.has_weight, weight, slot.channel), 0.0f};
-      slot = A::next(sweep, slot);
-    }
-    apply<T, V, S>(g + w.first, g + w.first, w, f, grad_x + w.first);
+    MapX y[S];
+    maps_to_y<T, A, S>(sweep, w, mean, var, weight, bias, true, y);
+    const GradientArrays<T> a{x + w.first,         h + w.first,
+                              auxiliary + w.first, grad_residual + w.first,
+                              grad_x + w.first,    sweep.negative_slope};
+    Sums none[S];
+    find_sums<T, V, S, false>(a, w, y, none);
   }
 }
 
@@ -581,14 +595,15 @@ inline void merge_groups(constant Sweep& sweep, Walk w, Place p, thread M* value
   }
 }
 
-/// mean, var and y of x: every element is read once, and kept in registers in between.
+/// mean, var and z of x: every element is read once, and kept in registers in between.
 template <typename T, int V, typename A>
 [[kernel]] void fused_normalize(
     constant Sweep& sweep [[buffer(kParameters)]], const device T* x [[buffer(kX)]],
     device float* mean [[buffer(kMean)]], device float* var [[buffer(kVar)]],
     const device T* weight [[buffer(kWeight)]], const device T* bias [[buffer(kBias)]],
-    device T* y [[buffer(kOut)]], uint group [[threadgroup_position_in_grid]],
-    uint groups [[threadgroups_per_grid]], uint thread_index [[thread_position_in_threadgroup]]) {
+    const device T* residual [[buffer(kResidual)]], device T* z [[buffer(kOut)]],
+    uint group [[threadgroup_position_in_grid]], uint groups [[threadgroups_per_grid]],
+    uint thread_index [[thread_position_in_threadgroup]]) {
   enum { S = A::template Statistics<V>::count };
   threadgroup Moments entries[kEntries];
   const Place p = A::place(sweep, thread_index);
@@ -602,7 +617,7 @@ template <typename T, int V, typename A>
   }
   if (w.inside) {
     const float per_value = 1.0f / sweep.count;  // before the stores, or each would need its own
-    MapX f[S];
+    MapToOutput f[S];
     Slot slot = A::slot_at(sweep, w.slot);
     WELFORD_UNROLL
     for (int i = 0; i < S; ++i) {
@@ -610,38 +625,51 @@ template <typename T, int V, typename A>
       const Moments of_x = finalized(found[i]);
       const float m = of_x.mean;
       const float v = of_x.m2 * per_value;
-      f[i] = forward_map(sweep, m, v, weight_of(sweep.has_weight, weight, slot.channel),
-                         bias_of(sweep.has_bias, bias, slot.channel));
+      f[i] = MapToOutput{map_to_y(sweep, m, v, weight_of(sweep.has_weight, weight, slot.channel),
+                                  bias_of(sweep.has_bias, bias, slot.channel)),
+                         sweep.negative_slope};
       if (p.along == 0 && A::leads(sweep, p, slot)) {
         mean[j] = m;
         var[j] = v;
       }
       slot = A::next(sweep, slot);
     }
-    apply<T, V, S>(kept, kept, w, f, y + w.first);
+    Kept<T, V> second = kept;
+    if (has_residual()) {
+      second = keep<T, V>(residual + w.first, w);
+    }
+    apply<T, V, S>(kept, second, w, f, z + w.first);
   }
 }
 
-/// Sums and grad x of x and g: every element is read once.
+/// Sums and grad x, and the gradient of the residual, of x and h: every element is read once.
 template <typename T, int V, typename A>
 [[kernel]] void fused_gradient(
     constant Sweep& sweep [[buffer(kParameters)]], const device T* x [[buffer(kX)]],
-    const device T* g [[buffer(kG)]], const device float* mean [[buffer(kMean)]],
+    const device T* h [[buffer(kG)]], const device float* mean [[buffer(kMean)]],
     const device float* var [[buffer(kVar)]], const device T* weight [[buffer(kWeight)]],
+    const device T* bias [[buffer(kBias)]], const device T* auxiliary [[buffer(kResidual)]],
     const device float* grad_mean [[buffer(kGradMean)]],
     const device float* grad_var [[buffer(kGradVar)]], device Sums* sums [[buffer(kSums)]],
-    device T* grad_x [[buffer(kOut)]], uint group [[threadgroup_position_in_grid]],
-    uint groups [[threadgroups_per_grid]], uint thread_index [[thread_position_in_threadgroup]]) {
+    device T* grad_residual [[buffer(kGradResidual)]], device T* grad_x [[buffer(kOut)]],
+    uint group [[threadgroup_position_in_grid]], uint groups [[threadgroups_per_grid]],
+    uint thread_index [[thread_position_in_threadgroup]]) {
   enum { S = A::template Statistics<V>::count };
   threadgroup Sums entries[kEntries];
   const Place p = A::place(sweep, thread_index);
   const Walk w = A::template walk<V>(sweep, A::locate(sweep, group, groups, false), p);
-  const Kept<T, V> kept_x = keep<T, V>(x + w.first, w);
-  const Kept<T, V> kept_g = keep<T, V>(g + w.first, w);
-  float means[S];
-  load_means<A, S>(sweep, w, mean, means);
+  const GradientArrays<T> a{x + w.first,         h + w.first,
+                            auxiliary + w.first, grad_residual + w.first,
+                            grad_x + w.first,    sweep.negative_slope};
+  const Kept<T, V> kept_x = keep<T, V>(a.x, w);
+  Kept<T, V> kept_g = keep<T, V>(a.h, w);
+  MapX y[S];
+  maps_to_y<T, A, S>(sweep, w, mean, var, weight, bias, needs_y(), y);
+  if (stores_g()) {
+    store_cotangents<T, V, S>(a, kept_x, w, y, &kept_g);
+  }
   Sums found[S];
-  find_sums<T, V, S>(kept_x, kept_g, w, means, found);
+  find_sums<T, V, S>(a, kept_x, kept_g, w, y, found);
   merge_along<Sums, S, true>(found, p, entries);
   if (A::grouped) {
     weigh<A, S>(sweep, w, p, weight, found, sums);
@@ -649,19 +677,19 @@ template <typename T, int V, typename A>
   }
   if (w.inside) {
     const float per_value = 1.0f / sweep.count;
-    MapXG f[S];
+    MapToGradient f[S];
     Slot slot = A::slot_at(sweep, w.slot);
     WELFORD_UNROLL
     for (int i = 0; i < S; ++i) {
       const long j = slot.statistic;
       const float own_weight = weight_of(sweep.has_weight, weight, slot.channel);
-      f[i] = backward_map(sweep, per_value, means[i], var[j], own_weight, found[i],
-                          A::of_sums(own_weight), grad_mean[j], grad_var[j]);
+      f[i] = map_to_gradient(sweep, per_value, y[i].mean, var[j], own_weight, y[i].shift, found[i],
+                             A::of_sums(own_weight), grad_mean[j], grad_var[j]);
       slot = A::next(sweep, slot);
       if (!A::grouped && p.along == 0) {
         sums[j] = found[i];
       }
     }
-    apply<T, V, S>(kept_x, kept_g, w, f, grad_x + w.first);
+    apply<T, V, S>(kept_x, kept_g, w, f, a.grad_x);
   }
 }

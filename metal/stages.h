@@ -120,10 +120,52 @@ inline void find_moments(const device T* x, Walk w, thread Moments* found) {
   merge_chains<chains, S>(chain, n, rest, found);
 }
 
-/// Sums of a thread's elements, of each of its S statistics, about their means.
+/// Arrays that a gradient reads and writes, from the first element of a thread's walk on.
+template <typename T>
+struct GradientArrays {
+  const device T* x;
+  const device T* h;          // cotangent of z, or of y where there is no activation
+  const device T* auxiliary;  // the residual or z, if it is needed
+  device T* grad_residual;    // g, if it is stored
+  device T* grad_x;           // if it is written
+  float negative_slope;
+};
+
+/// Makes h, in vg, the cotangent g of y. If it is stored, it is what it is once rounded: the
+/// gradient is then that of the stored array, in every kernel.
 template <typename T, int V, int S>
-inline void find_sums(const device T* x, const device T* g, Walk w, const thread float* mean,
-                      thread Sums* found) {
+inline void make_cotangent(GradientArrays<T> a, const thread MapX* y, const thread float* vx,
+                           const thread float* auxiliary, thread float* vg, int at) {
+  typedef Elements<T, V> E;
+  WELFORD_UNROLL
+  for (int c = 0; c < V; ++c) {
+    vg[c] = cotangent_of(vg[c], needs_y() ? MapX::of(y[S == 1 ? 0 : c], vx[c], 0.0f) : 0.0f,
+                         stores_g() ? auxiliary[c] : 0.0f, a.negative_slope);
+  }
+  if (stores_g()) {
+    const typename E::Raw stored = E::pack(vg);
+    E::store(a.grad_residual, at, stored);
+    E::unpack(stored, vg);
+  }
+}
+
+/// grad x where the statistics are given.
+template <typename T, int V, int S>
+inline void store_given_gradient(GradientArrays<T> a, const thread MapX* y, const thread float* vg,
+                                 int at) {
+  typedef Elements<T, V> E;
+  float v[V];
+  WELFORD_UNROLL
+  for (int c = 0; c < V; ++c) {
+    v[c] = y[S == 1 ? 0 : c].slope * vg[c];
+  }
+  E::store(a.grad_x, at, E::pack(v));
+}
+
+/// Sums of a thread's elements, of each of its S statistics, about their means; and what else the
+/// function constants ask for: g, and the gradient with given statistics. `sums` false: that alone.
+template <typename T, int V, int S, bool sums>
+inline void find_sums(GradientArrays<T> a, Walk w, const thread MapX* y, thread Sums* found) {
   typedef Elements<T, V> E;
   enum { chains = V == 1 ? 4 : V, loads = V == 1 ? 4 : 1 };
   float sum_g[chains];
@@ -133,43 +175,84 @@ inline void find_sums(const device T* x, const device T* g, Walk w, const thread
     sum_g[c] = 0.0f;
     sum_gd[c] = 0.0f;
   }
+  const bool needs_x = sums || needs_y();
 
   // Two vectors of each at a time, so that their loads overlap
   uint i = 0;
   for (; i + 2 * loads <= w.vectors; i += 2 * loads) {
     float vx[2][chains];
     float vg[2][chains];
+    float auxiliary[2][chains];
     WELFORD_UNROLL
     for (int r = 0; r < 2; ++r) {
       WELFORD_UNROLL
       for (int k = 0; k < loads; ++k) {
         const uint at = (i + r * loads + k) * w.step;
-        E::unpack(E::load(x, at), &vx[r][k]);
-        E::unpack(E::load(g, at), &vg[r][k]);
+        if (needs_x) {
+          E::unpack(E::load(a.x, at), &vx[r][k]);
+        }
+        E::unpack(E::load(a.h, at), &vg[r][k]);
+        if (stores_g()) {
+          E::unpack(E::load(a.auxiliary, at), &auxiliary[r][k]);
+        }
       }
     }
     WELFORD_UNROLL
-    for (int c = 0; c < chains; ++c) {
-      const float m = mean[S == 1 ? 0 : c];
+    for (int r = 0; r < 2; ++r) {
+      WELFORD_UNROLL
+      for (int k = 0; k < loads; ++k) {
+        const uint at = (i + r * loads + k) * w.step;
+        if (active()) {
+          make_cotangent<T, V, S>(a, y, &vx[r][k], &auxiliary[r][k], &vg[r][k], at);
+        }
+        if (writes_gradient) {
+          store_given_gradient<T, V, S>(a, y, &vg[r][k], at);
+        }
+      }
+    }
+    WELFORD_UNROLL
+    for (int c = 0; sums && c < chains; ++c) {
+      const float m = y[S == 1 ? 0 : c].mean;
       sum_g[c] += vg[0][c] + vg[1][c];
       sum_gd[c] += vg[0][c] * (vx[0][c] - m) + vg[1][c] * (vx[1][c] - m);
     }
   }
   for (; i < w.vectors; ++i) {
+    const uint at = i * w.step;
     float vx[V];
     float vg[V];
-    E::unpack(E::load(x, i * w.step), vx);
-    E::unpack(E::load(g, i * w.step), vg);
+    float auxiliary[V];
+    if (needs_x) {
+      E::unpack(E::load(a.x, at), vx);
+    }
+    E::unpack(E::load(a.h, at), vg);
+    if (stores_g()) {
+      E::unpack(E::load(a.auxiliary, at), auxiliary);
+    }
+    if (active()) {
+      make_cotangent<T, V, S>(a, y, vx, auxiliary, vg, at);
+    }
+    if (writes_gradient) {
+      store_given_gradient<T, V, S>(a, y, vg, at);
+    }
     WELFORD_UNROLL
-    for (int c = 0; c < V; ++c) {
+    for (int c = 0; sums && c < V; ++c) {
       sum_g[c] += vg[c];
-      sum_gd[c] += vg[c] * (vx[c] - mean[S == 1 ? 0 : c]);
+      sum_gd[c] += vg[c] * (vx[c] - y[S == 1 ? 0 : c].mean);
     }
   }
   if (w.has_edge) {
-    const float edge_g = float(g[w.edge]);
+    float edge_x = needs_x ? float(a.x[w.edge]) : 0.0f;
+    float edge_g = float(a.h[w.edge]);
+    float auxiliary = stores_g() ? float(a.auxiliary[w.edge]) : 0.0f;
+    if (active()) {
+      make_cotangent<T, 1, 1>(a, y, &edge_x, &auxiliary, &edge_g, w.edge);
+    }
+    if (writes_gradient) {
+      store_given_gradient<T, 1, 1>(a, y, &edge_g, w.edge);
+    }
     sum_g[0] += edge_g;
-    sum_gd[0] += edge_g * (float(x[w.edge]) - mean[0]);
+    sum_gd[0] += edge_g * (edge_x - y[0].mean);
   }
 
   WELFORD_UNROLL
@@ -184,56 +267,57 @@ inline void find_sums(const device T* x, const device T* g, Walk w, const thread
   }
 }
 
-/// Maps one vector of x, and one of g if F takes it, to a vector of out.
+/// Maps one vector of x, and one of the second input if F takes it, to a vector of out.
 template <typename T, int V, int S, typename F>
-inline void map_vector(typename Elements<T, V>::Raw x, typename Elements<T, V>::Raw g,
+inline void map_vector(typename Elements<T, V>::Raw x, typename Elements<T, V>::Raw second,
                        const thread F* f, device T* out, uint i) {
   typedef Elements<T, V> E;
-  float vx[V];
-  float vg[V];
-  E::unpack(x, vx);
-  E::unpack(g, vg);
+  float v[V];
+  float v_second[V];
+  E::unpack(x, v);
+  E::unpack(second, v_second);
   WELFORD_UNROLL
   for (int c = 0; c < V; ++c) {
-    vx[c] = F::of(f[S == 1 ? 0 : c], vx[c], vg[c]);
+    v[c] = F::of(f[S == 1 ? 0 : c], v[c], v_second[c]);
   }
-  E::store(out, i, E::pack(vx));
+  E::store(out, i, E::pack(v));
 }
 
-/// Maps a thread's elements by f, of which it has one for each of its S slots. Without an input g,
-/// g is x and not read. All elements are read before they are written, so out may be x or g.
+/// Maps a thread's elements by f, of which it has one for each of its S slots. A second input that
+/// F does not take is not read. All elements are read before they are written, so out may be an
+/// input.
 template <typename T, int V, int S, typename F>
-inline void apply(const device T* x, const device T* g, Walk w, const thread F* f, device T* out) {
+inline void apply(const device T* x, const device T* second, Walk w, const thread F* f,
+                  device T* out) {
   typedef Elements<T, V> E;
-  enum { two = F::inputs == 2, loads = two ? 2 : 4 };  // vectors of an input in flight
   uint i = 0;
-  for (; i + loads <= w.vectors; i += loads) {
-    typename E::Raw raw_x[loads];
-    typename E::Raw raw_g[loads];
+  for (; i + F::loads <= w.vectors; i += F::loads) {
+    typename E::Raw raw_x[F::loads];
+    typename E::Raw raw_second[F::loads];
     WELFORD_UNROLL
-    for (int r = 0; r < loads; ++r) {
+    for (int r = 0; r < F::loads; ++r) {
       raw_x[r] = E::load(x, (i + r) * w.step);
-      raw_g[r] = raw_x[r];
-      if (two) {
-        raw_g[r] = E::load(g, (i + r) * w.step);
+      raw_second[r] = raw_x[r];
+      if (F::takes_second()) {
+        raw_second[r] = E::load(second, (i + r) * w.step);
       }
     }
     WELFORD_UNROLL
-    for (int r = 0; r < loads; ++r) {
-      map_vector<T, V, S>(raw_x[r], raw_g[r], f, out, (i + r) * w.step);
+    for (int r = 0; r < F::loads; ++r) {
+      map_vector<T, V, S>(raw_x[r], raw_second[r], f, out, (i + r) * w.step);
     }
   }
   for (; i < w.vectors; ++i) {
     const typename E::Raw raw_x = E::load(x, i * w.step);
-    typename E::Raw raw_g = raw_x;
-    if (two) {
-      raw_g = E::load(g, i * w.step);
+    typename E::Raw raw_second = raw_x;
+    if (F::takes_second()) {
+      raw_second = E::load(second, i * w.step);
     }
-    map_vector<T, V, S>(raw_x, raw_g, f, out, i * w.step);
+    map_vector<T, V, S>(raw_x, raw_second, f, out, i * w.step);
   }
   if (w.has_edge) {
     const float edge = float(x[w.edge]);
-    out[w.edge] = T(F::of(f[0], edge, two ? float(g[w.edge]) : edge));
+    out[w.edge] = T(F::of(f[0], edge, F::takes_second() ? float(second[w.edge]) : edge));
   }
 }
 
@@ -299,9 +383,34 @@ inline void find_moments(Kept<T, V> kept, Walk w, thread Moments* found) {
   merge_chains<V, S>(chain, n, rest, found);
 }
 
+/// Makes the kept h the cotangent g and stores it, if it is to be stored.
 template <typename T, int V, int S>
-inline void find_sums(Kept<T, V> x, Kept<T, V> g, Walk w, const thread float* mean,
+inline void store_cotangents(GradientArrays<T> a, Kept<T, V> x, Walk w, const thread MapX* y,
+                             thread Kept<T, V>* g) {
+  const Kept<T, V> auxiliary = keep<T, V>(a.auxiliary, w);
+  WELFORD_UNROLL
+  for (int k = 0; k < kKept; ++k) {
+    if (k < w.vectors) {
+      float vx[V];
+      float vg[V];
+      float v[V];
+      Elements<T, V>::unpack(x.vectors[k], vx);
+      Elements<T, V>::unpack(g->vectors[k], vg);
+      Elements<T, V>::unpack(auxiliary.vectors[k], v);
+      make_cotangent<T, V, S>(a, y, vx, v, vg, k * w.step);
+      g->vectors[k] = Elements<T, V>::pack(vg);
+    }
+  }
+  if (w.has_edge) {
+    float edge = auxiliary.edge;
+    make_cotangent<T, 1, 1>(a, y, &x.edge, &edge, &g->edge, w.edge);
+  }
+}
+
+template <typename T, int V, int S>
+inline void find_sums(GradientArrays<T> a, Kept<T, V> x, Kept<T, V> g, Walk w, const thread MapX* y,
                       thread Sums* found) {
+  const bool makes_g = active() && !stores_g();
   WELFORD_UNROLL
   for (int i = 0; i < S; ++i) {
     found[i] = Sums{0.0f, 0.0f};
@@ -313,27 +422,34 @@ inline void find_sums(Kept<T, V> x, Kept<T, V> g, Walk w, const thread float* me
       float vg[V];
       Elements<T, V>::unpack(x.vectors[k], vx);
       Elements<T, V>::unpack(g.vectors[k], vg);
+      if (makes_g) {
+        make_cotangent<T, V, S>(a, y, vx, vx, vg, k * w.step);
+      }
       WELFORD_UNROLL
       for (int c = 0; c < V; ++c) {
         const int i = S == 1 ? 0 : c;
-        found[i] = merge(found[i], Sums{vg[c], vg[c] * (vx[c] - mean[i])});
+        found[i] = merge(found[i], Sums{vg[c], vg[c] * (vx[c] - y[i].mean)});
       }
     }
   }
   if (w.has_edge) {
-    found[0] = merge(found[0], Sums{g.edge, g.edge * (x.edge - mean[0])});
+    float edge = g.edge;
+    if (makes_g) {
+      make_cotangent<T, 1, 1>(a, y, &x.edge, &x.edge, &edge, w.edge);
+    }
+    found[0] = merge(found[0], Sums{edge, edge * (x.edge - y[0].mean)});
   }
 }
 
 template <typename T, int V, int S, typename F>
-inline void apply(Kept<T, V> x, Kept<T, V> g, Walk w, const thread F* f, device T* out) {
+inline void apply(Kept<T, V> x, Kept<T, V> second, Walk w, const thread F* f, device T* out) {
   WELFORD_UNROLL
   for (int k = 0; k < kKept; ++k) {
     if (k < w.vectors) {
-      map_vector<T, V, S>(x.vectors[k], g.vectors[k], f, out, k * w.step);
+      map_vector<T, V, S>(x.vectors[k], second.vectors[k], f, out, k * w.step);
     }
   }
   if (w.has_edge) {
-    out[w.edge] = T(F::of(f[0], x.edge, g.edge));
+    out[w.edge] = T(F::of(f[0], x.edge, second.edge));
   }
 }

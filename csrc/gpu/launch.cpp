@@ -66,6 +66,11 @@ Grouping grouping_of(const Slots& slots) {
           .interleaved = slots.interleaved};
 }
 
+/// Whether the bias is an array of the problem.
+bool has_bias(const Problem& p) {
+  return p.has_bias && (p.operation == Operation::normalize || p.epilogue.needs_y());
+}
+
 Sweep describe(const Problem& p) {
   const Geometry& g = p.geometry;
   const Slots slots = p.slots();
@@ -80,13 +85,14 @@ Sweep describe(const Problem& p) {
           .across = 1,
           .along = 1,
           .has_weight = p.has_weight,
-          .has_bias = p.has_bias,
+          .has_bias = has_bias(p),
           .has_sums = p.operation == Operation::normalize_gradient,
           // If the statistics are not x's own, their cotangents are per value already.
           .count = p.operation == Operation::input_gradient
                        ? 1.0f
                        : static_cast<float>(g.count() * slots.members),
-          .eps = p.eps,
+          .eps = static_cast<float>(p.eps),
+          .negative_slope = p.epilogue.negative_slope,
           .grouping = grouping_of(slots),
           .run = 0,  // see arrange
           .jump = 0};
@@ -269,27 +275,34 @@ class Planner {
     if (!p_.given) {
       if (auto shape = fused(p_, access_, limits_, Fused::forward)) {
         sweep(Kernel::fused_normalize, *shape,
-              {in(kX), out(kMean), out(kVar), weight(), bias(), out(kOut)});
+              {in(kX), out(kMean), out(kVar), weight(), bias(), auxiliary(), out(kOut)},
+              constants());
         return;
       }
       moments();
     }
     sweep(Kernel::normalize_input, second_pass(p_, access_, limits_),
-          {in(kX), in(kMean), in(kVar), weight(), bias(), out(kOut)});
+          {in(kX), in(kMean), in(kVar), weight(), bias(), auxiliary(), out(kOut)}, constants());
   }
 
   void normalize_gradient() {
     const Wanted& wanted = p_.wanted;
+    const Constants own = constants(p_.given && wanted.x);
+    const bool needs_y = p_.epilogue.needs_y();
     if (!p_.given || wanted.statistics || wanted.weight || wanted.bias) {
       temporary(kSums, slots_.count * sizeof(shared::Sums));
       auto shape = fused(p_, access_, limits_, Fused::backward);
       if (shape && wanted.x && !p_.given) {
         sweep(Kernel::fused_gradient, *shape,
-              {in(kX), in(kG), in(kMean), in(kVar), weight(), in(kGradMean), in(kGradVar),
-               out(kSums), out(kOut)});
+              {in(kX), in(kG), in(kMean), in(kVar), weight(), bias(), auxiliary(), in(kGradMean),
+               in(kGradVar), out(kSums), grad_residual(), out(kOut)},
+              own);
       } else {
-        reduce(Kernel::partial_sums, {in(kX), in(kG), in(kMean)}, Kernel::merge_sums, kSums,
-               sizeof(shared::Sums));
+        reduce(Kernel::partial_sums,
+               {in(kX), in(kG), in(kMean), in(kVar),
+                own.gradient || needs_y ? weight() : unused(kWeight), bias(), auxiliary(),
+                grad_residual(), grad_x(own)},
+               Kernel::merge_sums, kSums, sizeof(shared::Sums), own);
         if (grouped() && (p_.given ? wanted.statistics : wanted.x)) {
           temporary(kGroupSums, slots_.statistics() * sizeof(shared::Sums));
           merge_groups(Kernel::merge_group_sums, {in(kSums), weight(), out(kGroupSums)}, 1,
@@ -299,10 +312,11 @@ class Planner {
           input_gradient_from(of_statistics());
         }
       }
-    }
-    if (wanted.x && p_.given) {
+    } else {
       sweep(Kernel::given_input_gradient, second_pass(p_, access_, limits_),
-            {in(kG), in(kVar), weight(), out(kOut)});
+            {needs_y ? in(kX) : unused(kX), in(kG), in(kMean), in(kVar), weight(), bias(),
+             auxiliary(), grad_residual(), grad_x(own)},
+            own);
     }
     if (wanted.statistics) {
       merge(Kernel::given_gradients,
@@ -346,17 +360,37 @@ class Planner {
   BufferIndex of_statistics() const { return grouped() ? kGroupSums : kSums; }
   int64_t parts_of(const Shape& shape) const { return p_.geometry.merge * shape.sweep.pieces; }
 
-  /// An absent vector is never read; var, which every such kernel has, stands in for it.
-  Binding weight() const { return {kWeight, p_.has_weight ? kWeight : kVar, false}; }
-  Binding bias() const { return {kBias, p_.has_bias ? kBias : kVar, false}; }
+  /// In place of an array that is absent, or that a kernel does not touch: var, which every such
+  /// kernel has.
+  static Binding unused(BufferIndex index) { return {index, kVar, false}; }
+  Binding weight() const { return p_.has_weight ? in(kWeight) : unused(kWeight); }
+  Binding bias() const { return has_bias(p_) ? in(kBias) : unused(kBias); }
+  Binding auxiliary() const {
+    switch (p_.epilogue.auxiliary) {
+      case Auxiliary::residual:
+        return in(kResidual);
+      case Auxiliary::output:
+        return {kResidual, kZ, false};
+      default:
+        return unused(kResidual);
+    }
+  }
+  Binding grad_residual() const { return stores_g() ? out(kGradResidual) : unused(kGradResidual); }
+  static Binding grad_x(const Constants& c) { return c.gradient ? out(kOut) : unused(kOut); }
+
+  bool stores_g() const { return p_.epilogue.needs_auxiliary(); }
+  Constants constants(bool gradient = false) const {
+    return {p_.epilogue.activation, p_.epilogue.auxiliary, gradient};
+  }
 
   void temporary(BufferIndex index, int64_t bytes) { plan_.temporaries.push_back({index, bytes}); }
 
-  void sweep(Kernel kernel, const Shape& shape, std::vector<Binding> buffers) {
-    Walk walk = access_.walk();
-    walk.grouped = grouped() && type_of(kernel).parameters == Parameters::slots;
+  void sweep(Kernel kernel, const Shape& shape, std::vector<Binding> buffers,
+             const Constants& constants = {}) {
+    Variant variant{kernel, p_.element, access_.walk(), constants};
+    variant.walk->grouped = grouped() && type_of(kernel).parameters == Parameters::slots;
     plan_.dispatches.push_back(
-        {{kernel, p_.element, walk}, std::move(buffers), shape.sweep, shape.groups, shape.threads});
+        {variant, std::move(buffers), shape.sweep, shape.groups, shape.threads});
   }
 
   /// A dispatch that merges the `parts` partial results of each of `columns`.
@@ -376,7 +410,7 @@ class Planner {
                                       .along = static_cast<uint32_t>(along),
                                       .has_weight = p_.has_weight,
                                       .has_bias = p_.has_bias,
-                                      .eps = p_.eps,
+                                      .eps = static_cast<float>(p_.eps),
                                       .weight_per_slot = p_.affine_per_instance,
                                       .grouping = grouping_of(slots_)},
                                 static_cast<uint32_t>(ceil_div(columns, across)),
@@ -388,17 +422,17 @@ class Planner {
   void merge_groups(Kernel kernel, std::vector<Binding> buffers, int64_t parts, int64_t bytes) {
     const int64_t run = std::min<int64_t>(kSimd, limits_.tuning.least_run / bytes);
     merge(kernel, std::move(buffers), slots_.statistics(), parts, slots_.members,
-          p_.interleaved ? run : 1);
+          p_.groups.interleaved ? run : 1);
   }
 
   /// A sweep that leaves partial results of `bytes` each, and their merge into the array `whole`. A
   /// single part is written there right away.
   void reduce(Kernel kernel, std::vector<Binding> buffers, Kernel merging, BufferIndex whole,
-              int64_t bytes) {
+              int64_t bytes, const Constants& constants = {}) {
     const Shape shape = first_pass(p_, access_, limits_);
     const int64_t parts = parts_of(shape);
     buffers.push_back({kPartials, parts == 1 ? whole : kPartials, true});
-    sweep(kernel, shape, std::move(buffers));
+    sweep(kernel, shape, std::move(buffers), constants);
     if (parts > 1) {
       temporary(kPartials, parts * slots_.count * bytes);
       merge(merging, {in(kPartials), out(whole)}, slots_.count, parts);
@@ -408,14 +442,16 @@ class Planner {
   void input_gradient_from(BufferIndex sums) {
     sweep(Kernel::input_gradient, second_pass(p_, access_, limits_),
           {in(kX),
-           in(kG),
+           {kG, stores_g() ? kGradResidual : kG, false},
            in(kMean),
            in(kVar),
            weight(),
+           bias(),
            {kSums, sums, false},
            in(kGradMean),
            in(kGradVar),
-           out(kOut)});
+           out(kOut)},
+          stores_g() ? Constants{} : constants());
   }
 
   const Problem& p_;

@@ -13,8 +13,8 @@
 
 namespace mlx_welford::gpu {
 
-/// X(name of a kernel in metal/, parameters of its template). `walk` is an element type and a Walk,
-/// which only kernels with `slots` can make over groups.
+/// X(name of a kernel in metal/, parameters of its template). `walk` is an element type and a Walk.
+/// Only kernels with `slots` can make that over groups, and only they have function constants.
 #define MLX_WELFORD_KERNELS(X)          \
   X(moments, walk)                      \
   X(moments_gradient, walk)             \
@@ -65,11 +65,23 @@ struct Walk {
   bool operator==(const Walk&) const = default;
 };
 
+/// The values of FunctionConstant.
+struct Constants {
+  Activation activation = Activation::none;
+  Auxiliary auxiliary = Auxiliary::none;
+  bool gradient = false;
+
+  bool operator==(const Constants&) const = default;
+};
+
 /// A kernel with the parameters that its template takes.
 struct Variant {
   Kernel kernel;
   std::optional<Element> element;
   std::optional<Walk> walk;
+  Constants constants{};
+
+  bool has_constants() const { return type_of(kernel).parameters == Parameters::slots; }
 
   bool operator==(const Variant&) const = default;
 };

@@ -28,10 +28,17 @@ CompiledKernel compile(mx::metal::Device& device, const Variant& kernel) {
   const std::string name = host_name(kernel);
   auto* library = device.get_library(std::string("mlx_welford_") + shader_hash() + "_" + name,
                                      [&] { return shader_source() + instantiation(kernel); });
-  auto* pipeline = device.get_kernel(name, library);
+  const Constants& c = kernel.constants;
+  mx::metal::MTLFCList constants;
+  if (kernel.has_constants()) {
+    constants = {{&c.activation, MTL::DataTypeInt, kActivationConstant},
+                 {&c.auxiliary, MTL::DataTypeInt, kAuxiliaryConstant},
+                 {&c.gradient, MTL::DataTypeBool, kGradientConstant}};
+  }
+  auto* pipeline = device.get_kernel(name, library, pipeline_name(kernel), constants);
   const auto most_threads = static_cast<uint32_t>(pipeline->maxTotalThreadsPerThreadgroup());
   const auto bytes = static_cast<uint32_t>(pipeline->staticThreadgroupMemoryLength());
-  record_pipeline(name, most_threads, bytes, start);
+  record_pipeline(pipeline_name(kernel), most_threads, bytes, start);
   return {pipeline, most_threads};  // MLX keeps it for the life of the process
 }
 

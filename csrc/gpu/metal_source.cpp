@@ -24,6 +24,18 @@ std::string spell(const Variant& kernel, const char* first, const char* between)
 
 std::string host_name(const Variant& kernel) { return spell(kernel, "_", "_"); }
 
+std::string pipeline_name(const Variant& kernel) {
+  const Constants& c = kernel.constants;
+  std::string name = host_name(kernel);
+  if (c.activation != Activation::none) {
+    name += std::string("_") + kActivationNames[static_cast<size_t>(c.activation)];
+  }
+  if (c.auxiliary != Auxiliary::none) {
+    name += c.auxiliary == Auxiliary::residual ? "_residual" : "_output";
+  }
+  return name + (c.gradient ? "_gradient" : "");
+}
+
 std::string instantiation(const Variant& kernel) {
   if (!kernel.element) {
     return "";

@@ -10,6 +10,9 @@ namespace mlx_welford::gpu {
 /// The name under which a kernel is instantiated: "moments_float_4_Columns".
 std::string host_name(const Variant& kernel);
 
+/// The same with the values of function constants: "normalize_input_float_4_Columns_relu_residual".
+std::string pipeline_name(const Variant& kernel);
+
 /// What the host appends to the source to instantiate a kernel; "" for one that is no template.
 std::string instantiation(const Variant& kernel);
 

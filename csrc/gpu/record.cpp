@@ -46,7 +46,7 @@ void record_plan(const Plan& plan) {
   }
   const std::lock_guard lock(mutex);
   for (const Dispatch& d : plan.dispatches) {
-    dispatches.emplace_back(host_name(d.kernel), d.groups, d.threads);
+    dispatches.emplace_back(pipeline_name(d.kernel), d.groups, d.threads);
   }
 }
 

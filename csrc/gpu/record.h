@@ -20,14 +20,14 @@ using Pipeline = std::tuple<uint32_t, uint32_t, double>;
 void record_pipeline(const std::string& kernel, uint32_t most_threads, uint32_t threadgroup_bytes,
                      std::chrono::steady_clock::time_point start);
 
-/// All pipelines so far, by the kernel's host name.
+/// All pipelines so far, by name (metal_source.h).
 std::map<std::string, Pipeline> recorded_pipelines();
 
 /// Counts the plans made for nodes. A plan that a node has kept is not made again.
 void count_plan();
 uint64_t counted_plans();
 
-/// The kernel's host name, threadgroups, and threads of each.
+/// The pipeline's name, threadgroups, and threads of each.
 using UsedDispatch = std::tuple<std::string, uint32_t, uint32_t>;
 
 /// Starts or stops recording dispatches. They take memory.

@@ -10,6 +10,7 @@
 
 #include <atomic>
 #include <chrono>
+#include <iterator>
 #include <string>
 #include <vector>
 
@@ -44,7 +45,7 @@ CompiledKernel compile(const Variant& kernel) {
     throw std::runtime_error("there is no kernel '" + name + "'");
   }
   constexpr uint32_t most_threads = Limits{}.threads;
-  record_pipeline(name, most_threads, 0, start);
+  record_pipeline(pipeline_name(kernel), most_threads, 0, start);
   return {const_cast<SimulatorKernel*>(found), most_threads};
 }
 
@@ -70,6 +71,15 @@ void simulate(SimulatorFunction function, const CompiledPlan& compiled, BoundArr
     dispatch.buffer_count = static_cast<uint32_t>(buffers.size());
     dispatch.constants = &parameters;
     dispatch.constant_count = 1;
+    const Constants& c = d.kernel.constants;
+    const SimulatorConstant function_constants[] = {
+        {kActivationConstant, &c.activation, sizeof c.activation},
+        {kAuxiliaryConstant, &c.auxiliary, sizeof c.auxiliary},
+        {kGradientConstant, &c.gradient, sizeof c.gradient}};
+    if (d.kernel.has_constants()) {
+      dispatch.function_constants = function_constants;
+      dispatch.function_constant_count = std::size(function_constants);
+    }
     dispatch.grid_threadgroups[0] = d.groups;
     dispatch.grid_threadgroups[1] = dispatch.grid_threadgroups[2] = 1;
     dispatch.threads_per_threadgroup[0] = d.threads;

@@ -4,7 +4,7 @@ from mlx_welford import _operations, _versions
 from mlx_welford._checkpoints import from_gluon, from_torch
 from mlx_welford._distributed import SyncBatchNorm
 from mlx_welford._layers import BatchNorm, GroupNorm, InstanceNorm, set_dtype
-from mlx_welford._replacement import accelerate, convert_sync_batchnorm, restore
+from mlx_welford._replacement import accelerate, convert_sync_batchnorm, fuse_block, restore
 from mlx_welford._status import status
 from mlx_welford.functional import batch_norm, composed, group_norm, instance_norm, moments
 
@@ -23,6 +23,7 @@ __all__ = [
     "convert_sync_batchnorm",
     "from_gluon",
     "from_torch",
+    "fuse_block",
     "group_norm",
     "instance_norm",
     "moments",

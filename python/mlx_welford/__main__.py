@@ -1,4 +1,4 @@
-"""python -m mlx_welford status, and python -m mlx_welford selftest."""
+"""python -m mlx_welford status, selftest and bench."""
 
 import argparse
 import faulthandler
@@ -11,6 +11,7 @@ from typing import Any
 import mlx.core as mx
 
 from mlx_welford import selftest
+from mlx_welford._command_line import add_layer_options
 from mlx_welford._plans import DTYPES, normalization_plans
 from mlx_welford._status import describe, describe_plans, status
 
@@ -18,7 +19,11 @@ from mlx_welford._status import describe, describe_plans, status
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs a command and returns its exit status."""
     parser = _parser()
-    options = parser.parse_args(arguments)
+    options, others = parser.parse_known_args(arguments)
+    if options.command == "bench":
+        return _bench(others, parser)
+    if others:
+        parser.error(f"unrecognized arguments: {' '.join(others)}")
     if options.command == "selftest":
         return _selftest(options, parser)
     return _status(options, parser)
@@ -31,15 +36,7 @@ def _parser() -> argparse.ArgumentParser:
 
     about = "versions, what runs where, and which dispatches of the shaders a problem would use"
     command = commands.add_parser("status", help=about, description=f"Print {about}.")
-    command.add_argument(
-        "--shape", type=_shape, metavar="N,...", help="shape of x; prints the launch plan for it"
-    )
-    command.add_argument("--layer", choices=("batch", "instance", "group"), default="batch")
-    command.add_argument("--groups", type=int, default=0, help="number of groups of such a layer")
-    command.add_argument(
-        "--interleaved", action="store_true", help="groups in MLX's own order, not in torch's"
-    )
-    command.add_argument("--axis", type=int, default=-1, help="channel axis (default: -1)")
+    add_layer_options(command, "shape of x; prints the launch plan for it")
     command.add_argument("--dtype", choices=list(DTYPES), default="float32")
     command.add_argument(
         "--affine",
@@ -74,11 +71,11 @@ def _parser() -> argparse.ArgumentParser:
         metavar="FILE",
         help="run nothing; print the text of such a file, for instance after a crash",
     )
+
+    # Its options are those of mlx_welford.bench, which needs more than MLX.
+    about = "time and memory beside mlx.nn, torch and a copy"
+    commands.add_parser("bench", help=about, add_help=False)
     return parser
-
-
-def _shape(text: str) -> tuple[int, ...]:
-    return tuple(int(part) for part in text.split(","))
 
 
 def _status(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
@@ -105,6 +102,15 @@ def _status(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int
     else:
         print(f"{describe(facts)}\n\n{describe_plans(plans)}")
     return 0
+
+
+def _bench(arguments: Sequence[str], parser: argparse.ArgumentParser) -> int:
+    try:
+        from mlx_welford.bench import compare
+    except ModuleNotFoundError as error:
+        missing = str(error.name).partition(".")[0]
+        parser.error(f"bench needs {missing}: pip install 'mlx-welford[bench]'")
+    return compare.main(arguments)
 
 
 def _selftest(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:

@@ -17,6 +17,8 @@ from mlx_welford._core import Statistics
 StreamOrDevice = mx.Stream | mx.Device | None
 Number = float | array
 
+activations = _core.activations
+check_activation = _core.check_activation
 check_groups = _core.check_groups
 mlx_version = None
 shader_hash = None
@@ -59,6 +61,9 @@ def normalize(
     running: bool = False,
     groups: int = 0,
     interleaved: bool = False,
+    activation: str | None = None,
+    negative_slope: float = 0.0,
+    residual: array | None = None,
     stream: StreamOrDevice = None,
 ) -> tuple[array, array, array]:
     """``(y, mean, var)``, as csrc/ops.h says."""
@@ -75,8 +80,11 @@ def normalize(
         several_values,
         running,
         groups,
+        _seen_if(residual),
     )
-    dtype = _fallback.result_type(*(a for a in (x, weight, bias) if a is not None))
+    _core.check_activation(activation, negative_slope, caller)
+    typed = (x, weight, bias, residual)
+    dtype = _fallback.result_type(*(a for a in typed if a is not None))
     if mean is not None and groups == 0:
         statistics = Statistics.of_batch
 
@@ -89,7 +97,7 @@ def normalize(
     found = _fallback.normalize(
         x.astype(dtype, stream=stream),
         *(cast(a, _fallback.statistics_dtype(dtype)) for a in (mean, var)),
-        *(cast(a, dtype) for a in (weight, bias)),
+        *(cast(a, dtype) for a in (weight, bias, residual)),
         axes=_core.reduced_axes(x.ndim, channel_axis, statistics),
         channel_axis=channel_axis,
         eps=eps,
@@ -97,6 +105,8 @@ def normalize(
         groups=groups,
         interleaved=interleaved,
         affine_per_instance=any(a is not None and a.ndim == 2 for a in (weight, bias)),
+        activation=activation,
+        negative_slope=negative_slope,
     )
     return found["out"], found["mean"], found["var"]
 
@@ -153,11 +163,26 @@ def input_gradient(
     grad_var: array,
     caller: str,
     axis: int = -1,
+    bias: array | None = None,
+    activation: str | None = None,
+    negative_slope: float = 0.0,
 ) -> array:
     """The gradient of a shard, as csrc/ops.h says."""
     channel_axis, axes = _axes_of_batch(x, caller, axis)
     return _fallback.input_gradient(
-        x, mean, var, g, grad_mean, grad_var, weight, axes=axes, channel_axis=channel_axis, eps=eps
+        x,
+        mean,
+        var,
+        g,
+        grad_mean,
+        grad_var,
+        weight,
+        bias,
+        axes=axes,
+        channel_axis=channel_axis,
+        eps=eps,
+        activation=activation,
+        negative_slope=negative_slope,
     )["out"]
 
 

@@ -9,7 +9,7 @@ import mlx.core as mx
 
 from mlx_welford._arguments import options
 from mlx_welford._fallback import result_type
-from mlx_welford._layers import BatchNorm
+from mlx_welford._layers import BatchNorm, Epilogue
 from mlx_welford._operations import operations
 
 __all__ = ["SyncBatchNorm"]
@@ -38,7 +38,8 @@ class SyncBatchNorm(BatchNorm):
     In a group of one process, and in evaluation, this is :class:`BatchNorm`, and nothing is sent.
 
     Args:
-        num_features, eps, momentum, affine, axis: As in :class:`BatchNorm`.
+        num_features, eps, momentum, affine, axis, activation, negative_slope: As in
+            :class:`BatchNorm`.
         track_running_stats: Whether to keep running statistics. Default: ``True``. Without them
             evaluation uses the statistics of the rank's own input.
         group: The processes that share the batch, as from ``mx.distributed.init().split(...)``.
@@ -47,7 +48,7 @@ class SyncBatchNorm(BatchNorm):
     Shape:
         - Input: ``(N, C)``, ``(N, L, C)``, ``(N, H, W, C)`` and so on, or with the channels on
           ``axis``. C and the dtype must be the same on every rank. N may be anything, also 0.
-        - Output: same shape as the input, dtype ``mx.result_type(x, weight, bias)``.
+        - Output: same shape as the input, dtype ``mx.result_type(x, weight, bias, residual)``.
 
     Raises:
         ValueError: If an argument is out of range, or an input has too few dimensions or another
@@ -71,25 +72,28 @@ class SyncBatchNorm(BatchNorm):
     _: KW_ONLY
     group: Group | None = None
 
-    def __call__(self, x: mx.array) -> mx.array:
+    def __call__(self, x: mx.array, residual: mx.array | None = None) -> mx.array:
         group = (self.group or mx.distributed.init()) if self.training else None
         if group is None or group.size() == 1:
-            return super().__call__(x)
+            return super().__call__(x, residual)
         # Only the messages of all ranks tell whether there are several values per channel.
         self._take_features_from(x, several_values=False)
-        normalize = _Synchronized(type(self).__name__, self.eps, self.axis, self._channels(), group)
-        y, mean, var, count = normalize(x, self.get("weight"), self.get("bias"))
+        x, shift = self._split(x)
+        normalize = _Synchronized(self, group)
+        y, mean, var, count = normalize(x, self.get("weight"), self.get("bias"), residual)
         if self.track_running_stats:
-            following = self._next_running_statistics(mean, var, count)
+            of_input = mean if shift is None else mean + shift
+            following = self._next_running_statistics(of_input, var, count)
             # A batch that is empty on all ranks changes nothing.
             self.update({k: mx.where(count > 0, v, self[k]) for k, v in following.items()})
         return y
 
 
 class _Synchronized:
-    """(x, [weight], [bias]) -> (y, mean, var, count), with the statistics of all ranks' x.
+    """(x, [weight], [bias], [residual]) -> (z, mean, var, count), with the statistics of all ranks.
 
-    With m values per channel on all ranks and r = 1 / sqrt(var + eps), the gradient of x is
+    With m values per channel on all ranks, r = 1 / sqrt(var + eps) and the cotangent g of y, where
+    z = activation(y + residual), the gradient of x is
 
         gx = r w g + (grad_mean + 2 grad_var (x - mean)) / m
 
@@ -97,53 +101,59 @@ class _Synchronized:
     could differentiate the parts instead, but would read and write x five times more often.
     """
 
-    def __init__(
-        self, caller: str, eps: float, axis: int, channels: int | None, group: Group
-    ) -> None:
-        self.caller = caller
-        self.eps = eps
-        self.axis = axis
-        self.channels = channels
+    def __init__(self, layer: SyncBatchNorm, group: Group) -> None:
+        self.caller = type(layer).__name__
+        self.eps = layer.eps
+        self.axis = layer.axis
+        self.channels = layer._channels()
+        self.epilogue: Epilogue = {
+            "activation": layer.activation,
+            "negative_slope": layer.negative_slope,
+        }
         self.group = group
 
     def __call__(
-        self, x: mx.array, weight: mx.array | None, bias: mx.array | None
+        self,
+        x: mx.array,
+        weight: mx.array | None,
+        bias: mx.array | None,
+        residual: mx.array | None,
     ) -> tuple[mx.array, mx.array, mx.array, mx.array]:
-        given = [a for a in (weight, bias) if a is not None]
-        self.has_weight, self.has_bias = weight is not None, bias is not None
+        named = {"weight": weight, "bias": bias, "residual": residual}
+        given = {name: a for name, a in named.items() if a is not None}
+        self.names = list(given)
         # Cast to the dtype of the result first, so that casts back give gradients their dtypes.
-        dtype = result_type(x, *given)
+        dtype = result_type(x, *given.values())
         function = mx.custom_function(self._forward)
         function.vjp(self._backward)
-        outputs = function([a.astype(dtype) for a in (x, *given)])
+        outputs = function([a.astype(dtype) for a in (x, *given.values())])
         return cast(tuple[mx.array, mx.array, mx.array, mx.array], outputs)
 
-    def _normalize(
-        self, x: mx.array, mean: mx.array, var: mx.array, *parameters: mx.array
-    ) -> mx.array:
-        weight = parameters[0] if self.has_weight else None
-        bias = parameters[-1] if self.has_bias else None
-        y, _, _ = operations.normalize(
+    def _normalize(self, x: mx.array, mean: mx.array, var: mx.array, *others: mx.array) -> mx.array:
+        given = dict(zip(self.names, others, strict=True))
+        z, _, _ = operations.normalize(
             x,
-            weight,
-            bias,
+            given.get("weight"),
+            given.get("bias"),
             self.eps,
             operations.Statistics.of_batch,
             self.caller,
             mean=mean,
             var=var,
             axis=self.axis,
+            residual=given.get("residual"),
+            **self.epilogue,
         )
-        return y
+        return z
 
     def _forward(self, arguments: list[mx.array]) -> tuple[mx.array, ...]:
-        x, *parameters = arguments
+        x, *others = arguments
         message = operations.rank_moments(x, self.caller, self.axis, self.channels)
         messages = mx.distributed.all_gather(message, group=self.group)
         mean, var, count = operations.merge_ranks(
             messages, self.group.size(), self.group.rank(), self.caller
         )
-        return self._normalize(x, mean, var, *parameters), mean, var, count
+        return self._normalize(x, mean, var, *others), mean, var, count
 
     def _backward(
         self,
@@ -151,33 +161,40 @@ class _Synchronized:
         cotangents: tuple[mx.array, ...],
         outputs: tuple[mx.array, ...],
     ) -> list[mx.array]:
-        x, *parameters = primals
-        g, *of_statistics, _ = cotangents
+        x, *others = primals
+        of_z, *of_statistics, _ = cotangents
         _, mean, var, count = outputs
 
-        # One pass over x and g gives all sums.
-        _, sums = mx.vjp(
-            lambda *arguments: self._normalize(x, *arguments), [mean, var, *parameters], [g]
+        # One pass over x and the cotangent gives all sums, and the gradient of the residual.
+        _, found = mx.vjp(
+            lambda *arguments: self._normalize(x, *arguments), [mean, var, *others], [of_z]
         )
-        through_statistics, of_parameters = sums[:2], sums[2:]
+        through_statistics, of_others = found[:2], found[2:]
 
         # One collective operation sums the cotangents of mean and var.
         own = [a + b for a, b in zip(through_statistics, of_statistics, strict=True)]
         everyone = _sum_over_ranks(mx.concatenate(own), self.group) / count
         grad_mean, grad_var = mx.split(everyone, 2)
+        given = dict(zip(self.names, others, strict=True))
+        if "residual" in given:  # whose gradient is the cotangent of y
+            g, epilogue = of_others[-1], Epilogue()
+        else:
+            g, epilogue = of_z, self.epilogue
         grad_x = operations.input_gradient(
             x,
             g,
             mean,
             var,
-            parameters[0] if self.has_weight else None,
+            given.get("weight"),
             self.eps,
             grad_mean,
             grad_var,
             self.caller,
             self.axis,
+            bias=given.get("bias"),
+            **epilogue,
         )
-        return [grad_x, *of_parameters]
+        return [grad_x, *of_others]
 
 
 def _sum_over_ranks(x: mx.array, group: Group) -> mx.array:

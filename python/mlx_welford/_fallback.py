@@ -129,14 +129,17 @@ def normalize(
     var: array | None = None,
     weight: array | None = None,
     bias: array | None = None,
+    residual: array | None = None,
     *,
     axes: Axes,
     channel_axis: int,
     eps: float,
+    activation: str | None = None,
+    negative_slope: float = 0,
     stream: Stream = None,
     **channels: Any,
 ) -> Arrays:
-    """out = (x - mean) / sqrt(var + eps) * weight + bias
+    """out = activation(y + residual),  y = (x - mean) / sqrt(var + eps) * weight + bias
 
     Without mean and var, those of x are used, and returned. ``channels``: options of _Layout.
     """
@@ -153,7 +156,13 @@ def normalize(
         y = y * layout.parameter(weight)
     if bias is not None:
         y = y + layout.parameter(bias)
-    return {"out": layout.join(y).cast(x.dtype), "mean": mean, "var": var}
+    if residual is not None:
+        y = y + layout.split(residual)
+    return {
+        "out": layout.join(_activated(y, activation, negative_slope)).cast(x.dtype),
+        "mean": mean,
+        "var": var,
+    }
 
 
 def normalize_gradient(
@@ -164,16 +173,22 @@ def normalize_gradient(
     grad_mean: array | None = None,
     grad_var: array | None = None,
     weight: array | None = None,
+    bias: array | None = None,
+    residual: array | None = None,
+    z: array | None = None,
     *,
     axes: Axes,
     channel_axis: int,
     eps: float,
+    activation: str | None = None,
+    negative_slope: float = 0,
     stream: Stream = None,
     **channels: Any,
 ) -> Arrays:
     """Gradients of normalize, for the cotangents g of out, grad_mean of mean and grad_var of var.
 
-    Without the latter two the statistics are given, and have gradients of their own.
+    Without the latter two the statistics are given, and have gradients of their own. The residual,
+    or z, the out of normalize, is given if there was a residual and an activation.
     """
     layout = _Layout(x, axes, channel_axis, stream, **channels)
     axes = layout.axes
@@ -181,7 +196,18 @@ def normalize_gradient(
     above_zero = _wide(var, stream) + eps
     rstd = above_zero.apply(mx.rsqrt)
     normalized = (wide_x - layout.statistic(mean)) * rstd.expand(axes)
-    gradients = {
+    gradients: Arrays = {}
+    if activation is not None:
+        p = normalized if z is None else layout.split(z)
+        if z is None:
+            p = p if weight is None else p * layout.parameter(weight)
+            p = p if bias is None else p + layout.parameter(bias)
+            p = p if residual is None else p + layout.split(residual)
+        wide_g = _cotangent(activation, negative_slope, p, wide_g)
+        if residual is not None or z is not None:  # as the kernels, which store it
+            gradients["grad_residual"] = layout.join(wide_g).cast(x.dtype)
+            wide_g = layout.split(gradients["grad_residual"])
+    gradients |= {
         "grad_weight": layout.sums(wide_g * normalized).cast(x.dtype),
         "grad_bias": layout.sums(wide_g).cast(x.dtype),
     }
@@ -209,13 +235,19 @@ def input_gradient(
     grad_mean: array,
     grad_var: array,
     weight: array | None = None,
+    bias: array | None = None,
     *,
     axes: Axes,
     channel_axis: int,
     eps: float,
+    activation: str | None = None,
+    negative_slope: float = 0,
     stream: Stream = None,
 ) -> Arrays:
-    """out = rsqrt(var + eps) * weight * g + grad_mean + 2 * grad_var * (x - mean)"""
+    """out = rsqrt(var + eps) * weight * g + grad_mean + 2 * grad_var * (x - mean)
+
+    with g * activation'(y) in place of g.
+    """
     scale = (_wide(var, stream) + eps).apply(mx.rsqrt)
     if weight is not None:
         scale = scale * _wide(weight, stream)
@@ -223,8 +255,52 @@ def input_gradient(
     centred = _wide(x, stream) - _wide(mean, stream).expand(axes)
     through_mean = _wide(grad_mean, stream).expand(axes)
     through_var = (by_var + by_var).expand(axes) * centred
-    direct = _wide(g, stream) * scale.expand(axes)
+    of_y = _wide(g, stream)
+    if activation is not None:
+        y = centred * scale.expand(axes)
+        y = y if bias is None else y + _wide(bias, stream).expand(axes)
+        of_y = _cotangent(activation, negative_slope, y, of_y)
+    direct = of_y * scale.expand(axes)
     return {"out": (direct + (through_mean + through_var)).cast(x.dtype)}
+
+
+def _activated(p: _Array, activation: str | None, negative_slope: float) -> _Array:
+    """What mlx.nn's function of this name computes; p itself for None.
+
+    In forms that are finite, and have finite derivatives, for every finite p; at kinks these are
+    MLX's.
+    """
+    match activation:
+        case None:
+            return p
+        case "relu":
+            return p.apply(mx.maximum, p.constant(0))
+        case "relu6":
+            return p.apply(mx.maximum, p.constant(0)).apply(mx.minimum, p.constant(6))
+        case "leaky_relu":
+            return (p * negative_slope).apply(mx.maximum, p)
+        case "silu":
+            return p * p.apply(mx.sigmoid)
+        case "gelu":
+            return p * (((p * math.sqrt(0.5)).apply(mx.erf) + 1) * 0.5)
+        case "gelu_approx":
+            # Beyond +-32 tanh is -1 or 1; p^3 might overflow.
+            near = p.apply(mx.clip, p.constant(-32), p.constant(32))
+            scaled = (near + near * near * near * 0.044715) * math.sqrt(2 / math.pi)
+            return p * ((scaled.apply(mx.tanh) + 1) * 0.5)
+        case "hardswish":
+            return p * (_activated(p + 3, "relu6", 0) / p.constant(6))
+    raise ValueError(f"there is no activation {activation!r}")
+
+
+def _cotangent(activation: str, negative_slope: float, p: _Array, of_z: _Array) -> _Array:
+    """The cotangent of p, where z = activation(p); p may be z where z tells the derivative."""
+
+    def function(p_: array) -> array:
+        return _activated(_Array(p_, p.stream), activation, negative_slope).array
+
+    _, (found,) = mx.vjp(function, [p.array], [of_z.array])
+    return _Array(found, p.stream)
 
 
 class _Layout:

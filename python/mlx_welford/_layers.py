@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import KW_ONLY, InitVar, fields
-from typing import TYPE_CHECKING, Any, ClassVar, cast
+from typing import TYPE_CHECKING, Any, ClassVar, TypedDict, cast
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -17,10 +17,12 @@ from mlx_welford._arguments import (
     options,
     set_missing_options,
 )
+from mlx_welford._fallback import statistics_dtype
+from mlx_welford._input_bias import BiasedArray
 from mlx_welford._operations import operations
 from mlx_welford._uninitialized import UninitializedParameter, is_uninitialized
 
-__all__ = ["BatchNorm", "GroupNorm", "InstanceNorm", "set_dtype"]
+__all__ = ["BatchNorm", "Epilogue", "GroupNorm", "InstanceNorm", "set_dtype"]
 
 _AFFINE = ["weight", "bias"]
 _RUNNING = ["running_mean", "running_var"]
@@ -28,6 +30,13 @@ _VECTORS = [*_AFFINE, *_RUNNING]  # parameters of shape (C,)
 _COUNTER = "num_batches_tracked"
 # A momentum may be an array, as from a schedule. Then Module counts it among the parameters.
 _FROZEN = [*_RUNNING, _COUNTER, "momentum"]
+
+
+class Epilogue(TypedDict, total=False):
+    """The options for what follows a normalisation: keyword arguments of the layers of compat/."""
+
+    activation: str | None
+    negative_slope: float
 
 
 @options
@@ -47,25 +56,34 @@ class _Normalization(Module):
 
     _: KW_ONLY
     axis: int = -1
+    activation: str | None = None
+    negative_slope: float = 0.01
     if TYPE_CHECKING:  # what the subclasses must have
         num_features = eps = momentum = track_running_stats = cast(Any, None)
 
     _statistics: ClassVar[operations.Statistics]
     _features_argument: ClassVar[str]
     _eps_argument: ClassVar[str] = "eps"
+    _channelwise: ClassVar[bool] = True  # each channel has statistics of its own
     # Set on layers of mlx.nn that have become one of these: their class and options before.
     _accelerated: ClassVar[tuple[type[Module], dict[str, Any]] | None] = None
 
     def __post_init__(self, affine: bool = False) -> None:
         self._start(weight=affine, bias=affine)
 
-    def _start(self, *, weight: bool, bias: bool, **given: Any) -> None:
+    def _start(
+        self, *, weight: bool, bias: bool, epilogue: Epilogue | None = None, **given: Any
+    ) -> None:
         """Sets the given options, checks all of them, and creates the parameters."""
         Module.__init__(self)  # not super(): the next class is mlx.nn's, with other arguments
+        name = type(self).__name__
+        for option, value in (epilogue or {}).items():
+            if option not in Epilogue.__annotations__:
+                raise TypeError(f"{name}() got an unexpected keyword argument '{option}'")
+            setattr(self, option, value)
         for option, value in given.items():
             setattr(self, option, value)
         set_missing_options(self)
-        name = type(self).__name__
         check_positive(self.num_features, self._features_argument, name)
         check_eps(self.eps, name, self._eps_argument)
         check_momentum(self.momentum, name)
@@ -131,6 +149,14 @@ class _Normalization(Module):
         """As ``Module.unfreeze``, except that running statistics stay frozen."""
         return Module.unfreeze(self, *args, **kwargs)
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Sets an attribute. Those of the epilogue are checked, whenever they are set."""
+        if name == "activation":
+            operations.check_activation(value, 0, type(self).__name__)
+        elif name == "negative_slope":
+            operations.check_activation(None, value, type(self).__name__)
+        super().__setattr__(name, value)
+
     def __setitem__(self, name: str, value: Any) -> None:
         """Sets a parameter. Assignment, update, load_weights and casts all end here.
 
@@ -158,9 +184,11 @@ class _Normalization(Module):
                 dict.__setitem__(self, name, value)
             self.num_features = num_features
 
-    def __call__(self, x: mx.array) -> mx.array:
+    def __call__(self, x: mx.array, residual: mx.array | None = None) -> mx.array:
+        """activation(y + residual), where y is x normalised."""
         name = type(self).__name__
         self._take_features_from(x, self._needs_several_values())
+        x, shift = self._split(x)
         updates = self.training and self.track_running_stats
         evaluates = not self.training and self.track_running_stats
         groups, interleaved = self._grouping()
@@ -171,7 +199,7 @@ class _Normalization(Module):
             self.eps,
             self._statistics,
             name,
-            mean=self["running_mean"] if evaluates else None,
+            mean=self._running_mean_less(shift) if evaluates else None,
             var=_finite(self["running_var"]) if evaluates else None,
             axis=self.axis,
             channels=self._channels(),
@@ -179,10 +207,28 @@ class _Normalization(Module):
             running=evaluates,
             groups=groups,
             interleaved=interleaved,
+            activation=self.activation,
+            negative_slope=self.negative_slope,
+            residual=residual,
         )
         if updates:
-            self._update_running_statistics(x, mean, var)
+            self._update_running_statistics(x, mean if shift is None else mean + shift, var)
         return y
+
+    def _split(self, x: mx.array) -> tuple[mx.array, mx.array | None]:
+        """x without the bias that a convolution has handed over, and that bias in float32."""
+        if isinstance(x, BiasedArray) and x.terms and self.axis in (-1, x.ndim - 1):
+            before, bias = x.terms
+            if self._channelwise and bias.size == self.num_features:
+                return before, bias.astype(statistics_dtype(bias.dtype))
+        return x, None
+
+    def _running_mean_less(self, shift: mx.array | None) -> mx.array:
+        """The running mean of an input without the bias."""
+        mean: mx.array = self["running_mean"]
+        if shift is None or shift.shape != mean.shape:
+            return mean
+        return mean.astype(statistics_dtype(mean.dtype)) - shift
 
     def _update_running_statistics(self, x: mx.array, mean: mx.array, var: mx.array) -> None:
         """Updates them, unless the batch is empty."""
@@ -248,13 +294,20 @@ class _Normalization(Module):
 
     def _extra_repr(self) -> str:
         """The options of mlx.nn, then the others if they are not at their default."""
-        shown = {name: getattr(self, name) for name in self._shown}
-        for option in fields(_Normalization):
-            if (value := getattr(self, option.name)) != option.default:
-                shown[option.name] = value
+        shown = [f"{name}={getattr(self, name)}" for name in self._shown]
+        shown += self._not_at_default("axis", *Epilogue.__annotations__)
         if self._accelerated is not None:
-            shown["accelerated"] = True
-        return ", ".join([f"{self.num_features}", *(f"{k}={v}" for k, v in shown.items())])
+            shown.append("accelerated=True")
+        return ", ".join([f"{self.num_features}", *shown])
+
+    def _not_at_default(self, *names: str) -> list[str]:
+        """Those of these options that repr has to show."""
+        values = {
+            option.name: getattr(self, option.name)
+            for option in fields(self)
+            if option.name in names and getattr(self, option.name) != option.default
+        }
+        return [f"{name}={value!r}" for name, value in values.items()]
 
 
 def _counter(value: mx.array, before: mx.array | None) -> mx.array:
@@ -314,10 +367,11 @@ class InstanceNorm(_Normalization, nn.InstanceNorm):
             instances, of their means and unbiased variances. Default: ``False``, the statistics of
             the input are used in training and evaluation.
         axis: The channel axis; not 0. Default: ``-1``.
+        activation, negative_slope: As in :class:`BatchNorm`.
 
     Shape:
         - Input: ``(N, ..., C)`` with at least 3 dimensions, or with the channels on ``axis``.
-        - Output: same shape as the input, dtype ``mx.result_type(x, weight, bias)``.
+        - Output: same shape as the input, dtype ``mx.result_type(x, weight, bias, residual)``.
 
     Raises:
         ValueError: If an argument is out of range, or an input has too few dimensions, another
@@ -376,10 +430,11 @@ class GroupNorm(_Normalization, nn.GroupNorm):
             every ``num_groups``-th one. Default: ``False``: as ``mlx.nn.GroupNorm`` reshapes its
             input, channel ``c`` is in group ``c % num_groups``.
         axis: The channel axis; not 0. Default: ``-1``.
+        activation, negative_slope: As in :class:`BatchNorm`.
 
     Shape:
         - Input: ``(N, ..., C)`` with at least 2 dimensions, or with the channels on ``axis``.
-        - Output: same shape as the input, dtype ``mx.result_type(x, weight, bias)``.
+        - Output: same shape as the input, dtype ``mx.result_type(x, weight, bias, residual)``.
 
     Raises:
         ValueError: If an argument is out of range, or an input has too few dimensions or another
@@ -406,6 +461,7 @@ class GroupNorm(_Normalization, nn.GroupNorm):
     _statistics = operations.Statistics.of_instance
     _features_argument = "dims"
     _shown = ("eps", "affine", "pytorch_compatible")
+    _channelwise = False
     num_features = _dims
     momentum = None
     track_running_stats = False
@@ -457,11 +513,19 @@ class BatchNorm(_Normalization, nn.BatchNorm):
         track_running_stats: Whether to keep running statistics. Default: ``True``. Without them
             evaluation uses the statistics of the input, too.
         axis: The channel axis. Default: ``-1``.
+        activation: ``"relu"``, ``"relu6"``, ``"leaky_relu"``, ``"silu"``, ``"gelu"``,
+            ``"gelu_approx"`` or ``"hardswish"``: the function of ``mlx.nn`` that follows, at no
+            extra traffic. Default: ``None``.
+        negative_slope: Of ``"leaky_relu"``. Default: ``0.01``.
+
+    ``layer(x, residual)`` adds an array of the shape of ``x`` before the activation. The layer
+    computes both: ``mlx.nn.BatchNorm.__call__(layer, x)`` knows neither, nor do tools that fold a
+    normalisation into a convolution. docs/fusing.md has more.
 
     Shape:
         - Input: ``(N, C)``, ``(N, L, C)``, ``(N, H, W, C)`` and so on, or with the channels on
           ``axis``.
-        - Output: same shape as the input, dtype ``mx.result_type(x, weight, bias)``.
+        - Output: same shape as the input, dtype ``mx.result_type(x, weight, bias, residual)``.
 
     Raises:
         ValueError: If an argument is out of range, or an input has too few dimensions, another

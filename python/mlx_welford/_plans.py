@@ -183,8 +183,9 @@ def kernels(plans: Plans) -> list[str]:
 
 def traffic(plans: Plans, x_bytes: int) -> int:
     """Bytes that the plans read and write in arrays of the size of x; all others are small."""
-    bound = [b["name"] for d in dispatches(plans) for b in d["buffers"]]
-    return x_bytes * sum(name in ("x", "g", "out") for name in bound)
+    like_x = {"x", "g", "out", "residual", "z", "grad_residual"}
+    bound = [b["array"] for d in dispatches(plans) for b in d["buffers"]]
+    return x_bytes * sum(array in like_x for array in bound)
 
 
 def _dtype(name: str) -> mx.Dtype:

@@ -1,17 +1,31 @@
-"""All that swaps layers of a model: accelerate, restore and convert_sync_batchnorm.
+"""All that swaps layers of a model: accelerate, restore, fuse_block and convert_sync_batchnorm.
 
 A layer stays the same object and changes its class, so that whatever holds it goes on with it.
 """
 
 import warnings
+from collections.abc import Mapping
 from dataclasses import fields
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 from mlx.nn import Module
 
 from mlx_welford._arguments import check_eps, check_momentum, set_missing_options
+from mlx_welford._blocks import Make, calls, given_back, replace_blocks, swap
 from mlx_welford._distributed import Group, SyncBatchNorm
+from mlx_welford._fusing import (
+    Identity,
+    Row,
+    epilogue_of,
+    fuse_sequentials,
+    is_ours,
+    named_layers,
+    takes_bias,
+    unfused,
+)
+from mlx_welford._input_bias import CONVOLUTIONS
 from mlx_welford._layers import (
     _COUNTER,
     _VECTORS,
@@ -22,7 +36,7 @@ from mlx_welford._layers import (
 )
 from mlx_welford._text import table
 
-__all__ = ["SYNCHRONIZED", "accelerate", "convert_sync_batchnorm", "restore"]
+__all__ = ["SYNCHRONIZED", "accelerate", "convert_sync_batchnorm", "fuse_block", "restore"]
 
 _FAST: dict[type[Module], type[_Normalization]] = {
     nn.BatchNorm: BatchNorm,
@@ -37,7 +51,13 @@ SYNCHRONIZED: dict[type[Module], type[SyncBatchNorm]] = {
 """What convert_sync_batchnorm makes of layers of exactly these classes."""
 
 
-def accelerate(model: Module, *, verbose: bool = False) -> Module:
+def accelerate(
+    model: Module,
+    *,
+    fuse: bool = False,
+    also: Mapping[type[Module], Make] | None = None,
+    verbose: bool = False,
+) -> Module:
     """Turns ``BatchNorm``, ``InstanceNorm`` and ``GroupNorm`` of ``mlx.nn`` into this package's.
 
     A layer stays the same object and gets another class, which computes faster. So its parameters
@@ -49,13 +69,25 @@ def accelerate(model: Module, *, verbose: bool = False) -> Module:
     that this package refuses, and all other layers. A second call changes nothing. Functions that
     ``mx.compile`` traced before keep mlx.nn's operations.
 
+    With ``fuse=True``, what follows one another in an ``nn.Sequential`` becomes one layer, also in
+    nested ones. An activation behind a normalisation becomes an option of it, and an
+    ``nn.Identity`` keeps its place, so that names and indices of parameters stay. A convolution
+    before a ``BatchNorm`` or an ``InstanceNorm`` no longer adds its bias, which the normalisation
+    takes as a shift of the mean. The bias stays a parameter of the convolution. Other models tell
+    with ``also`` what their blocks compute (docs/fusing.md).
+
     Args:
         model: The model, or a single layer.
-        verbose: Whether to print a table of the normalisation layers: what each was, and what it
-            is now or why it was left as it was. Default: ``False``.
+        fuse: Whether to fuse. Default: ``False``.
+        also: Functions for blocks of other classes: ``{Block: make}`` calls ``make(block)`` for
+            every module whose class is ``Block``. It returns the same block, edited, another module
+            to put in its place, or ``None`` to leave it. :func:`fuse_block` is such a function.
+            Default: ``None``.
+        verbose: Whether to print a table of the layers concerned: what each was, and what it is now
+            or why it was left as it was. Default: ``False``.
 
     Returns:
-        ``model``.
+        ``model``, unless ``also`` replaces the model itself.
 
     Examples:
         >>> import mlx.nn as nn
@@ -70,8 +102,23 @@ def accelerate(model: Module, *, verbose: bool = False) -> Module:
 accelerated=True)
         )
     """
-    rows: list[tuple[str, str, str]] = []
-    for path, layer in _named_layers(model):
+    root: list[Any] = [model]
+    rows = _change_classes(model)
+    if also:
+        rows += replace_blocks(root, also)
+        rows += _change_classes(root[0])
+    if fuse:
+        rows += fuse_sequentials(root[0])
+    if verbose:
+        print(table([("layer", "was", "now"), *rows]) if rows else "No layer to replace.")
+    changed: Module = root[0]
+    return changed
+
+
+def _change_classes(model: Module) -> list[Row]:
+    """Turns the layers of mlx.nn into those of this package, and says what became of each."""
+    rows: list[Row] = []
+    for path, layer in named_layers(model):
         if not isinstance(layer, tuple(_FAST)) or isinstance(layer, _Normalization):
             continue
         kind = type(layer)
@@ -89,22 +136,21 @@ accelerated=True)
                 _change_class(layer, _FAST[kind])
                 now = f"mlx_welford.{kind.__name__}"
         rows.append((path, was, now))
-    if verbose:
-        print(table([("layer", "was", "now"), *rows]) if rows else "No layer to replace.")
-    return model
+    return rows
 
 
 def restore(model: Module) -> Module:
     """Undoes :func:`accelerate`: the layers get their classes in ``mlx.nn`` back.
 
     They stay the same objects and keep their present parameters, frozen names, mode and attributes,
-    so that training can go on.
+    so that training can go on. Activations and blocks that were fused, edited or replaced get their
+    places and attributes back.
 
     Args:
         model: The model, or a single layer.
 
     Returns:
-        ``model``.
+        ``model``, or what it was before ``also`` replaced it.
 
     Examples:
         >>> import mlx.nn as nn
@@ -114,7 +160,11 @@ def restore(model: Module) -> Module:
           (layers.0): BatchNorm(4, eps=1e-05, momentum=0.1, affine=True, track_running_stats=True)
         )
     """
-    for _, layer in _named_layers(model):
+    root: list[Any] = [model]
+    swap(root, unfused, inner_first=True)
+    swap(root, given_back, inner_first=True)
+    model = root[0]
+    for _, layer in named_layers(model):
         if isinstance(layer, _Normalization) and layer._accelerated is not None:
             frozen = layer._no_grad  # with the running statistics; mlx.nn adds them only once
             original, settings = layer._accelerated
@@ -129,6 +179,73 @@ def restore(model: Module) -> Module:
                 layer.pop(name, None)
             layer.__class__ = original  # type: ignore[assignment]
     return model
+
+
+def fuse_block(
+    block: Module, norm: str = "bn", activation: str = "act", convolution: str = "conv"
+) -> Module | None:
+    """Fuses a block that computes ``self.act(self.bn(self.conv(x)))``, or without the convolution.
+
+    The normalisation takes the activation, whose attribute becomes an ``nn.Identity``. It also
+    takes the bias of the convolution, if the block has one. What the block computes is told by
+    nothing but its code: the activation must get the result of the normalisation, and nothing else
+    may get it. For :func:`accelerate`: ``also={Block: mw.fuse_block}``, with other names
+    ``also={Block: functools.partial(mw.fuse_block, norm="norm")}``.
+
+    Args:
+        block: The block. :func:`restore` undoes what becomes of it.
+        norm: The attribute with the normalisation, of ``mlx.nn`` or of this package.
+        activation: The attribute with the activation, a module or a function.
+        convolution: The attribute with the convolution; one that the block does not have is
+            ignored.
+
+    Returns:
+        The block. ``None`` if there is nothing to fuse, for instance because no layer computes this
+        activation.
+
+    Raises:
+        ValueError: If the block has no such normalisation or activation, calls one of them in
+            several places, or has the same normalisation as two attributes.
+
+    Examples:
+        >>> import mlx.nn as nn
+        >>> import mlx_welford as mw
+        >>> class Block(nn.Module):
+        ...     def __init__(self):
+        ...         super().__init__()
+        ...         self.conv, self.bn, self.act = nn.Conv2d(3, 8, 3), nn.BatchNorm(8), nn.SiLU()
+        ...
+        ...     def __call__(self, x):
+        ...         return self.act(self.bn(self.conv(x)))
+        >>> block = mw.fuse_block(Block())
+        >>> block.bn.activation, block.act
+        ('silu', Identity())
+    """
+    kind = type(block).__name__
+    for name in (norm, activation):
+        if not hasattr(block, name):
+            raise ValueError(f"[fuse_block] {kind} has no attribute '{name}'.")
+        if calls(block, name) > 1:
+            raise ValueError(f"[fuse_block] {kind} calls '{name}' in several places.")
+    layer: Any = getattr(block, norm)
+    before: Any = getattr(block, convolution, None)
+    others = [name for name, value in block.items() if value is layer and name != norm]
+    if others:
+        raise ValueError(f"[fuse_block] '{norm}' and '{others[0]}' of {kind} are one layer.")
+    function = getattr(block, activation)
+    epilogue = epilogue_of(function)
+    hands_over = type(before) in CONVOLUTIONS and "bias" in before
+    if isinstance(layer, Module) and (epilogue is not None or hands_over):
+        _change_classes(layer)
+    if not is_ours(layer):
+        return None
+    hands_over = hands_over and takes_bias(layer)
+    epilogue = epilogue if layer.activation is None else None
+    if epilogue is not None:
+        setattr(block, activation, Identity(function, layer, epilogue))
+    if hands_over:
+        before.__class__ = CONVOLUTIONS[type(before)]
+    return block if epilogue is not None or hands_over else None
 
 
 def convert_sync_batchnorm(model: Module, group: Group | None = None) -> Module:
@@ -166,7 +283,7 @@ track_running_stats=True)
     """
     chosen: list[tuple[Module, type[SyncBatchNorm]]] = []
     left: list[str] = []
-    for path, layer in _named_layers(model):
+    for path, layer in named_layers(model):
         kind = SYNCHRONIZED.get(type(layer))
         if kind is not None:
             if (error := _refusal(layer)) is not None:
@@ -186,12 +303,6 @@ track_running_stats=True)
             stacklevel=2,
         )
     return model
-
-
-def _named_layers(model: Module) -> list[tuple[str, Module]]:
-    """All modules of a model with a path, each once, in the order of the tree."""
-    once = {id(module): (path, module) for path, module in model.named_modules()}
-    return list(reversed(once.values()))
 
 
 def _refusal(layer: Module) -> ValueError | None:

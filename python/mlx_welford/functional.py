@@ -21,12 +21,16 @@ def instance_norm(
     eps: float = 1e-5,
     *,
     axis: int = -1,
+    activation: str | None = None,
+    negative_slope: float = 0.01,
+    residual: mx.array | None = None,
     stream: StreamOrDevice = None,
 ) -> mx.array:
     r"""Normalises every channel of every instance by its own mean and variance.
 
     .. math::
 
+        z = f(y + r), \qquad
         y = \frac{x - \mathrm{E}[x]}{\sqrt{\mathrm{Var}[x] + \epsilon}} \gamma + \beta
 
     with the mean and the biased variance over all axes but 0 and ``axis``, found in a single pass
@@ -41,13 +45,18 @@ def instance_norm(
             for 0.
         eps: Added to the variance. Default: ``1e-5``.
         axis: The channel axis; not 0. Default: ``-1``.
+        activation: ``"relu"``, ``"relu6"``, ``"leaky_relu"``, ``"silu"``, ``"gelu"``,
+            ``"gelu_approx"`` or ``"hardswish"``: the function of ``mlx.nn`` that follows, at no
+            extra traffic. Default: ``None``.
+        negative_slope: Of ``"leaky_relu"``. Default: ``0.01``.
+        residual: Added before the activation, of the shape of ``x``. Default: ``None``.
         stream: Stream or device to run on. Default: ``None``, the default stream.
 
     Returns:
-        An array of the shape of ``x`` and of dtype ``mx.result_type(x, weight, bias)``.
+        An array of the shape of ``x`` and of dtype ``mx.result_type(x, weight, bias, residual)``.
 
     Raises:
-        ValueError: If a shape, ``axis`` or ``eps`` does not fit.
+        ValueError: If a shape, ``axis``, ``eps`` or ``activation`` does not fit.
         TypeError: If an array is not of a floating-point dtype.
 
     Examples:
@@ -71,6 +80,9 @@ def instance_norm(
         operations.Statistics.of_instance,
         "instance_norm",
         axis=axis,
+        activation=activation,
+        negative_slope=negative_slope,
+        residual=residual,
         stream=stream,
     )
     return y
@@ -87,12 +99,16 @@ def group_norm(
     mean: mx.array | None = None,
     var: mx.array | None = None,
     axis: int = -1,
+    activation: str | None = None,
+    negative_slope: float = 0.01,
+    residual: mx.array | None = None,
     stream: StreamOrDevice = None,
 ) -> mx.array:
     r"""Normalises groups of channels of every instance by their mean and variance.
 
     .. math::
 
+        z = f(y + r), \qquad
         y = \frac{x - \mathrm{E}[x]}{\sqrt{\mathrm{Var}[x] + \epsilon}} \gamma + \beta
 
     with the mean and the biased variance over the C / G channels of a group and over all axes but 0
@@ -115,15 +131,20 @@ def group_norm(
         mean: Mean to use, of shape ``(N, G)``. Default: ``None``, the mean of ``x``.
         var: Variance to use, of shape ``(N, G)``; given exactly if ``mean`` is. Default: ``None``.
         axis: The channel axis; not 0. Default: ``-1``.
+        activation: ``"relu"``, ``"relu6"``, ``"leaky_relu"``, ``"silu"``, ``"gelu"``,
+            ``"gelu_approx"`` or ``"hardswish"``: the function of ``mlx.nn`` that follows, at no
+            extra traffic. Default: ``None``.
+        negative_slope: Of ``"leaky_relu"``. Default: ``0.01``.
+        residual: Added before the activation, of the shape of ``x``. Default: ``None``.
         stream: Stream or device to run on. Default: ``None``, the default stream.
 
     Returns:
-        An array of the shape of ``x`` and of dtype ``mx.result_type(x, weight, bias)``. It can be
-        differentiated with respect to all arrays, also ``mean`` and ``var``.
+        An array of the shape of ``x`` and of dtype ``mx.result_type(x, weight, bias, residual)``.
+        It can be differentiated with respect to all arrays, also ``mean`` and ``var``.
 
     Raises:
-        ValueError: If a shape, ``num_groups``, ``axis`` or ``eps`` does not fit, or only one of
-            ``mean`` and ``var`` is given.
+        ValueError: If a shape, ``num_groups``, ``axis``, ``eps`` or ``activation`` does not fit, or
+            only one of ``mean`` and ``var`` is given.
         TypeError: If an array is not of a floating-point dtype.
 
     Examples:
@@ -159,6 +180,9 @@ def group_norm(
         axis=axis,
         groups=num_groups,
         interleaved=interleaved,
+        activation=activation,
+        negative_slope=negative_slope,
+        residual=residual,
         stream=stream,
     )
     return y
@@ -173,12 +197,16 @@ def batch_norm(
     mean: mx.array | None = None,
     var: mx.array | None = None,
     axis: int = -1,
+    activation: str | None = None,
+    negative_slope: float = 0.01,
+    residual: mx.array | None = None,
     stream: StreamOrDevice = None,
 ) -> tuple[mx.array, mx.array, mx.array]:
     r"""Normalises every channel by its mean and variance over the batch, or by given ones.
 
     .. math::
 
+        z = f(y + r), \qquad
         y = \frac{x - \mathrm{E}[x]}{\sqrt{\mathrm{Var}[x] + \epsilon}} \gamma + \beta
 
     with the mean and the biased variance over all axes but ``axis``, found in a single pass
@@ -194,16 +222,21 @@ def batch_norm(
         mean: Mean to use, of shape ``(C,)``. Default: ``None``, the mean of ``x``.
         var: Variance to use, of shape ``(C,)``; given exactly if ``mean`` is. Default: ``None``.
         axis: The channel axis. Default: ``-1``.
+        activation: ``"relu"``, ``"relu6"``, ``"leaky_relu"``, ``"silu"``, ``"gelu"``,
+            ``"gelu_approx"`` or ``"hardswish"``: the function of ``mlx.nn`` that follows, at no
+            extra traffic. Default: ``None``.
+        negative_slope: Of ``"leaky_relu"``. Default: ``0.01``.
+        residual: Added before the activation, of the shape of ``x``. Default: ``None``.
         stream: Stream or device to run on. Default: ``None``, the default stream.
 
     Returns:
-        ``(y, mean, var)``: an array of the shape of ``x`` and of dtype ``mx.result_type(x, weight,
-        bias)``, and the statistics used, of shape ``(C,)`` and dtype float32 (float64 for float64
-        input). All three can be differentiated. The statistics of an empty batch are nan.
+        ``(z, mean, var)``: an array of the shape of ``x`` and of dtype ``mx.result_type(x, weight,
+        bias, residual)``, and the statistics used, of shape ``(C,)`` and dtype float32 (float64 for
+        float64 input). All three can be differentiated. The statistics of an empty batch are nan.
 
     Raises:
-        ValueError: If a shape, ``axis`` or ``eps`` does not fit, or only one of ``mean`` and
-            ``var`` is given.
+        ValueError: If a shape, ``axis``, ``eps`` or ``activation`` does not fit, or only one of
+            ``mean`` and ``var`` is given.
         TypeError: If an array is not of a floating-point dtype.
 
     Examples:
@@ -229,6 +262,9 @@ def batch_norm(
         mean=mean,
         var=var,
         axis=axis,
+        activation=activation,
+        negative_slope=negative_slope,
+        residual=residual,
         stream=stream,
     )
 

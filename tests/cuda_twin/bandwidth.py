@@ -26,9 +26,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+from mlx_welford.bench.environment import environment
 from plans import DTYPES, ITEM_BYTES, Plan, Problem, dtype_of, rounded
-
-from bench.environment import environment
 
 from .device import Device, DeviceError, Memory, Step, Twin, run
 from .progress import Budget, write_json

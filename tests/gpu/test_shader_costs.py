@@ -15,10 +15,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from mlx_welford.bench.workloads import CASES, Case
 from plans import DTYPES, ITEM_BYTES, Dispatch, Problem
 from shader_costs import CLASSES, Cost, Costs, costs, measure, shader_costs
-
-from bench.workloads import CASES, Case
 
 # Of the time that memory takes. Half types move half as many bytes for as many operations.
 BUDGETS = {"float32": 0.6, "float16": 0.8, "bfloat16": 0.8}

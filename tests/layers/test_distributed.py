@@ -99,29 +99,54 @@ def saved(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
 @cache
 def alone(case: Case) -> dict[str, Array]:
     """Of one process that has the whole batch."""
-    layer = mw.BatchNorm(case.channels, momentum=case.momentum, affine=case.affine, axis=case.axis)
+    layer = mw.BatchNorm(
+        case.channels,
+        momentum=case.momentum,
+        affine=case.affine,
+        axis=case.axis,
+        activation=case.activation,
+    )
     return shares.results(case, layer, slice(None))
+
+
+def activated(case: Case, p: Array) -> tuple[Array, Array]:
+    """activation(p), and its derivative."""
+    if case.activation is None:
+        return p, np.ones_like(p)
+    if case.activation == "relu":
+        return np.maximum(p, 0), (p > 0).astype(p.dtype)
+    sigmoid = 1 / (1 + np.exp(-p))  # silu
+    return p * sigmoid, sigmoid * (1 + p * (1 - sigmoid))
 
 
 @cache
 def truth(case: Case) -> dict[str, Array]:
     whole = shares.data(case)
-    x, gy, weight, bias = (wide(a) for a in whole)
+    x, gz, weight, bias, residual = (wide(a) for a in whole)
+    x = x + case.handed
     if not case.affine:
         weight, bias = np.ones_like(weight), np.zeros_like(bias)
+    if not case.residual:
+        residual = np.zeros_like(residual)
+    y = reference.forward("batch", x, weight, bias, EPS, case.axis).y
+    z, slope = activated(case, y + residual)
+    gy = gz * slope
     of_x = reference.backward("batch", x, weight, EPS, case.axis, gy)
     channels = case.channels
     at = reference.Running(np.zeros(channels), np.ones(channels))
     for step in range(STEPS):
         momentum = 1 / (step + 1) if case.momentum is None else MOMENTUM
         at = reference.running("batch", at, x, momentum, case.axis)
+    y = reference.evaluate(x, weight, bias, at.mean, at.var, EPS, case.axis)
     found = {
-        "y": reference.forward("batch", x, weight, bias, EPS, case.axis).y,
+        "y": z,
         "x": of_x.x,
         "running_mean": at.mean,
         "running_var": at.var,
-        "evaluation": reference.evaluate(x, weight, bias, at.mean, at.var, EPS, case.axis),
+        "evaluation": activated(case, y + residual)[0],
     }
+    if case.residual:
+        found["residual"] = gy
     if case.affine:
         found |= {"weight": of_x.weight, "bias": of_x.bias}
     return {name: np.asarray(a, np.float64) for name, a in found.items()}
@@ -130,7 +155,7 @@ def truth(case: Case) -> dict[str, Array]:
 def magnitudes(case: Case) -> dict[str, float]:
     """The largest term of the sum that a result is, since terms may cancel."""
     whole = shares.data(case)
-    x, gy, weight, _ = (wide(a) for a in whole)
+    x, gy, weight, *_ = (wide(a) for a in whole)
     axes = reference.reduction_axes("batch", x.ndim, case.axis)
     mean, var = reference.moments(x, axes, keepdims=True)
     r = 1 / np.sqrt(var + EPS)
@@ -151,7 +176,7 @@ def together(saved: Results, case: Case) -> dict[str, Array]:
     found = {}
     for name in by_rank[0]:
         arrays = [results[name] for results in by_rank]
-        if name in ("y", "x", "evaluation"):
+        if name in ("y", "x", "residual", "evaluation"):
             found[name] = np.concatenate(arrays)
         elif name in ("weight", "bias"):
             found[name] = np.sum(arrays, axis=0)
@@ -216,7 +241,7 @@ def test_ranks_have_different_means() -> None:
 def test_second_derivatives(saved: Results) -> None:
     """Of the sum over the ranks of sum(gx^2): the gradient of the sum of all ranks' losses."""
     case = CASES["unequal"]
-    x, gy, weight, _ = (wide(a) for a in shares.data(case))
+    x, gy, weight, *_ = (wide(a) for a in shares.data(case))
     by_rank = saved.of("derivatives")
     true = reference.gradient_penalty("batch", x, weight, EPS, case.axis, gy)
     for name, expected in (("x", true.x), ("gy", true.gy), ("weight", true.weight)):
@@ -227,7 +252,7 @@ def test_second_derivatives(saved: Results) -> None:
 
 def test_forward_mode(saved: Results) -> None:
     case = CASES["unequal"]
-    x, gy, weight, _ = (wide(a) for a in shares.data(case))
+    x, gy, weight, *_ = (wide(a) for a in shares.data(case))
     expected = reference.directional(
         lambda x: reference.forward("batch", x, weight, None, EPS, case.axis).y, [x], [gy]
     )

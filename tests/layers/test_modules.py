@@ -95,12 +95,14 @@ def test_signatures() -> None:
     """The options are declared as fields of the classes; help() shows what it always did."""
     batch = "num_features: 'int | None' = None, eps: 'float' = 1e-05, "
     batch += "momentum: 'float | mx.array | None' = 0.1, affine: 'bool' = True, "
-    batch += "track_running_stats: 'bool' = True, *, axis: 'int' = -1"
+    batch += "track_running_stats: 'bool' = True, *, axis: 'int' = -1, "
+    batch += "activation: 'str | None' = None, negative_slope: 'float' = 0.01"
     assert str(inspect.signature(mw.BatchNorm)) == f"({batch}) -> 'None'"
     group = "group: 'Group | None' = None"
     assert str(inspect.signature(mw.SyncBatchNorm)) == f"({batch}, {group}) -> 'None'"
     assert inspect.signature(mw.InstanceNorm).parameters.keys() == {
-        *("dims", "eps", "affine", "momentum", "track_running_stats", "axis")
+        *("dims", "eps", "affine", "momentum", "track_running_stats", "axis"),
+        *("activation", "negative_slope"),
     }
 
 

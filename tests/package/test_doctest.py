@@ -1,4 +1,4 @@
-"""The examples of every public docstring and of the guides, run; and that there are some."""
+"""The examples of every public docstring and of the pages, run; and that there are some."""
 
 import doctest
 import importlib
@@ -50,12 +50,21 @@ def test_the_public_names_are_among_those_run() -> None:
     assert {value.__module__ for value in PUBLIC.values()} <= set(modules())
 
 
-@pytest.mark.parametrize(("name", "least"), [("porting.md", 5), ("distributed.md", 1)])
-def test_guides(name: str, least: int) -> None:
+ROOT = Path(__file__).parents[2]
+BLOCKS = {
+    str(page.relative_to(ROOT)): blocks
+    for page in (ROOT / "README.md", *sorted(ROOT.glob("docs/**/*.md")))
+    if (blocks := re.findall(r"```python\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL))
+}
+
+
+@pytest.mark.parametrize("page", BLOCKS)
+def test_pages(page: str) -> None:
     """Their blocks in their order, in one namespace, as a reader would paste them."""
-    text = (Path(__file__).parents[2] / "docs" / name).read_text(encoding="utf-8")
-    blocks = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
-    assert len(blocks) >= least
     namespace: dict[str, object] = {}
-    for block in blocks:
-        exec(compile(block, f"docs/{name}", "exec"), namespace)
+    for block in BLOCKS[page]:
+        exec(compile(block, page, "exec"), namespace)
+
+
+def test_pages_with_examples_are_found() -> None:
+    assert {"README.md", "docs/index.md", "docs/guides/groups.md"} <= BLOCKS.keys()

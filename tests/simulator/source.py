@@ -123,14 +123,6 @@ class Kernel:
 
 
 @dataclass(frozen=True)
-class FunctionConstant:
-    """A program-scope constant that a dispatch sets."""
-
-    name: str
-    index: int
-
-
-@dataclass(frozen=True)
 class Translation:
     """The two translation units of a library, and what they contain."""
 
@@ -297,7 +289,7 @@ class Reader:
         self.edits: list[Edit] = []
         self.declarations: dict[str, Declaration] = {}
         self.instantiations: list[tuple[str, str]] = []
-        self.function_constants: list[FunctionConstant] = []
+        self.function_constants: list[str] = []  # by name
         self.variables = 0
         self.read()
 
@@ -395,7 +387,7 @@ class Reader:
         name = self.tokens[after_name - 1].text
         kind = self.text_of(keyword + 1, after_name - 1)
         number = len(self.function_constants)
-        self.function_constants.append(FunctionConstant(name, int(index)))
+        self.function_constants.append(name)
         symbol = f"simulator_function_constant_{number}"
         self.edit(
             statement,
@@ -403,7 +395,9 @@ class Reader:
             f'__global {kind} {name} __asm__("{symbol}"); '
             f'__global bool {name}_is_defined __asm__("{symbol}_defined"); '
             f'extern __constant uint {name}_bytes __asm__("{symbol}_bytes"); '
-            f"__constant uint {name}_bytes = sizeof({kind});",
+            f"__constant uint {name}_bytes = sizeof({kind}); "
+            f'extern __constant uint {name}_index __asm__("{symbol}_index"); '
+            f"__constant uint {name}_index = {index};",
         )
         return end
 
@@ -492,10 +486,10 @@ def wrapper(number: int, kernel: Kernel) -> str:
 
 
 def table(
-    kernels: tuple[Kernel, ...], constants: list[FunctionConstant], instrumented: bool
+    kernels: tuple[Kernel, ...], constants: list[str], instrumented: bool
 ) -> str:
     """The translation unit from which the executor knows the library."""
-    numbers = {constant.name: i for i, constant in enumerate(constants)}
+    numbers = {constant: i for i, constant in enumerate(constants)}
     lines = ['#include "executor.h"', 'extern "C" {']
     for i in range(len(constants)):
         symbol = f"simulator_function_constant_{i}"
@@ -503,6 +497,7 @@ def table(
             f"extern char {symbol}[];",
             f"extern bool {symbol}_defined;",
             f"extern const uint32_t {symbol}_bytes;",
+            f"extern const uint32_t {symbol}_index;",
         ]
     rows = []
     for i, kernel in enumerate(kernels):
@@ -537,7 +532,7 @@ def table(
     for i, constant in enumerate(constants):
         symbol = f"simulator_function_constant_{i}"
         lines.append(
-            f'  {{"{constant.name}", {constant.index}, {symbol}, &{symbol}_defined, '
+            f'  {{"{constant}", {symbol}_index, {symbol}, &{symbol}_defined, '
             f"&{symbol}_bytes}},"
         )
     lines += [

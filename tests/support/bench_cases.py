@@ -2,13 +2,13 @@
 
 from collections.abc import Sequence
 
-from bench import harness, results, settings
-from bench.environment import environment
-from bench.harness import Samples
-from bench.implementations import BACKWARD, BASELINE, BOTH, COPY, FORWARD, OURS
-from bench.results import Row
-from bench.settings import AS_FOUND
-from bench.workloads import Case
+from mlx_welford.bench import harness, results, settings
+from mlx_welford.bench.environment import environment
+from mlx_welford.bench.harness import Samples
+from mlx_welford.bench.implementations import BACKWARD, BASELINE, BOTH, COPY, FORWARD, OURS
+from mlx_welford.bench.results import Row
+from mlx_welford.bench.settings import AS_FOUND
+from mlx_welford.bench.workloads import Case
 
 MEBIBYTE = 2**20
 TINY = Case("tiny", "Tiny", "BatchNorm", (2, 5, 3, 4), quick=True)

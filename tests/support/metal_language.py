@@ -258,6 +258,11 @@ class Lines:
         return self._places[bisect.bisect_right(self._starts, offset) - 1]
 
 
+def is_function_constant(declaration: Node) -> bool:
+    """Whether it has a label for the assembler, as only these do (simulator/source.py)."""
+    return any(child.get("kind") == "AsmLabelAttr" for child in declaration.get("inner", ()))
+
+
 @dataclass
 class Checker:
     """Collects the violations of one source."""
@@ -406,7 +411,9 @@ class Checker:
         if kind == "VarDecl" and node.get("storageClass") == "static" and not program_scope:
             if "__constant" not in written:
                 self.report(place, "static local", f"'{name}'")
-        elif kind == "VarDecl" and program_scope and "__constant" not in written:
+        elif kind == "VarDecl" and program_scope and not (
+            "__constant" in written or is_function_constant(node)
+        ):
             self.report(place, "program-scope variable", f"'{name}' is not constant")
         member = kind in FUNCTIONS - {"FunctionDecl"} and not node.get("explicitlyDefaulted")
         if member and node.get("storageClass") != "static":

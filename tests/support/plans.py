@@ -106,6 +106,7 @@ class Dispatch:
     grouped: bool  # its walk is over groups of channels
     host_name: str
     instantiation: str
+    constants: dict[int, int | bool]  # function constants by their index
     buffers: tuple[Binding, ...]
     parameters: dict[str, float]
     parameter_bytes: bytes
@@ -281,9 +282,15 @@ class Runner(Protocol):
         group: tuple[int, int, int],
         writable: set[int],
         constants: Mapping[int, Any],
+        function_constants: Mapping[int, Any] | None = None,
         seed: int | None = None,
         flush_denormals: bool | None = None,
     ) -> dict[int, Traffic]: ...
+
+
+def scalar(constant: int | bool) -> np.generic:
+    """With the bytes that it has in Metal."""
+    return np.bool_(constant) if isinstance(constant, bool) else np.int32(constant)
 
 
 def run_plan(
@@ -309,6 +316,7 @@ def run_plan(
             group=(d.threads, 1, 1),
             writable={BUFFER_INDICES[b.buffer] for b in d.buffers if b.written},
             constants={BUFFER_INDICES["parameters"]: d.parameter_bytes},
+            function_constants={i: scalar(v) for i, v in d.constants.items()},
             seed=seed,
             flush_denormals=flush_denormals,
         )

@@ -29,13 +29,14 @@ RANK, RANKS = GROUP.rank(), GROUP.size()
 
 
 def layer_of(case: Case) -> nn.Module:
+    options: dict[str, Any] = {
+        "momentum": case.momentum,
+        "affine": case.affine,
+        "activation": case.activation,
+    }
     if case.torch:
-        return compat.SyncBatchNorm(
-            case.channels, momentum=case.momentum, affine=case.affine, process_group=GROUP
-        )
-    return mw.SyncBatchNorm(
-        case.channels, momentum=case.momentum, affine=case.affine, axis=case.axis
-    )
+        return compat.SyncBatchNorm(case.channels, **options, process_group=GROUP)
+    return mw.SyncBatchNorm(case.channels, **options, axis=case.axis)
 
 
 # ---- Results -------------------------------------------------------------------------------------

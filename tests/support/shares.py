@@ -14,6 +14,7 @@ import mlx.nn as nn
 import mlx.optimizers as optim
 import numpy as np
 from mlx.utils import tree_flatten
+from mlx_welford._input_bias import BiasedArray
 from problems import DTYPES
 from reference import Array
 from tolerance import wide
@@ -50,6 +51,9 @@ class Case:
     momentum: float | None = MOMENTUM
     compiled: bool = False
     torch: bool = False  # the layer of compat.torch
+    activation: str | None = None
+    residual: bool = False
+    handed: float = 0.0  # the bias that a convolution hands over with x
 
     @property
     def channels(self) -> int:
@@ -75,17 +79,25 @@ CASES = {
         Case("large mean, channels first", (12, 6, 40), "empty", axis=1, mean=1e5),
         Case("average", (12, 5, 7), "unequal", momentum=None),
         Case("compiled", (12, 5, 7), "unequal", compiled=True),
+        Case("relu", (12, 5, 7), "unequal", activation="relu"),
+        Case("residual", (12, 9, 7), "unequal", residual=True),
+        Case("relu, residual", (12, 6, 9), "empty", axis=1, activation="relu", residual=True),
+        Case("silu, torch", (12, 5, 7), axis=1, torch=True, activation="silu"),
+        Case("silu, residual", (12, 5, 7), "unequal", activation="silu", residual=True),
+        Case("handed bias", (12, 5, 7), "unequal", handed=3.0, activation="relu"),
+        Case("silu, no parameters", (12, 5, 7), affine=False, activation="silu", residual=True),
     )
 }
 
 
 class Data(NamedTuple):
-    """Of the whole batch: input, cotangent, parameters."""
+    """Of the whole batch: input, cotangent, parameters, residual."""
 
     x: mx.array
     gy: mx.array
     weight: mx.array
     bias: mx.array
+    residual: mx.array
 
 
 def data(case: Case) -> Data:
@@ -102,6 +114,7 @@ def data(case: Case) -> Data:
         mx.array(rng.normal(size=case.shape), dtype),
         mx.array(rng.uniform(0.5, 1.5, case.channels), dtype),
         mx.array(rng.normal(size=case.channels), dtype),
+        mx.array(rng.normal(size=case.shape), dtype),
     )
 
 
@@ -120,15 +133,23 @@ def results(case: Case, layer: nn.Module, part: slice) -> Results:
     x, gy = whole.x[part], whole.gy[part]
     names = ["weight", "bias"] if case.affine else []
     layer.update(dict(zip(names, whole[2:], strict=False)))
-    primals = [x, *(layer[name] for name in names)]
+    inputs = [x, whole.residual[part]] if case.residual else [x]
+    n = len(inputs)
+    primals = [*inputs, *(layer[name] for name in names)]
+
+    def output(x: mx.array, *residual: mx.array) -> mx.array:
+        if case.handed:
+            x = BiasedArray(x, mx.full((case.channels,), case.handed))
+        z: mx.array = layer(x, *residual)
+        return z
 
     def function(*arguments: mx.array) -> list[mx.array]:
-        layer.update(dict(zip(names, arguments[1:], strict=True)))
-        return [layer(arguments[0])]
+        layer.update(dict(zip(names, arguments[n:], strict=True)))
+        return [output(*arguments[:n])]
 
     def step(*arguments: mx.array) -> list[mx.array]:
         (y,), gradients = mx.vjp(function, list(arguments), [gy])
-        layer.update(dict(zip(names, arguments[1:], strict=True)))
+        layer.update(dict(zip(names, arguments[n:], strict=True)))
         return [y, *gradients]
 
     if case.compiled:
@@ -136,12 +157,12 @@ def results(case: Case, layer: nn.Module, part: slice) -> Results:
     for _ in range(STEPS):
         found = step(*primals)
         mx.eval(found, layer.state)
-    named = dict(zip(["y", "x", *names], found, strict=True))
+    named = dict(zip(["y", *["x", "residual"][:n], *names], found, strict=True))
     named |= {name: layer[name] for name in ("running_mean", "running_var")}
     if case.momentum is None:
         named["num_batches_tracked"] = layer["num_batches_tracked"].astype(mx.float32)
     layer.eval()
-    named["evaluation"] = layer(x)
+    named["evaluation"] = output(*inputs)
     return {name: wide(a).astype(np.float64) for name, a in named.items()}
 
 

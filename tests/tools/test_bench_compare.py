@@ -1,18 +1,24 @@
 """The benchmark's settings and command lines."""
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
+from xml.etree import ElementTree
 
+import numpy as np
 import pytest
 from bench_cases import TINY, TINY_3D, TINY_INSTANCE, not_counted
-
-from bench import compare, implementations, instructions, settings
-from bench.harness import Step
-from bench.implementations import (
+from mlx_welford.__main__ import main
+from mlx_welford.bench import compare, implementations, plot, settings
+from mlx_welford.bench.harness import Step
+from mlx_welford.bench.implementations import (
     BACKWARD,
     BASELINE,
+    BOTH,
     COMPILED,
     COPY,
     EVALUATION,
@@ -22,9 +28,11 @@ from bench.implementations import (
     OURS_COMPILED,
     TORCH,
 )
-from bench.results import Report
-from bench.settings import AS_FOUND, TUNED
-from bench.workloads import Case
+from mlx_welford.bench.results import Report
+from mlx_welford.bench.settings import AS_FOUND, TUNED
+from mlx_welford.bench.workloads import Case
+
+from bench import instructions
 
 # ---- Settings ----
 
@@ -49,7 +57,7 @@ def test_settings_are_environment_variables(monkeypatch: pytest.MonkeyPatch) -> 
 
 def test_a_child_gets_exactly_its_setting(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     names = [*settings.MALLOC, *settings.THREADS, "OTHER"]
-    (tmp_path / "child.py").write_text(
+    (tmp_path / "mlx_welford.py").write_text(
         "import json, os, sys\n"
         f"json.dump({{n: os.environ.get(n) for n in {names}}}, open(sys.argv[1], 'w'))\n"
         "sys.exit(7)\n"
@@ -58,7 +66,7 @@ def test_a_child_gets_exactly_its_setting(tmp_path: Path, monkeypatch: pytest.Mo
     def child(setting: str, threads: int | None) -> dict[str, str | None]:
         seen = tmp_path / "seen.json"
         other = {"OTHER": "value"}
-        status = settings.run_in_child("child", [str(seen)], setting, threads, variables=other)
+        status = settings.run_in_child([str(seen)], setting, threads, variables=other)
         assert status == 7
         found: dict[str, str | None] = json.loads(seen.read_text())
         assert found.pop("OTHER") == "value"
@@ -195,6 +203,71 @@ def test_large_cases_are_not_compiled_unless_asked_for(
     found = Report.read(path)
     assert [row.implementation for row in found.rows] == [BASELINE, COPY]
     assert found.left_out == (f"{COMPILED} in tiny: takes too long",)
+
+
+@pytest.mark.parametrize(
+    ("options", "title"),
+    [
+        ("--shape 4,30,5", "Yours: BatchNorm 4x30x5"),
+        ("--shape 4,6,30 --axis 1 --layer group --groups 2", "Yours: GroupNorm(2) 4x6x30"),
+    ],
+)
+@pytest.mark.usefixtures("only_tiny")
+def test_a_layer_of_your_own(
+    options: str,
+    title: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    path, image = tmp_path / "figures.json", tmp_path / "times.svg"
+    rest = ["--dtypes", "float32", "--seconds", "1e-3", "--json", str(path), "--plot", str(image)]
+    assert main(["bench", *options.split(), *rest]) == 0
+    assert title in capsys.readouterr().out
+    written = Report.read(path)
+    assert {row.case for row in written.rows} == {"yours"}
+    assert ElementTree.parse(image).getroot().tag.endswith("svg")
+    for panel, mode in zip(plot.cases({AS_FOUND: written}).axes, (FORWARD, BOTH), strict=True):
+        rows = written.only(mode=mode).rows
+        drawn = {float(x) for dots in panel.collections for x, _ in np.array(dots.get_offsets())}
+        assert drawn == {*(row.copies for row in rows), rows[0].limit}
+
+
+@pytest.mark.usefixtures("only_tiny")
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ("--shape 4,6 --layer group --groups 4", "groups"),
+        ("--shape 4", "2 dimensions"),
+        ("--shape 4,5 --unknown", "unrecognized arguments: --unknown"),
+    ],
+)
+def test_a_layer_that_cannot_be(
+    options: str, message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        main(["bench", *options.split()])
+    assert message in capsys.readouterr().err
+
+
+def test_without_kernels() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "mlx_welford", "bench", "--quick"],
+        env={**os.environ, "MLX_WELFORD_BACKEND": "fallback"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 2
+    assert "there are no kernels to measure: MLX_WELFORD_BACKEND=fallback" in done.stderr
+
+
+def test_without_what_the_extra_installs() -> None:
+    program = (
+        "import sys; sys.modules['rich'] = None\n"
+        "from mlx_welford.__main__ import main; main(['bench', '--quick'])"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.returncode == 2
+    assert "bench needs rich: pip install 'mlx-welford[bench]'" in done.stderr
 
 
 # ---- Instructions ----

@@ -6,9 +6,8 @@ from collections.abc import Sequence
 import mlx.core as mx
 import pytest
 from bench_cases import MEBIBYTE, not_counted
-
-from bench import harness
-from bench.harness import (
+from mlx_welford.bench import harness
+from mlx_welford.bench.harness import (
     Figures,
     Samples,
     Step,

@@ -20,10 +20,9 @@ from bench_cases import (
     TINY_INSTANCE,
     TINY_INTERLEAVED,
 )
-
-from bench import implementations, torch_implementations
-from bench.harness import measure
-from bench.implementations import (
+from mlx_welford.bench import implementations, torch_implementations
+from mlx_welford.bench.harness import measure
+from mlx_welford.bench.implementations import (
     BASELINE,
     BOTH,
     COMPILED,
@@ -37,8 +36,8 @@ from bench.implementations import (
     TORCH,
     TORCH_MPS,
 )
-from bench.memcpy_baseline import LEAST_SHARE, PAGE, ThreadedCopy
-from bench.workloads import CASES, GROUPED, GROUPED_SOME, SOME, SWEEP, TARGETS, Case
+from mlx_welford.bench.memcpy_baseline import LEAST_SHARE, PAGE, ThreadedCopy
+from mlx_welford.bench.workloads import CASES, GROUPED, GROUPED_SOME, SOME, SWEEP, TARGETS, Case
 
 # ---- The memcpy baseline ----
 

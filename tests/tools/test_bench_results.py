@@ -6,12 +6,19 @@ from pathlib import Path
 import mlx.core as mx
 import pytest
 from bench_cases import MEBIBYTE, TINY, TINY_3D, described, rows_of
-
-from bench import results
-from bench.environment import cache_limit_bytes, environment
-from bench.implementations import BACKWARD, BASELINE, BOTH, COPY, EVALUATION, FORWARD, OURS
-from bench.results import Report
-from bench.workloads import Case
+from mlx_welford.bench import results
+from mlx_welford.bench.environment import cache_limit_bytes, environment
+from mlx_welford.bench.implementations import (
+    BACKWARD,
+    BASELINE,
+    BOTH,
+    COPY,
+    EVALUATION,
+    FORWARD,
+    OURS,
+)
+from mlx_welford.bench.results import Report
+from mlx_welford.bench.workloads import Case
 
 
 def test_ratios() -> None:

@@ -1,4 +1,4 @@
-"""README's table of Apple's chips says what results/ holds, and what it does not."""
+"""The table of Apple's chips in docs/macs.md says what results/ holds, and what it does not."""
 
 import json
 from pathlib import Path
@@ -115,9 +115,9 @@ def test_the_file_is_written(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     assert path.read_text() == "no markers"
 
 
-def test_readme_has_the_table_of_the_results() -> None:
-    """`python bench/macs.py --write README.md` makes it so."""
-    text = (ROOT / "README.md").read_text()
+def test_the_page_has_the_table_of_the_results() -> None:
+    """`python -m bench.macs --write docs/macs.md` makes it so."""
+    text = (ROOT / "docs" / "macs.md").read_text()
     assert macs.refresh(text, macs.read(ROOT / "results")) == text
     assert text.count("not measured yet") >= 1
 

@@ -1,10 +1,12 @@
 """Instance normalisation with the arguments and defaults of ``mxnet.gluon.nn``."""
 
 from collections.abc import Callable
+from typing import Unpack
 
 import mlx.core as mx
 
 from mlx_welford import _layers
+from mlx_welford._layers import Epilogue
 
 __all__ = ["InstanceNorm"]
 
@@ -36,6 +38,7 @@ class InstanceNorm(_layers.InstanceNorm):
             array to one of its shape, such as those of ``mlx.nn.init``. Default: ``"zeros"``.
         gamma_initializer: First values of ``weight``, likewise. Default: ``"ones"``.
         in_channels: The number of channels. Default: ``0``, taken from the first input.
+        activation, negative_slope: As in :class:`mlx_welford.BatchNorm`.
 
     Shape:
         - Input: ``(N, C, ...)`` with at least 3 dimensions, or with the channels on ``axis``.
@@ -66,6 +69,7 @@ class InstanceNorm(_layers.InstanceNorm):
         beta_initializer: Initializer = "zeros",
         gamma_initializer: Initializer = "ones",
         in_channels: int = 0,
+        **epilogue: Unpack[Epilogue],
     ) -> None:
         self.center = center
         self.scale = scale
@@ -78,6 +82,7 @@ class InstanceNorm(_layers.InstanceNorm):
             num_features=None if in_channels == 0 else in_channels,
             eps=epsilon,
             axis=axis,
+            epilogue=epilogue,
         )
 
     def _first_values(self, num_features: int) -> dict[str, mx.array]:
@@ -91,10 +96,11 @@ class InstanceNorm(_layers.InstanceNorm):
         return _initial(self.beta_initializer, num_features, "beta")
 
     def _extra_repr(self) -> str:
-        return (
+        shown = (
             f"axis={self.axis}, epsilon={self.eps}, center={self.center}, scale={self.scale}, "
             f"in_channels={self.num_features or 0}"
         )
+        return ", ".join([shown, *self._not_at_default(*Epilogue.__annotations__)])
 
 
 def _known(initializer: Initializer, name: str) -> Initializer:

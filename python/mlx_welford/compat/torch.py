@@ -7,18 +7,21 @@ The layers are those of :mod:`mlx_welford` with ``axis=1``. Differences from ``t
   normalisation does. ``torch.nn`` never updates the running statistics of such a layer.
 - ``num_batches_tracked`` exists only with ``momentum=None``, where it is needed.
 - A lazy layer keeps its class after the first call.
+- Layers have the options ``activation`` and ``negative_slope``, and take a residual, as those of
+  :mod:`mlx_welford`.
 - There is no ``device`` and no ``dtype``: MLX's arrays have no device, and ``set_dtype`` casts a
   layer.
 """
 
 import inspect
 from collections.abc import Callable
-from typing import ClassVar, TypeVar
+from typing import ClassVar, TypeVar, Unpack
 
 import mlx.core as mx
 from mlx.nn import Module
 
 from mlx_welford import _distributed, _layers, _replacement
+from mlx_welford._layers import Epilogue
 
 __all__ = [
     "BatchNorm1d",
@@ -51,6 +54,7 @@ Args:
     track_running_stats: Whether to keep running statistics, and to normalise with them in
         evaluation. Default: ``{track_running_stats}``.
     bias: Whether an affine layer has a ``bias``. Default: ``True``.
+    activation, negative_slope: As in :class:`mlx_welford.BatchNorm`.
 
 Raises:
     ValueError: If an argument or the input's shape does not fit, or a statistic would be of
@@ -110,6 +114,7 @@ class _TorchNormalization(_layers._Normalization):
         track_running_stats: bool = True,
         *,
         bias: bool = True,
+        **epilogue: Unpack[Epilogue],
     ) -> None:
         self._start(
             weight=affine,
@@ -119,11 +124,12 @@ class _TorchNormalization(_layers._Normalization):
             momentum=momentum,
             track_running_stats=track_running_stats,
             axis=1,
+            epilogue=epilogue,
         )
 
-    def __call__(self, x: mx.array) -> mx.array:
+    def __call__(self, x: mx.array, residual: mx.array | None = None) -> mx.array:
         self._check_dimensions(x)
-        return super().__call__(x)
+        return super().__call__(x, residual)
 
     def _check_dimensions(self, x: mx.array) -> None:
         if x.ndim not in self._dimensions:
@@ -137,11 +143,12 @@ class _TorchNormalization(_layers._Normalization):
         return bool(self.training) or not self.track_running_stats
 
     def _extra_repr(self) -> str:
-        return (
+        shown = (
             f"{self.num_features or 0}, eps={self.eps}, momentum={self.momentum}, "
             f"affine={self.affine}, bias={'bias' in self}, "
             f"track_running_stats={self.track_running_stats}"
         )
+        return ", ".join([shown, *self._not_at_default(*Epilogue.__annotations__)])
 
 
 class _BatchNorm(_TorchNormalization, _layers.BatchNorm):
@@ -158,13 +165,16 @@ class _InstanceNorm(_TorchNormalization, _layers.InstanceNorm):
         track_running_stats: bool = False,
         *,
         bias: bool = True,
+        **epilogue: Unpack[Epilogue],
     ) -> None:
-        super().__init__(num_features, eps, momentum, affine, track_running_stats, bias=bias)
+        super().__init__(
+            num_features, eps, momentum, affine, track_running_stats, bias=bias, **epilogue
+        )
 
-    def __call__(self, x: mx.array) -> mx.array:
+    def __call__(self, x: mx.array, residual: mx.array | None = None) -> mx.array:
         if x.ndim == min(self._dimensions):  # (C, ...): one instance
-            return super().__call__(x[None])[0]
-        return super().__call__(x)
+            return super().__call__(x[None], None if residual is None else residual[None])[0]
+        return super().__call__(x, residual)
 
     def _channels(self) -> int | None:
         """None, for any number, if there are no parameters and no statistics, as in torch.nn."""
@@ -182,6 +192,7 @@ class _Lazy(_TorchNormalization):
         track_running_stats: bool = True,
         *,
         bias: bool = True,
+        **epilogue: Unpack[Epilogue],
     ) -> None:
         _TorchNormalization.__init__(
             self,
@@ -191,6 +202,7 @@ class _Lazy(_TorchNormalization):
             affine,
             track_running_stats,
             bias=bias,
+            **epilogue,
         )
 
 
@@ -290,6 +302,7 @@ class GroupNorm(_layers.GroupNorm):
         num_channels: The number of channels C.
         eps: Added to the variance. Default: ``1e-5``.
         affine: Whether to learn ``weight`` and ``bias``. Default: ``True``.
+        activation, negative_slope: As in :class:`mlx_welford.BatchNorm`.
 
     Raises:
         ValueError: If an argument or the input's shape does not fit, or the groups of all instances
@@ -305,7 +318,12 @@ class GroupNorm(_layers.GroupNorm):
     _features_argument = "num_channels"
 
     def __init__(
-        self, num_groups: int, num_channels: int, eps: float = 1e-5, affine: bool = True
+        self,
+        num_groups: int,
+        num_channels: int,
+        eps: float = 1e-5,
+        affine: bool = True,
+        **epilogue: Unpack[Epilogue],
     ) -> None:
         self._start(
             weight=affine,
@@ -315,6 +333,7 @@ class GroupNorm(_layers.GroupNorm):
             eps=eps,
             pytorch_compatible=True,
             axis=1,
+            epilogue=epilogue,
         )
 
     def _needs_several_values(self) -> bool:
@@ -324,7 +343,8 @@ class GroupNorm(_layers.GroupNorm):
         return self.num_features if self.affine else None
 
     def _extra_repr(self) -> str:
-        return f"{self.num_groups}, {self.num_features}, eps={self.eps}, affine={self.affine}"
+        shown = f"{self.num_groups}, {self.num_features}, eps={self.eps}, affine={self.affine}"
+        return ", ".join([shown, *self._not_at_default(*Epilogue.__annotations__)])
 
 
 class SyncBatchNorm(_BatchNorm, _distributed.SyncBatchNorm):
@@ -334,8 +354,8 @@ class SyncBatchNorm(_BatchNorm, _distributed.SyncBatchNorm):
     takes the place of ``DistributedDataParallel``.
 
     Args:
-        num_features, eps, momentum, affine, track_running_stats, bias: As in
-            :class:`BatchNorm1d`.
+        num_features, eps, momentum, affine, track_running_stats, bias, activation, negative_slope:
+            As in :class:`BatchNorm1d`.
         process_group: The processes that share a batch. Default: ``None``, all there are.
 
     Raises:
@@ -360,8 +380,11 @@ class SyncBatchNorm(_BatchNorm, _distributed.SyncBatchNorm):
         process_group: mx.distributed.Group | None = None,
         *,
         bias: bool = True,
+        **epilogue: Unpack[Epilogue],
     ) -> None:
-        super().__init__(num_features, eps, momentum, affine, track_running_stats, bias=bias)
+        super().__init__(
+            num_features, eps, momentum, affine, track_running_stats, bias=bias, **epilogue
+        )
         self.group = process_group
 
     def _check_dimensions(self, x: mx.array) -> None:

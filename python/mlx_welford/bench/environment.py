@@ -8,6 +8,7 @@ from importlib import metadata
 from pathlib import Path
 
 import mlx.core as mx
+
 from mlx_welford._machine import chip, gpu_cores, memory_bytes
 from mlx_welford.selftest.chips import nominal_bandwidth
 
@@ -35,7 +36,7 @@ def environment() -> Environment:
         "nominal_gigabytes_per_second": nominal_bandwidth(chip(), gpu_cores()),
         "python": platform.python_version(),
         **{name: _version(name) for name in ("mlx", "mlx-welford", "numpy", "torch")},
-        "commit": _output("git", "describe", "--always", "--dirty", "--abbrev=12"),
+        "commit": _commit(),
         "cache_limit_bytes": cache_limit_bytes(),
         **{name: os.environ.get(name) for name in VARIABLES},
     }
@@ -62,12 +63,13 @@ def _version(distribution: str) -> str | None:
         return None
 
 
-def _output(*command: str) -> str | None:
-    """The output of a command in this repository; None if it cannot be run or fails."""
+def _commit() -> str | None:
+    """Of the checkout of this repository that this runs in; None elsewhere."""
+    if not Path("python/mlx_welford").is_dir():
+        return None
+    command = ("git", "describe", "--always", "--dirty", "--abbrev=12")
     try:
-        result = subprocess.run(
-            command, cwd=Path(__file__).parent, capture_output=True, text=True, check=True
-        )
+        result = subprocess.run(command, capture_output=True, text=True, check=True)
     except (OSError, subprocess.CalledProcessError):
         return None
     return result.stdout.strip() or None

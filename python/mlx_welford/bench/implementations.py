@@ -8,8 +8,9 @@ from functools import partial
 
 import mlx.core as mx
 import mlx.nn as nn
-import mlx_welford as mw
 import numpy as np
+
+import mlx_welford as mw
 
 from . import torch_implementations
 from .harness import Step, mlx_step, peak_above_inputs

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Mapping, Sequence
 
 import mlx.core as mx
+
 from mlx_welford._machine import memory_bytes
 
 AS_FOUND, TUNED = "as found", "tuned"
@@ -48,16 +49,19 @@ def is_entered(setting: str, threads: int | None) -> bool:
 
 
 def run_in_child(
-    module: str,
     arguments: Sequence[str],
     setting: str,
     threads: int | None,
     *,
     variables: Mapping[str, str] | None = None,
 ) -> int:
-    """Runs a module in a process with the setting, and other variables; its exit status."""
+    """Runs `python -m mlx_welford` in a process with the setting, and other variables.
+
+    Returns its exit status.
+    """
     environment = _changed(os.environ, needed(setting, threads) | dict(variables or {}))
-    return subprocess.run([sys.executable, "-m", module, *arguments], env=environment).returncode
+    command = [sys.executable, "-m", "mlx_welford", *arguments]
+    return subprocess.run(command, env=environment).returncode
 
 
 def _changed(before: Mapping[str, str], changes: Mapping[str, str | None]) -> dict[str, str]:

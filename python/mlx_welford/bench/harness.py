@@ -1,7 +1,8 @@
 """Measures the time and memory of several steps in one process, in turns.
 
 A step is a piece of work, from the call to its complete result. The harness knows nothing about
-normalisation or the libraries that are compared. README.md says what its figures mean.
+normalisation or the libraries that are compared. bench/README.md of the repository says what its
+figures mean.
 """
 
 import time

@@ -1,6 +1,6 @@
 """Compare mlx_welford with mlx.nn, eager and compiled, with torch, and with a plain copy.
 
-README.md beside this file says what is timed, how, and what every column means.
+bench/README.md of the repository says what is timed, how, and what every column means.
 """
 
 import argparse
@@ -10,11 +10,14 @@ from fnmatch import fnmatch
 from pathlib import Path
 
 import mlx.core as mx
-from mlx_welford._machine import memory_bytes
 from rich.console import Console
 from rich.progress import Progress
 
-from . import settings, torch_implementations
+from mlx_welford._command_line import add_layer_options
+from mlx_welford._machine import memory_bytes
+from mlx_welford._operations import no_kernels
+
+from . import plot, settings, torch_implementations
 from .environment import Environment, cores, environment
 from .harness import measure
 from .implementations import (
@@ -34,7 +37,7 @@ from .implementations import (
     steps,
     takes_part,
 )
-from .results import Report, Row, rows
+from .results import LAYERS, Report, Row, moved_bytes, rows
 from .tables import table
 from .workloads import CASES, DTYPES, MODELS, Case
 
@@ -131,27 +134,58 @@ def choose(cases: Sequence[Case], patterns: Sequence[str] | None, *, quick: bool
     return [case for case in cases if (case.quick if quick else not case.large)]
 
 
+def own_case(options: argparse.Namespace, parser: argparse.ArgumentParser) -> Case:
+    norm = next(norm for norm, layer in LAYERS.items() if layer == options.layer)
+    case = Case(
+        "yours",
+        "Yours",
+        norm,
+        options.shape,
+        axis=options.axis,
+        groups=options.groups,
+        interleaved=options.interleaved,
+    )
+    try:
+        moved_bytes(case, "float32", FORWARD)
+    except ValueError as error:
+        parser.error(str(error))
+    return case
+
+
 def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m mlx_welford bench", description=__doc__)
     parser.add_argument(
         "--quick", action="store_true", help="a few cases in float32, half a minute"
     )
     parser.add_argument(
         "--cases", nargs="+", metavar="PATTERN", help=f"of {', '.join(c.name for c in CASES)}"
     )
+    add_layer_options(parser, "shape of x of a layer of your own, in place of the cases")
     parser.add_argument("--dtypes", nargs="+", choices=DTYPES)
-    parser.add_argument("--modes", nargs="+", choices=MODES, default=list(MODES))
-    parser.add_argument("--implementations", nargs="+", choices=PEERS)
+    for option, choices, default in (
+        ("--modes", MODES, list(MODES)),
+        ("--implementations", PEERS, None),
+    ):
+        about = f"of {', '.join(choices)}"
+        parser.add_argument(
+            option, nargs="+", choices=choices, default=default, metavar="NAME", help=about
+        )
     parser.add_argument(
         "--seconds", type=float, help="for each implementation in each mode (0.3; quick: 0.2)"
     )
     parser.add_argument("--setting", choices=settings.SETTINGS, default=settings.AS_FOUND)
     parser.add_argument("--threads", type=int, metavar="N", help="default: one for each core")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures here")
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="draw the times: .svg, .png, ...")
     options = parser.parse_args(argv)
+    if no_kernels:
+        parser.error(f"there are no kernels to measure: {no_kernels}")
 
-    cases = MODELS if options.cases is None else CASES
-    options.chosen = choose(cases, options.cases, quick=options.quick)
+    if options.shape is None:
+        cases = MODELS if options.cases is None else CASES
+        options.chosen = choose(cases, options.cases, quick=options.quick)
+    else:
+        options.chosen = [own_case(options, parser)]
     if not options.chosen:
         parser.error(f"no case is called {' or '.join(options.cases)}")
     if options.threads is not None and options.threads < 1:
@@ -165,7 +199,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     options = arguments(argv)
     if not settings.is_entered(options.setting, options.threads):
-        return settings.run_in_child("bench.compare", argv, options.setting, options.threads)
+        return settings.run_in_child(["bench", *argv], options.setting, options.threads)
     settings.raise_cache_limit(options.setting)
 
     console = Console()
@@ -182,6 +216,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1
     if options.json:
         report.write(options.json)
+    if options.plot:
+        plot.draw(report, options.plot)
     return 0
 
 
