@@ -68,8 +68,9 @@ struct Kernels {
   /// sum_g[c] = sum g  and  sum_gd[c] = sum g * (x - mean).
   void (*reduce)(const GradientSweep&, const Epilogue&, Panel, double* sum_g, double* sum_gd);
 
-  /// What Coefficients says, of x and a second array: the residual, which may be null, or h. out may
-  /// be either. With `past_caches` it is written to memory without being read into the caches first.
+  /// What Coefficients says, of x and a second array: the residual, which may be null, or h. out
+  /// may be either. With `past_caches` it is written to memory without being read into the caches
+  /// first.
   using Apply = void (*)(const void* x, const void* second, Panel, Coefficients, const Epilogue&,
                          void* out, bool past_caches);
   Apply forward;
