@@ -11,7 +11,7 @@ namespace {
 
 #include "../metal/activations.h"
 
-/// Vectors that are taken side by side: one where it keeps the registers busy.
+/// Vectors of a bundle: a single one where the activation itself fills the registers.
 constexpr int bundle_vectors(Activation activation) {
   switch (activation) {
     case Activation::silu:
