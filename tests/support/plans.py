@@ -14,6 +14,7 @@ from typing import Any, Protocol
 
 import mlx.core as mx
 import numpy as np
+from epilogue import ACTIVATIONS, Activation
 from hypothesis import strategies as st
 from hypothesis.errors import UnsatisfiedAssumption
 from mlx_welford import _ext
@@ -157,6 +158,8 @@ class Problem:
     groups: int = 0  # of channels that share statistics; then merge is 1
     interleaved: bool = False
     per_instance: bool = False  # weight and bias are (N, C)
+    activation: str = ""
+    auxiliary: str = ""  # what the epilogue reads: "residual", or "output" in a gradient
 
     def __str__(self) -> str:
         """What it differs in from the simplest problem."""
@@ -166,6 +169,7 @@ class Problem:
         flags = ("interleaved", "given", "weight", "bias", "per_instance")
         parts += [name for name in flags if getattr(self, name)]
         parts += [f"grad {name}" for name in self.wanted.split()]
+        parts += [name for name in (self.activation, self.auxiliary) if name]
         parts += [] if self.aligned else ["unaligned"]
         parts += [] if self.max_threads == 1024 else [f"{self.max_threads} threads"]
         return " ".join(parts)
@@ -247,6 +251,8 @@ class Problem:
             groups=self.groups,
             interleaved=self.interleaved,
             affine_per_instance=self.per_instance,
+            activation=self.activation or None,
+            auxiliary=self.auxiliary or None,
         )
 
 
@@ -345,7 +351,7 @@ def exact(a: Array, dtype: str) -> Array:
 OF_CHANNELS = {"weight", "bias", "grad_weight", "grad_bias"}
 OF_CHANNELS |= {"running_mean", "running_var", "next_mean", "next_var"}
 # The arrays that have the elements' type; the others are float32.
-OF_ELEMENTS = {"x", "g", "out"} | OF_CHANNELS
+OF_ELEMENTS = {"x", "g", "residual", "z", "out", "grad_residual"} | OF_CHANNELS
 
 
 def dtype_of(name: str, dtype: str) -> str:
@@ -412,7 +418,8 @@ class Example:
         merge, _, reduce, _ = p.geometry
         self._count = merge * reduce * p.members
         x = self._put("x", 3 + 2 * rng.normal(size=p.geometry))
-        if p.operation == "normalize_gradient" and p.wanted == "x" and p.given:
+        needs_p = p.activation and p.auxiliary != "output"
+        if p.operation == "normalize_gradient" and p.wanted == "x" and p.given and not needs_p:
             del self.inputs["x"]  # grad x of g alone
         self._mean = self._per_statistic(x) / self._count
         self._var = self._per_statistic((x - self._factor(self._mean)) ** 2) / self._count
@@ -431,6 +438,25 @@ class Example:
         self._weight, self._bias = (self._of_slots(v[self._weights]) for v in (weight, bias))
         self._d = x - self._factor(self._mean)
         self._r = 1 / np.sqrt(self._factor(self._var) + p.eps)
+        self._p = self._d * self._r * self._weight + self._bias
+        if p.auxiliary == "residual":
+            self._p = self._p + self._put("residual", 3 * rng.normal(size=p.geometry))
+        self._act = ACTIVATIONS.get(
+            p.activation, Activation(lambda p, _: p, lambda p, _: np.ones(()))
+        )
+
+    def _put_cotangent(self) -> Array:
+        """Makes g, and z if it decides. Returns the cotangent of y."""
+        p = self.problem
+        g = self._put("g", 0.5 + self._rng.normal(size=p.geometry))
+        at = self._p
+        if p.auxiliary == "output":
+            at = self._put("z", self._act.value(3 * self._rng.normal(size=p.geometry), 0))
+        found: Array = g * self._act.derivative(at, 0)
+        if not p.auxiliary:
+            return found
+        self.truth["grad_residual"] = found
+        return exact(rounded(found, p.dtype), p.dtype)
 
     def _moments(self) -> None:
         self.truth |= {"mean": self._mean, "var": self._var}
@@ -440,13 +466,13 @@ class Example:
         self.truth["moments"] = np.stack([count, self._mean, self._var], 1)
 
     def _normalize(self) -> None:
-        self.truth["out"] = self._d * self._r * self._weight + self._bias
+        self.truth["out"] = self._act.value(self._p, 0)
         if not self.problem.given:
             self._moments()
 
     def _input_gradient(self) -> None:
         gmean, gvar = self._put_normal("grad_mean"), self._put_normal("grad_var")
-        g = self._put("g", 0.5 + self._rng.normal(size=self.problem.geometry))
+        g = self._put_cotangent()
         direct = self._r * self._weight * g
         through = gmean + 2 * gvar * self._d
         self.truth["out"] = direct + through
@@ -463,7 +489,7 @@ class Example:
         if not p.given:
             self._moments_gradient()
             from_statistics = self.truth.pop("out")
-        g = self._put("g", 0.5 + self._rng.normal(size=p.geometry))
+        g = self._put_cotangent()
         d, r, weight = self._d, self._r, self._weight
         if p.wants["x"]:
             gx = r * weight * g
