@@ -28,11 +28,13 @@ from numpy.typing import NDArray
 from plans import (
     BUFFER_INDICES,
     ITEM_BYTES,
+    LIKE_X,
     Array,
     Dispatch,
     Problem,
     dtype_of,
     rounded,
+    scalar,
 )
 from simulator import Library, loader
 from simulator.source import translate
@@ -381,14 +383,14 @@ def measure(model: Costs, problem: Problem, d: Dispatch, groups: int = 2) -> Cos
     first = replace(d, groups=groups)
     taken = walks(first).elements(d.vector)
     size = min(problem.size, -(-(int(taken.max()) + 1) // 16) * 16)
-    sizes = {"x": size, "g": size, "out": size}
+    sizes = dict.fromkeys(LIKE_X, size)
     sizes |= {"partials": 4 * (d["pieces"] * d["segments"] * d["inner"])}
     buffers: dict[int, Array] = {}
     for b in d.buffers:
         dtype = dtype_of(b.array, problem.dtype)
         length = sizes.get(b.array, 4 * problem.statistics)
         buffers[BUFFER_INDICES[b.buffer]] = _values(length, dtype).copy()
-    moved = sum(b.buffer in ("x", "g", "out") for b in d.buffers)
+    moved = sum(b.array in LIKE_X for b in d.buffers)
     item = ITEM_BYTES[problem.dtype]
     executed = model.executed(
         d.host_name,
@@ -397,5 +399,6 @@ def measure(model: Costs, problem: Problem, d: Dispatch, groups: int = 2) -> Cos
         group=(d.threads, 1, 1),
         writable={BUFFER_INDICES[b.buffer] for b in d.buffers if b.written},
         constants={BUFFER_INDICES["parameters"]: d.parameter_bytes},
+        function_constants={i: scalar(v) for i, v in d.constants.items()},
     )
     return Cost(taken.size, moved * taken.size * item, executed)
