@@ -1,9 +1,13 @@
-# The CPU kernels, compiled once for each instruction set; the program chooses when it runs.
+# The CPU kernels, compiled for each instruction set; the program chooses when it runs. Each element
+# type is an object of its own, so that they are compiled side by side.
 
 include(CheckCXXCompilerFlag)
 include(CheckCXXSourceCompiles)
 
-# Adds `source` to `target`, on x86-64 three times. MLX_WELFORD_ISA is the namespace of each.
+set(kernel_elements float32 float16 bfloat16)
+
+# Adds `source` to `target`, on x86-64 for three instruction sets. MLX_WELFORD_ISA is the namespace
+# of each, MLX_WELFORD_ELEMENT the name of the type.
 function(welford_add_kernels target source)
   welford_add_variant(${target} ${source} baseline)
 
@@ -35,13 +39,19 @@ endfunction()
 
 # Compiles `source` for the instruction set `isa` with the given options.
 function(welford_add_variant target source isa)
-  add_library(kernels_${isa} OBJECT ${source})
-  welford_compile_options(kernels_${isa})
-  target_compile_definitions(kernels_${isa} PRIVATE MLX_WELFORD_ISA=${isa})
-  # Not -ffast-math: NaN and infinity are ordinary values here.
-  target_compile_options(kernels_${isa} PRIVATE $<$<NOT:$<CONFIG:Debug>>:-O3> -fno-math-errno
-                                                -fno-trapping-math ${ARGN})
-  target_link_libraries(${target} PRIVATE kernels_${isa})
+  foreach(element IN LISTS kernel_elements)
+    set(kernels kernels_${isa}_${element})
+    add_library(${kernels} OBJECT ${source})
+    welford_compile_options(${kernels})
+    target_compile_definitions(${kernels} PRIVATE MLX_WELFORD_ISA=${isa}
+                                                  MLX_WELFORD_ELEMENT=${element})
+    # Not -ffast-math: NaN and infinity are ordinary values here. And the sources say where a
+    # product and a sum are rounded once: a compiler would decide it for each loop anew.
+    target_compile_options(
+      ${kernels} PRIVATE $<$<NOT:$<CONFIG:Debug>>:-O3> -fno-math-errno -fno-trapping-math
+                         -ffp-contract=off ${ARGN})
+    target_link_libraries(${target} PRIVATE ${kernels})
+  endforeach()
 endfunction()
 
 # Of an inline function that several objects define, the linker keeps one copy. Were that the
@@ -52,18 +62,21 @@ function(welford_check_variants target)
   if(NOT CMAKE_NM OR CMAKE_BUILD_TYPE STREQUAL Debug)
     return()
   endif()
+  set(script ${CMAKE_CURRENT_SOURCE_DIR}/cmake/CheckVariant.cmake)
   foreach(isa IN LISTS ARGN)
-    set(stamp ${CMAKE_CURRENT_BINARY_DIR}/kernels_${isa}.checked)
-    set(script ${CMAKE_CURRENT_SOURCE_DIR}/cmake/CheckVariant.cmake)
-    add_custom_command(
-      OUTPUT ${stamp}
-      COMMAND ${CMAKE_COMMAND} -DNM=${CMAKE_NM} -DISA=${isa}
-              -DOBJECT=$<TARGET_OBJECTS:kernels_${isa}> -P ${script}
-      COMMAND ${CMAKE_COMMAND} -E touch ${stamp}
-      DEPENDS $<TARGET_OBJECTS:kernels_${isa}> ${script}
-      COMMENT "Checking that the kernels for ${isa} keep to themselves"
-      VERBATIM)
-    add_custom_target(check_kernels_${isa} DEPENDS ${stamp})
-    add_dependencies(${target} check_kernels_${isa})
+    foreach(element IN LISTS kernel_elements)
+      set(kernels kernels_${isa}_${element})
+      set(stamp ${CMAKE_CURRENT_BINARY_DIR}/${kernels}.checked)
+      add_custom_command(
+        OUTPUT ${stamp}
+        COMMAND ${CMAKE_COMMAND} -DNM=${CMAKE_NM} -DISA=${isa}
+                -DOBJECT=$<TARGET_OBJECTS:${kernels}> -P ${script}
+        COMMAND ${CMAKE_COMMAND} -E touch ${stamp}
+        DEPENDS $<TARGET_OBJECTS:${kernels}> ${script}
+        COMMENT "Checking that the ${element} kernels for ${isa} keep to themselves"
+        VERBATIM)
+      add_custom_target(check_${kernels} DEPENDS ${stamp})
+      add_dependencies(${target} check_${kernels})
+    endforeach()
   endforeach()
 endfunction()

@@ -13,10 +13,7 @@ bool can_run(mx::Stream s, const Problem& problem, gpu::PlanCache& cache) {
   if (s.device == mx::Device::gpu) {
     return gpu::metal_can_run(s, problem, cache);
   }
-  if (gpu::simulates()) {
-    return gpu::simulator_can_run(problem, cache);
-  }
-  return problem.epilogue == Epilogue{};  // which the CPU's kernels do not have yet
+  return !gpu::simulates() || gpu::simulator_can_run(problem, cache);
 }
 
 bool run(mx::Stream s, const Problem& of_any_arrays, const BoundArrays& arrays,
@@ -43,6 +40,8 @@ void keep_until_done(mx::Stream s, const mx::array& a) {
     mx::cpu::get_command_encoder(s).add_temporary(a);
   }
 }
+
+bool has_shaders(mx::Stream s) { return s.device == mx::Device::gpu || gpu::simulates(); }
 
 const char* backend_name(mx::Stream s) {
   if (s.device == mx::Device::gpu) {

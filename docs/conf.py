@@ -27,7 +27,7 @@ extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
 root_doc = "docs/index"
 include_patterns = [
     *("docs/**.md", "docs/**.rst", "bench/README.md", "examples/README.md", "results/README.md"),
-    *("CHANGELOG.md", "CONTRIBUTING.md"),
+    *("tests/cuda_twin/README.md", "CHANGELOG.md", "CONTRIBUTING.md"),
 ]
 nitpicky = True
 myst_heading_anchors = 4

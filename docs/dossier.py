@@ -14,7 +14,7 @@ INTRODUCTION = """\
 Normalisation looks simple, and has been wrong in many ways. These are {count} public reports of
 faults in other libraries, each in our own words, with the test of this repository that has such an
 input and shows the right value. Most tests compare with float64. They run on the CPU's kernels, and
-those of `tests/numerics` on the shaders in the [simulator](testing.md), too.
+those of `tests/numerics` on the shaders in the [simulator](simulator.md), too.
 
 Many of these faults have been fixed since, and a report may have been a mistake of its author. The
 list says what can go wrong, not which library is better.

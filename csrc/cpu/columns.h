@@ -20,8 +20,7 @@ constexpr int64_t kFirstRows = 16;   // whose mean is the first origin
 constexpr int64_t kMappedRows = 4;   // that share their coefficients
 constexpr int64_t kNarrow = 1024;    // columns whose coefficients fit the first-level cache
 
-constexpr int kBundleVectors = 4;
-constexpr int64_t kBundleColumns = kBundleVectors * kLanes;
+constexpr int64_t kBundleColumns = 4 * kLanes;
 
 /// Neighbouring columns: `count` vectors, or a single one with V = float.
 template <typename V, int count>
@@ -34,13 +33,14 @@ struct Bundle {
   static V load(const T* p) {
     return mlx_welford::cpu::load<V>(p);
   }
-  template <bool kStream, typename T>
-  static void store(T* p, V v) {
-    if constexpr (kStream && sizeof(V) > sizeof(float)) {
-      stream(p, v);
-    } else {
-      mlx_welford::cpu::store(p, v);
+  template <typename T>
+  static void store(T* p, V v, bool streamed = false) {
+    if constexpr (sizeof(V) > sizeof(float)) {
+      if (streamed) {
+        return stream(p, v);
+      }
     }
+    mlx_welford::cpu::store(p, v);
   }
 };
 
@@ -56,8 +56,8 @@ struct Part {
   Vector load(const T* p) const {
     return load_first(p, n);
   }
-  template <bool, typename T>
-  void store(T* p, Vector v) const {
+  template <typename T>
+  void store(T* p, Vector v, bool = false) const {
     store_first(p, n, v);
   }
 };
@@ -81,11 +81,13 @@ inline __attribute__((always_inline)) void by_vector(int64_t begin, int64_t end,
 }
 
 /// The same with bundles of several vectors as far as they go.
-template <typename F>
+template <int vectors, typename F>
 inline __attribute__((always_inline)) void by_bundle(int64_t begin, int64_t end, const F& f) {
   int64_t j = begin;
-  for (; j + kBundleColumns <= end; j += kBundleColumns) {
-    f(Bundle<Vector, kBundleVectors>{}, j);
+  if constexpr (vectors > 1) {
+    for (; j + vectors * kLanes <= end; j += vectors * kLanes) {
+      f(Bundle<Vector, vectors>{}, j);
+    }
   }
   by_vector(j, end, f);
 }
@@ -176,28 +178,32 @@ class Ahead {
   int64_t column_ = 0;
 };
 
-/// The same for two arrays, in turns, since longer runs of memory are faster.
+/// The same for two arrays, in turns, since longer runs of memory are faster. The second may be
+/// null.
 template <typename T>
 class AheadOfTwo {
  public:
-  AheadOfTwo(const T* x, const T* g, int64_t stride, int64_t width)
-      : x_(x, stride, width), g_(g, stride, width) {}
+  AheadOfTwo(const T* first, const T* second, int64_t stride, int64_t width)
+      : first_(first, stride, width),
+        second_(second, stride, width),
+        arrays_(second == nullptr ? 1 : 2) {}
 
   void fetch(int64_t elements) {
-    (turn_ ? x_ : g_).fetch(2 * elements);
-    turn_ = !turn_;
+    (turn_ ? first_ : second_).fetch(arrays_ * elements);
+    turn_ = arrays_ == 1 || !turn_;
   }
 
  private:
-  Ahead<T> x_;
-  Ahead<T> g_;
+  Ahead<T> first_;
+  Ahead<T> second_;
+  int64_t arrays_;
   bool turn_ = true;
 };
 
 /// first[j] += sum of f and second[j] += sum of s over rows, where term(bundle, r, j, f, s) adds to
 /// f and s what row r holds in the columns from j on. Sums of sums: a long plain sum would lose
 /// digits. ahead(r) is the Ahead from row r on.
-template <typename AheadOf, typename Term>
+template <int vectors, typename AheadOf, typename Term>
 inline __attribute__((always_inline)) void sum_rows(int64_t rows, int64_t width,
                                                     float* __restrict first,
                                                     float* __restrict second, const AheadOf& ahead,
@@ -205,7 +211,7 @@ inline __attribute__((always_inline)) void sum_rows(int64_t rows, int64_t width,
   for (int64_t done = 0; done < rows; done += kGroupRows) {
     const int64_t end = rows - done < kGroupRows ? rows : done + kGroupRows;
     auto next = ahead(end);
-    by_bundle(0, width, [&](auto bundle, int64_t begin) {
+    by_bundle<vectors>(0, width, [&](auto bundle, int64_t begin) {
       using V = typename decltype(bundle)::Value;
       V f[bundle.kCount]{};
       V s[bundle.kCount]{};
@@ -217,8 +223,8 @@ inline __attribute__((always_inline)) void sum_rows(int64_t rows, int64_t width,
       }
       for (int i = 0; i < bundle.kCount; ++i) {
         const int64_t j = begin + i * kLanes;
-        bundle.template store<false>(first + j, bundle.load(first + j) + f[i]);
-        bundle.template store<false>(second + j, bundle.load(second + j) + s[i]);
+        bundle.store(first + j, bundle.load(first + j) + f[i]);
+        bundle.store(second + j, bundle.load(second + j) + s[i]);
       }
     });
   }
@@ -228,12 +234,12 @@ inline __attribute__((always_inline)) void sum_rows(int64_t rows, int64_t width,
 template <typename T>
 void centred_sums(const T* x, int64_t rows, int64_t stride, int64_t width, const float* origin,
                   float* sum, float* square) {
-  sum_rows(
+  sum_rows<4>(
       rows, width, sum, square, [&](int64_t r) { return Ahead<T>(x + r * stride, stride, width); },
       [&](auto bundle, int64_t r, int64_t j, auto& s, auto& q) {
         const auto d = bundle.load(x + r * stride + j) - bundle.load(origin + j);
         s += d;
-        q += d * d;
+        q = multiply_add(d, d, q);
       });
 }
 
@@ -355,128 +361,148 @@ void column_moments(const T* x, const Panel& panel, double* mean, double* m2) {
   }
 }
 
-template <typename T>
-void column_reduce(const T* x, const T* g, const Panel& panel, const float* panel_mean,
-                   double* sum_g, double* sum_gd) {
+/// The sums of `rows` rows with `width` columns, from the element e on, are added to those of g and
+/// of g * (x - mean).
+template <Activation activation, typename T>
+__attribute__((noinline, flatten)) void gradient_sums(const Cotangent<activation, T>& of, int64_t e,
+                                                      int64_t rows, int64_t stride, int64_t width,
+                                                      float* sum_g, float* sum_gd) {
+  sum_rows<bundle_vectors(activation)>(
+      rows, width, sum_g, sum_gd,
+      [&](int64_t r) {
+        const int64_t next = e + r * stride;
+        return AheadOfTwo<T>(of.x + next, of.h + next, stride, width);
+      },
+      [&](auto bundle, int64_t r, int64_t j, auto& sum, auto& product) {
+        const int64_t i = e + r * stride + j;
+        const auto d = bundle.load(of.x + i) - bundle.load(of.mean + j);
+        const auto g = of(
+            d, [&](const T* p) { return bundle.load(p + i); },
+            [&](T* p, auto v) { bundle.store(p + i, v); },
+            [&](const float* p) { return bundle.load(p + j); });
+        sum += g;
+        product = multiply_add(g, d, product);
+      });
+}
+
+template <Activation activation, typename T>
+void column_reduce(Cotangent<activation, T> of, const Panel& panel, double* sum_g, double* sum_gd) {
   const Fold f(panel);
-  alignas(64) float mean_buffer[kMaxPanelWidth];
+  alignas(64) float repeated[3][kMaxPanelWidth];
   alignas(64) float block_g[kMaxPanelWidth];
   alignas(64) float block_gd[kMaxPanelWidth];
   alignas(64) float total_g[kMaxPanelWidth];
   alignas(64) float total_gd[kMaxPanelWidth];
-  const float* mean = f.repeat(panel_mean, panel.width, mean_buffer);
+  of.mean = f.repeat(of.mean, panel.width, repeated[0]);
+  if (of.slope != nullptr) {
+    of.slope = f.repeat(of.slope, panel.width, repeated[1]);
+    of.shift = f.repeat(of.shift, panel.width, repeated[2]);
+  }
   for (int64_t j = 0; j < f.used; ++j) {
     total_g[j] = 0;
     total_gd[j] = 0;
   }
-  auto add = [&](int64_t first_row, int64_t rows, int64_t width, float* to_g, float* to_gd) {
-    const T* x0 = x + first_row * f.stride;
-    const T* g0 = g + first_row * f.stride;
-    sum_rows(
-        rows, width, to_g, to_gd,
-        [&](int64_t r) {
-          return AheadOfTwo<T>(x0 + r * f.stride, g0 + r * f.stride, f.stride, width);
-        },
-        [&](auto bundle, int64_t r, int64_t j, auto& sum, auto& product) {
-          const int64_t i = r * f.stride + j;
-          const auto gi = bundle.load(g0 + i);
-          sum += gi;
-          product += gi * (bundle.load(x0 + i) - bundle.load(mean + j));
-        });
-  };
   for (int64_t done = 0; done < f.rows; done += kBlockRows) {
     for (int64_t j = 0; j < f.width; ++j) {
       block_g[j] = 0;
       block_gd[j] = 0;
     }
-    add(done, f.rows - done < kBlockRows ? f.rows - done : kBlockRows, f.width, block_g, block_gd);
+    const int64_t rows = f.rows - done < kBlockRows ? f.rows - done : kBlockRows;
+    gradient_sums(of, done * f.stride, rows, f.stride, f.width, block_g, block_gd);
     for (int64_t j = 0; j < f.width; ++j) {
       total_g[j] += block_g[j];
       total_gd[j] += block_gd[j];
     }
   }
   if (f.rest > 0) {
-    add(f.rows, 1, f.rest, total_g, total_gd);
+    gradient_sums(of, f.rows * f.stride, 1, f.stride, f.rest, total_g, total_gd);
   }
   f.gather(total_g, panel.width, sum_g);
   f.gather(total_gd, panel.width, sum_gd);
+}
+
+/// Calls f(begin, end, streamed) for what lies in [0, size) before the first cache line that begins
+/// at or behind p, and for the rest. Only whole lines are streamed.
+template <typename T, typename F>
+inline __attribute__((always_inline)) void in_parts(const T* p, int64_t size, bool past_caches,
+                                                    const F& f) {
+  const int64_t ends[] = {past_caches ? elements_to_multiple(p, kLineBytes, size) : 0, size};
+  int64_t begin = 0;
+  for (int part = 0; part < 2; ++part) {
+    f(begin, ends[part], past_caches && part == 1);
+    begin = ends[part];
+  }
 }
 
 /// What a map is applied to, and its coefficients, an array over columns each.
 template <template <typename> class Map, typename T>
 struct Mapped {
   const T* x;
-  const T* g;  // if the map takes it
-  T* y;
+  const T* second;  // may be null
+  T* out;
+  float negative_slope;
   const float* coefficients[Map<float>::kCoefficients];
 
   template <typename B>
   Map<typename B::Value> map(const B& bundle, int64_t column) const {
     return Map<typename B::Value>::from(
-        [&](int k) { return bundle.load(coefficients[k] + column); });
+        [&](int k) { return bundle.load(coefficients[k] + column); }, negative_slope);
   }
-  template <bool kStream, typename B, typename V>
-  inline __attribute__((always_inline)) void apply(const B& bundle, const Map<V>& map,
-                                                   int64_t e) const {
+  template <typename B, typename V>
+  inline __attribute__((always_inline)) void apply(const B& bundle, const Map<V>& map, int64_t e,
+                                                   bool streamed) const {
     const V from_x = bundle.load(x + e);
-    V from_g = from_x;
-    if constexpr (Map<V>::kTakesG) {
-      from_g = bundle.load(g + e);
+    V from_second{};
+    if (second != nullptr) {
+      from_second = bundle.load(second + e);
     }
-    bundle.template store<kStream>(y + e, map(from_x, from_g));
+    bundle.store(out + e, map(from_x, from_second, second != nullptr), streamed);
   }
 };
 
-/// Applies a map to some rows. If there are several and y is streamed, all are aligned alike.
-template <bool kStream, template <typename> class Map, typename T>
-void map_rows(const Mapped<Map, T> a, int64_t rows, int64_t stride, int64_t width) {
-  auto ahead = [&, next = rows * stride] {
-    if constexpr (Map<float>::kTakesG) {
-      return AheadOfTwo<T>(a.x + next, a.g + next, stride, width);
-    } else {
-      return Ahead<T>(a.x + next, stride, width);
-    }
-  }();
-  auto down = [&](auto bundle, int64_t first, auto streamed) __attribute__((always_inline)) {
-    Map<typename decltype(bundle)::Value> maps[bundle.kCount];
-    for (int i = 0; i < bundle.kCount; ++i) {
-      maps[i] = a.map(bundle, first + i * kLanes);
-    }
-    for (int64_t r = 0; r < rows; ++r) {
-      ahead.fetch(bundle.columns());
+/// Applies a map to some rows. If there are several and out is streamed, all are aligned alike.
+template <template <typename> class Map, typename T>
+__attribute__((noinline, flatten)) void map_rows(const Mapped<Map, T> a, int64_t rows,
+                                                 int64_t stride, int64_t width, bool past_caches) {
+  const int64_t next = rows * stride;
+  AheadOfTwo<T> ahead(a.x + next, a.second == nullptr ? nullptr : a.second + next, stride, width);
+  in_parts(a.out, width, past_caches, [&](int64_t begin, int64_t end, bool streamed) {
+    by_bundle<Map<float>::kVectors>(begin, end, [&](auto bundle, int64_t first) {
+      Map<typename decltype(bundle)::Value> maps[bundle.kCount];
       for (int i = 0; i < bundle.kCount; ++i) {
-        a.template apply<streamed>(bundle, maps[i], r * stride + first + i * kLanes);
+        maps[i] = a.map(bundle, first + i * kLanes);
       }
-    }
-  };
-  const int64_t head = kStream ? elements_to_multiple(a.y, kLineBytes, width) : 0;
-  by_vector(0, head, [&](auto bundle, int64_t j) { down(bundle, j, std::false_type{}); });
-  by_bundle(head, width,
-            [&](auto bundle, int64_t j) { down(bundle, j, std::bool_constant<kStream>{}); });
+      for (int64_t r = 0; r < rows; ++r) {
+        ahead.fetch(bundle.columns());
+        for (int i = 0; i < bundle.kCount; ++i) {
+          a.apply(bundle, maps[i], r * stride + first + i * kLanes, streamed);
+        }
+      }
+    });
+  });
 }
 
 /// Applies a map to one run of memory. Vectors cross the ends of rows: the columns repeat after
 /// `period`, and arrays over columns are kLanes longer than that.
-template <bool kStream, template <typename> class Map, typename T>
-void map_run(const Mapped<Map, T> a, int64_t size, int64_t period) {
+template <template <typename> class Map, typename T>
+__attribute__((noinline, flatten)) void map_run(const Mapped<Map, T> a, int64_t size,
+                                                int64_t period, bool past_caches) {
   int64_t column = 0;
-  auto along = [&](auto bundle, int64_t e, auto streamed) __attribute__((always_inline)) {
-    a.template apply<streamed>(bundle, a.map(bundle, column), e);
-    column += bundle.columns();
-    column -= column < period ? 0 : period;
-  };
-  const int64_t head = kStream ? elements_to_multiple(a.y, kLineBytes, size) : 0;
-  by_vector(0, head, [&](auto bundle, int64_t e) { along(bundle, e, std::false_type{}); });
-  by_vector(head, size,
-            [&](auto bundle, int64_t e) { along(bundle, e, std::bool_constant<kStream>{}); });
+  in_parts(a.out, size, past_caches, [&](int64_t begin, int64_t end, bool streamed) {
+    by_vector(begin, end, [&](auto bundle, int64_t e) {
+      a.apply(bundle, a.map(bundle, column), e, streamed);
+      column += bundle.columns();
+      column -= column < period ? 0 : period;
+    });
+  });
 }
 
-/// y may be x or g: each element is read before it is written.
-template <template <typename> class Map, bool kStream, typename T>
-void column_apply(Mapped<Map, T> a, const Panel& panel) {
+/// out may be x or second: each element is read before it is written.
+template <template <typename> class Map, typename T>
+void column_apply(Mapped<Map, T> a, const Panel& panel, bool past_caches) {
   // Several rows at a time: if streamed, each in whole cache lines, and more than one at a time.
-  const bool together = !kStream || (panel.stride * sizeof(T) % kLineBytes == 0 &&
-                                     kBundleColumns * sizeof(T) > kLineBytes);
+  const bool together = !past_caches || (panel.stride * sizeof(T) % kLineBytes == 0 &&
+                                         Map<float>::kVectors * kLanes * sizeof(T) > kLineBytes);
   if (panel.stride == panel.width && (panel.width <= kNarrow || !together)) {
     const int64_t period = times_to_whole(panel.width, kLanes) * panel.width;
     float repeated[Map<float>::kCoefficients][kMaxPanelWidth + kLanes];
@@ -486,15 +512,15 @@ void column_apply(Mapped<Map, T> a, const Panel& panel) {
       }
       a.coefficients[k] = repeated[k];
     }
-    return map_run<kStream>(a, panel.positions * panel.width, period);
+    return map_run(a, panel.positions * panel.width, period, past_caches);
   }
   const int64_t at_once = together ? kMappedRows : 1;
   for (int64_t r = 0; r < panel.positions; r += at_once) {
     const int64_t rows = panel.positions - r < at_once ? panel.positions - r : at_once;
-    map_rows<kStream>(a, rows, panel.stride, panel.width);
+    map_rows(a, rows, panel.stride, panel.width, past_caches);
     a.x += at_once * panel.stride;
-    a.g += Map<float>::kTakesG ? at_once * panel.stride : 0;
-    a.y += at_once * panel.stride;
+    a.second += a.second == nullptr ? 0 : at_once * panel.stride;
+    a.out += at_once * panel.stride;
   }
 }
 

@@ -96,9 +96,9 @@ Elements elements(const array& a) {
 
 /// True if `out` is so large that none of it stays in the caches, and not in a donated input's
 /// place, which is in the caches by then.
-bool past_caches(const array& out, const array& x, const array* g) {
+bool past_caches(const array& out, const array& x, const array* second) {
   auto donated = [&](const array& in) { return in.data<char>() == out.data<char>(); };
-  return out.nbytes() >= kStreamBytes && !donated(x) && (g == nullptr || !donated(*g));
+  return out.nbytes() >= kStreamBytes && !donated(x) && (second == nullptr || !donated(*second));
 }
 
 /// A vector over channels in float32, however it is stored, or `otherwise` where there is none.
@@ -169,13 +169,15 @@ Stages::OfTile sweep_moments(const array& x, const Tiling& tiling, const Kernels
   };
 }
 
-/// out = slope * (x - mean) + shift [+ scale * g], as `finalize` has set the maps of slots
-Stages::OfTile apply_maps(const array& x, const array* g, const array& out, const Tiling& tiling,
-                          const Kernels& k) {
-  return [&, g, past = past_caches(out, x, g)](Workspace& w, const Strip& strip, int64_t piece) {
+/// out of x and a second array, which may be null, with the coefficients that `finalize` has set.
+Stages::OfTile apply_maps(Kernels::Apply apply, const array& x, const array* second,
+                          const array& out, const Tiling& tiling, const Epilogue& epilogue = {}) {
+  return [&, apply, second, epilogue, past = past_caches(out, x, second)](
+             Workspace& w, const Strip& strip, int64_t piece) {
     const int64_t e = tiling.first_element(strip, piece);
-    k.apply(elements(x) + e, g == nullptr ? nullptr : elements(*g) + e, tiling.panel(strip, piece),
-            w.coefficients(tiling.first_slot(strip)), elements(out) + e, past);
+    apply(elements(x) + e, second == nullptr ? nullptr : elements(*second) + e,
+          tiling.panel(strip, piece), w.coefficients(tiling.first_slot(strip)), epilogue,
+          elements(out) + e, past);
   };
 }
 
@@ -226,13 +228,14 @@ void moments_gradient(const Problem& problem, BoundArrays& a) {
   };
   run_stages(tiling, {.sweep = nullptr,
                       .finalize = finalize,
-                      .apply = apply_maps(a[kX], nullptr, a[kOut], tiling, k)});
+                      .apply = apply_maps(k.forward, a[kX], nullptr, a[kOut], tiling)});
 }
 
 void normalize(const Problem& problem, BoundArrays& a) {
   const Slots slots = problem.slots();
   const Tiling tiling(problem.geometry, slots.unit());
   const array& x = a[kX];
+  const std::optional<array>& residual = a.optional(kResidual);
   auto* mean = a[kMean].data<float>();
   auto* var = a[kVar].data<float>();
   const auto eps = static_cast<float>(problem.eps);
@@ -252,7 +255,8 @@ void normalize(const Problem& problem, BoundArrays& a) {
   };
   run_stages(tiling, {.sweep = problem.given ? nullptr : sweep_moments(x, tiling, k),
                       .finalize = finalize,
-                      .apply = apply_maps(x, nullptr, a[kOut], tiling, k)});
+                      .apply = apply_maps(k.forward, x, residual ? &*residual : nullptr, a[kOut],
+                                          tiling, problem.epilogue)});
 }
 
 /// Of a slot: sum g, and sum g * (x - mean) * rstd.
@@ -278,16 +282,18 @@ struct GradientInputs {
   const float* grad_mean;
   const float* grad_var;
   Channels weight;
+  Channels bias;
 
   GradientInputs(const Problem& p, const BoundArrays& a)
       : eps(static_cast<float>(p.eps)),
         grouped(p.slots().members > 1),
         of_g_alone(p.given && p.operation == Operation::normalize_gradient),
-        mean(of_g_alone ? nullptr : a[kMean].data<float>()),
+        mean(a[kMean].data<float>()),
         var(a[kVar].data<float>()),
         grad_mean(of_g_alone ? nullptr : a[kGradMean].data<float>()),
         grad_var(of_g_alone ? nullptr : a[kGradVar].data<float>()),
-        weight(a.optional(kWeight), p.slots().channels, 1) {}
+        weight(a.optional(kWeight), p.slots().channels, 1),
+        bias(a.optional(kBias), p.slots().channels, 0) {}
 
   float rstd(const Slot& slot) const { return rstd_of(var[slot.statistic], eps); }
 
@@ -308,41 +314,72 @@ struct GradientInputs {
     return {.mean = mean[i],
             .slope = (2 * grad_var[i] - static_cast<float>(sums.gx * through * rstd)) / count,
             .shift = (grad_mean[i] - static_cast<float>(sums.g * through)) / count,
-            .scale = scale};
+            .scale = scale,
+            .bias = bias[slot.channel]};
+  }
+};
+
+/// The coefficients of y, as vectors over the columns of a strip.
+struct ForwardCoefficients {
+  std::vector<float> mean, slope, shift;
+
+  ForwardCoefficients(const GradientInputs& in, const Slots& slots, int64_t first,
+                      int64_t columns) {
+    for (std::vector<float>* v : {&mean, &slope, &shift}) {
+      v->reserve(columns);
+    }
+    for (Slot slot = slots.at(first); slot.index < first + columns; slot = slots.next(slot)) {
+      mean.push_back(in.mean[slot.statistic]);
+      slope.push_back(in.weight[slot.channel] * in.rstd(slot));
+      shift.push_back(in.bias[slot.channel]);
+    }
   }
 };
 
 void normalize_gradient(const Problem& problem, BoundArrays& a) {
   const Wanted& wanted = problem.wanted;
+  const Epilogue& epilogue = problem.epilogue;
   const Slots slots = problem.slots();
   const Tiling tiling(problem.geometry, slots.unit());
   const array& x = a[kX];
-  const array& g = a[kG];
+  const array& h = a[kG];
   const Kernels& k = kernels(problem.element);
   const GradientInputs in(problem, a);
   const auto count = static_cast<float>(problem.geometry.count() * slots.members);
   const bool parameters = wanted.weight || wanted.bias;
   auto sums = parameters ? values<SlotSums>(slots.count) : nullptr;
 
-  // With given statistics grad x is scale * g alone; the sums serve the other gradients.
+  // With given statistics grad x is scale * g alone. Where there is a sweep it writes that, too.
   Stages stages;
-  const bool sums_wanted = !problem.given || wanted.statistics || parameters;
-  if (sums_wanted) {
-    stages.sweep = [&, mean = a[kMean].data<float>()](Workspace& w, const Strip& strip,
-                                                      int64_t piece) {
+  const bool sums_wanted = wanted.statistics || parameters || (wanted.x && !problem.given);
+  const bool stores_g = epilogue.needs_auxiliary();
+  const bool sweeps = sums_wanted || epilogue.active();
+  const bool sweep_writes_x = sweeps && wanted.x && problem.given;
+  if (sweeps) {
+    auto at = [&](bool present, BufferIndex i, int64_t e) {
+      return present && a.has(i) ? elements(a[i]) + e : nullptr;
+    };
+    stages.sweep = [&, at](Workspace& w, const Strip& strip, int64_t piece) {
       const int64_t e = tiling.first_element(strip, piece);
       const int64_t i = tiling.first_partial(strip, piece);
       const int64_t first = tiling.first_slot(strip);
-      std::vector<float> of_slots;  // of groups; otherwise the means are those of slots
-      if (in.grouped) {
-        of_slots.reserve(strip.columns());
-        for (Slot slot = slots.at(first); slot.index < first + strip.columns();
-             slot = slots.next(slot)) {
-          of_slots.push_back(mean[slot.statistic]);
-        }
+      GradientSweep sweep{// z may be all that is needed
+                          .x = elements(sums_wanted || epilogue.needs_y() ? x : h) + e,
+                          .h = elements(h) + e,
+                          .auxiliary = at(true, a.has(kZ) ? kZ : kResidual, e),
+                          .mean = in.mean + first,
+                          .slope = nullptr,
+                          .shift = nullptr,
+                          .g = at(stores_g, kGradResidual, e),
+                          .grad_x = at(sweep_writes_x, kOut, e)};
+      std::optional<ForwardCoefficients> of_slots;
+      if (in.grouped || sweep_writes_x || epilogue.needs_y()) {
+        of_slots.emplace(in, slots, first, strip.columns());
+        sweep.mean = of_slots->mean.data();
+        sweep.slope = of_slots->slope.data();
+        sweep.shift = of_slots->shift.data();
       }
-      k.reduce(elements(x) + e, elements(g) + e, tiling.panel(strip, piece),
-               in.grouped ? of_slots.data() : mean + first, w.first(i), w.second(i));
+      k.reduce(sweep, epilogue, tiling.panel(strip, piece), w.first(i), w.second(i));
     };
   }
   stages.finalize = [&](Workspace& w, int64_t first, int64_t last) {
@@ -374,9 +411,11 @@ void normalize_gradient(const Problem& problem, BoundArrays& a) {
       }
     });
   };
-  if (wanted.x) {
-    stages.apply = problem.given ? apply_maps(g, nullptr, a[kOut], tiling, k)
-                                 : apply_maps(x, &g, a[kOut], tiling, k);
+  if (wanted.x && !sweep_writes_x) {
+    const array& g = stores_g ? a[kGradResidual] : h;
+    stages.apply = problem.given ? apply_maps(k.forward, g, nullptr, a[kOut], tiling)
+                                 : apply_maps(k.gradient, x, &g, a[kOut], tiling,
+                                              stores_g ? Epilogue{} : epilogue);
   }
   run_stages(tiling, stages);
 
@@ -398,9 +437,10 @@ void input_gradient(const Problem& problem, BoundArrays& a) {
       w.set_map(slot.index, in.map(slot, in.rstd(slot), SlotSums{}, 1));
     });
   };
-  run_stages(tiling, {.sweep = nullptr,
-                      .finalize = finalize,
-                      .apply = apply_maps(a[kX], &a[kG], a[kOut], tiling, k)});
+  run_stages(tiling,
+             {.sweep = nullptr,
+              .finalize = finalize,
+              .apply = apply_maps(k.gradient, a[kX], &a[kG], a[kOut], tiling, problem.epilogue)});
 }
 
 void running_statistics(const Problem& problem, BoundArrays& a) {

@@ -1,14 +1,16 @@
-// The CPU kernels. This file is compiled once for each instruction set, with MLX_WELFORD_ISA as its
-// name.
+// The CPU kernels. This file is compiled once for each instruction set and element type, with
+// MLX_WELFORD_ISA and MLX_WELFORD_ELEMENT as their names.
 
 #include "cpu/kernels.h"
+
+#include <type_traits>
 
 #include "cpu/columns.h"
 #include "cpu/lines.h"
 #include "cpu/vector.h"
 
-#ifndef MLX_WELFORD_ISA
-#error "MLX_WELFORD_ISA must name the instruction set"
+#if !defined(MLX_WELFORD_ISA) || !defined(MLX_WELFORD_ELEMENT)
+#error "MLX_WELFORD_ISA must name the instruction set, MLX_WELFORD_ELEMENT the element type"
 #endif
 
 namespace mlx_welford::cpu {
@@ -82,65 +84,84 @@ void moments(const void* x_, Panel panel, double* mean, double* m2) {
   mend_moments(x, panel, mean, m2);
 }
 
-template <typename T>
-void reduce(const void* x_, const void* g_, Panel panel, const float* mean, double* sum_g,
-            double* sum_gd) {
-  const T* x = static_cast<const T*>(x_);
-  const T* g = static_cast<const T*>(g_);
-  if (panel.stride == 1) {
-    return line_reduce(x, g, panel, mean, sum_g, sum_gd);
-  }
-  for (int64_t i = 0; i < panel.count; ++i) {
-    const int64_t c = i * panel.width;
-    const int64_t e = c * panel.positions;
-    column_reduce(x + e, g + e, panel, mean + c, sum_g + c, sum_gd + c);
+/// Calls f with the activation as a constant.
+template <typename F>
+void with_constant(Activation activation, const F& f) {
+  switch (activation) {
+#define X(name)          \
+  case Activation::name: \
+    return f(std::integral_constant<Activation, Activation::name>{});
+    WELFORD_ACTIVATIONS(X)
+#undef X
   }
 }
 
-template <template <typename> class Map, bool kStream, typename T>
-void apply_to_panels(const T* x, const T* g, const Panel& panel, const Coefficients& of, T* y) {
-  const float* const coefficients[] = {of.mean, of.slope, of.shift, of.scale};
+template <typename T>
+void reduce(const GradientSweep& sweep, const Epilogue& epilogue, Panel panel, double* sum_g,
+            double* sum_gd) {
+  with_constant(epilogue.activation, [&](auto activation) {
+    using Of = Cotangent<activation, T>;
+    if (panel.stride == 1) {
+      return line_reduce(Of(sweep, epilogue, 0, 0), panel, sum_g, sum_gd);
+    }
+    for (int64_t i = 0; i < panel.count; ++i) {
+      const int64_t c = i * panel.width;
+      column_reduce(Of(sweep, epilogue, c * panel.positions, c), panel, sum_g + c, sum_gd + c);
+    }
+  });
+}
+
+template <template <typename> class Map, typename T>
+void apply_to_panels(const T* x, const T* second, const Panel& panel, const Coefficients& of,
+                     float negative_slope, T* out, bool past_caches) {
+  const float* const coefficients[] = {of.mean, of.slope, of.shift, of.scale, of.bias};
+  auto second_at = [&](int64_t e) { return second == nullptr ? nullptr : second + e; };
   if (panel.stride == 1) {
     for (int64_t r = panel.repeats; r-- > 0;) {
       const int64_t e = r * panel.apart;
-      line_apply<Map, kStream>(x + e, Map<float>::kTakesG ? g + e : nullptr, panel.count,
-                               panel.positions, coefficients, y + e);
+      line_apply<Map>(x + e, second_at(e), panel.count, panel.positions, coefficients,
+                      negative_slope, out + e, past_caches);
     }
   } else {
     for (int64_t i = panel.count; i-- > 0;) {
       const int64_t c = i * panel.width;
       const int64_t e = c * panel.positions;
-      Mapped<Map, T> a{x + e, Map<float>::kTakesG ? g + e : nullptr, y + e, {}};
+      Mapped<Map, T> a{x + e, second_at(e), out + e, negative_slope, {}};
       for (int k = 0; k < Map<float>::kCoefficients; ++k) {
         a.coefficients[k] = coefficients[k] + c;
       }
-      column_apply<Map, kStream>(a, panel);
+      column_apply(a, panel, past_caches);
     }
   }
-  if (kStream) {
+  if (past_caches) {
     fence_streams();
   }
 }
 
-template <typename T>
-void apply(const void* x, const void* g, Panel panel, Coefficients of, void* y, bool past_caches) {
-  auto run =
-      g == nullptr
-          ? (past_caches ? apply_to_panels<MapX, true, T> : apply_to_panels<MapX, false, T>)
-          : (past_caches ? apply_to_panels<MapXG, true, T> : apply_to_panels<MapXG, false, T>);
-  run(static_cast<const T*>(x), static_cast<const T*>(g), panel, of, static_cast<T*>(y));
+template <template <Activation> class Pass, typename T>
+void apply(const void* x, const void* second, Panel panel, Coefficients of,
+           const Epilogue& epilogue, void* out, bool past_caches) {
+  with_constant(epilogue.activation, [&](auto activation) {
+    apply_to_panels<Pass<activation>::template Map>(
+        static_cast<const T*>(x), static_cast<const T*>(second), panel, of, epilogue.negative_slope,
+        static_cast<T*>(out), past_caches);
+  });
 }
 
 template <typename T>
-constexpr Kernels kTable{moments<T>, reduce<T>, apply<T>};
+constexpr Kernels kTable{moments<T>, reduce<T>, apply<Forward, T>, apply<Gradient, T>};
+
+namespace element {
+using float32 = float;
+using float16 = Half;
+using bfloat16 = Bfloat;
+}  // namespace element
 
 }  // namespace
 
 namespace MLX_WELFORD_ISA {
-extern const Kernels float32, float16, bfloat16;
-const Kernels float32 = kTable<float>;
-const Kernels float16 = kTable<Half>;
-const Kernels bfloat16 = kTable<Bfloat>;
+extern const Kernels MLX_WELFORD_ELEMENT;
+const Kernels MLX_WELFORD_ELEMENT = kTable<element::MLX_WELFORD_ELEMENT>;
 }  // namespace MLX_WELFORD_ISA
 
 }  // namespace mlx_welford::cpu

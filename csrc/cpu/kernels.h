@@ -5,6 +5,7 @@
 #include <string>
 
 #include "element.h"
+#include "settings.h"
 
 namespace mlx_welford::cpu {
 
@@ -31,12 +32,30 @@ inline constexpr int64_t kMaxRepeatedLines = 512;
 inline constexpr int64_t kMaxRepeatedPositions = 256;
 inline constexpr int64_t kMaxRepeats = 16;
 
-/// Of y = slope * (x - mean) + shift [+ scale * g]: vectors over columns.
+/// Vectors over columns. Of z = act(slope * (x - mean) + shift [+ residual]), or of its gradient
+/// slope * (x - mean) + shift + scale * g,  g = h * act'(scale * (x - mean) + bias).
 struct Coefficients {
   const float* mean;
   const float* slope;
   const float* shift;
   const float* scale = nullptr;
+  const float* bias = nullptr;
+};
+
+/// The arrays of the sweep of a gradient. h is the cotangent of z; the epilogue says what the
+/// auxiliary array is. y = slope * (x - mean) + shift; slope and shift may be null where nothing
+/// needs them. Where they are not null, these are written, and may be in the place of inputs:
+///   g       the cotangent of y, h * act'(y [+ residual]); the sums are then of rounded values
+///   grad_x  slope * g
+struct GradientSweep {
+  const void* x;
+  const void* h;
+  const void* auxiliary;
+  const float* mean;
+  const float* slope;
+  const float* shift;
+  void* g;
+  void* grad_x;
 };
 
 /// Pointers are to the panel's first element or, for vectors over columns, to its first column.
@@ -47,12 +66,14 @@ struct Kernels {
   void (*moments)(const void* x, Panel, double* mean, double* m2);
 
   /// sum_g[c] = sum g  and  sum_gd[c] = sum g * (x - mean).
-  void (*reduce)(const void* x, const void* g, Panel, const float* mean, double* sum_g,
-                 double* sum_gd);
+  void (*reduce)(const GradientSweep&, const Epilogue&, Panel, double* sum_g, double* sum_gd);
 
-  /// y = slope * (x - mean) + shift [+ scale * g], without g if it is null. y may be x or g.
-  /// With `past_caches` y is written to memory without being read into the caches first.
-  void (*apply)(const void* x, const void* g, Panel, Coefficients, void* y, bool past_caches);
+  /// What Coefficients says, of x and a second array: the residual, which may be null, or h. out may
+  /// be either. With `past_caches` it is written to memory without being read into the caches first.
+  using Apply = void (*)(const void* x, const void* second, Panel, Coefficients, const Epilogue&,
+                         void* out, bool past_caches);
+  Apply forward;
+  Apply gradient;
 };
 
 /// The kernels for an element type, in the best instruction set that this processor has.

@@ -34,7 +34,19 @@ Vector values(const T* line, int64_t i, int lanes) {
   return end >= kLanes ? load<Vector>(line + end - kLanes) : load_first(line, end);
 }
 
-/// The same with zeros in all other lanes, from a vector v that holds them where `values` does.
+/// Writes these elements, from a vector v that holds them where `values` does.
+template <typename T>
+void store_values(T* line, int64_t i, int lanes, Vector v) {
+  if (lanes == kLanes) {
+    store(line + i, v);
+  } else if (i + lanes >= kLanes) {
+    store_last(line + i, lanes, v);
+  } else {
+    store_first(line, lanes, v);
+  }
+}
+
+/// Zeros in all other lanes of such a vector.
 inline Vector only_values(Vector v, int64_t i, int lanes) {
   if (lanes == kLanes) {
     return v;
@@ -59,17 +71,14 @@ inline __attribute__((always_inline)) LineSums add_vectors(int64_t begin, int64_
   LineSums sums = {};
   int64_t i = begin;
   if (end - begin >= kManyVectors * kLanes) {
-    LineSums b = {};
-    LineSums c = {};
-    LineSums d = {};
+    LineSums s[4] = {};
     for (; i + 4 * kLanes <= end; i += 4 * kLanes) {
-      add(sums, i, kLanes);
-      add(b, i + kLanes, kLanes);
-      add(c, i + 2 * kLanes, kLanes);
-      add(d, i + 3 * kLanes, kLanes);
+      for (int k = 0; k < 4; ++k) {
+        add(s[k], i + k * kLanes, kLanes);
+      }
     }
-    sums.first = (sums.first + b.first) + (c.first + d.first);
-    sums.second = (sums.second + b.second) + (c.second + d.second);
+    sums.first = (s[0].first + s[1].first) + (s[2].first + s[3].first);
+    sums.second = (s[0].second + s[1].second) + (s[2].second + s[3].second);
   }
   for (; i + kLanes <= end; i += kLanes) {
     add(sums, i, kLanes);
@@ -88,20 +97,26 @@ inline __attribute__((always_inline)) LineSums centred_sums(const T* x, int64_t 
   return add_vectors(begin, end, [&](LineSums& sums, int64_t i, int lanes) {
     const Vector d = only_values(values(x, i, lanes) - o, i, lanes);
     sums.first += d;
-    sums.second += d * d;
+    sums.second = multiply_add(d, d, sums.second);
   });
 }
 
-/// sum g and sum g * (x - mean) over [begin, end).
-template <typename T>
-inline __attribute__((always_inline)) LineSums gradient_sums(const T* x, const T* g, int64_t begin,
-                                                             int64_t end, float mean) {
-  const Vector m = broadcast(mean);
+/// sum g and sum g * (x - mean) over [begin, end) of line c, whose first element is at e.
+template <Activation activation, typename T>
+__attribute__((noinline, flatten)) LineSums gradient_sums(const Cotangent<activation, T>& of,
+                                                          int64_t c, int64_t e, int64_t begin,
+                                                          int64_t end) {
+  const Vector m = broadcast(of.mean[c]);
   return add_vectors(begin, end, [&](LineSums& sums, int64_t i, int lanes) {
+    const Vector d = values(of.x + e, i, lanes) - m;
+    const Vector g = of(
+        d, [&](const T* p) { return values(p + e, i, lanes); },
+        [&](T* p, Vector v) { store_values(p + e, i, lanes, v); },
+        [&](const float* p) { return broadcast(p[c]); });
     // Both: an infinite x in a lane that does not count would make it 0 * inf
-    const Vector gi = only_values(values(g, i, lanes), i, lanes);
-    sums.first += gi;
-    sums.second += gi * only_values(values(x, i, lanes) - m, i, lanes);
+    const Vector counted = only_values(g, i, lanes);
+    sums.first += counted;
+    sums.second = multiply_add(counted, only_values(d, i, lanes), sums.second);
   });
 }
 
@@ -233,15 +248,14 @@ void line_moments(const T* x, const Panel& panel, double* mean, double* m2) {
   }
 }
 
-template <typename T>
-void line_reduce(const T* x, const T* g, const Panel& panel, const float* mean, double* sum_g,
+template <Activation activation, typename T>
+void line_reduce(const Cotangent<activation, T>& of, const Panel& panel, double* sum_g,
                  double* sum_gd) {
   const int64_t n = panel.positions;
   if (panel.repeats > 1) {
     LineSums sums[kMaxRepeatedLines];
     add_repetitions(
-        panel, -1, [&](int64_t c, int64_t e) { return gradient_sums(x + e, g + e, 0, n, mean[c]); },
-        sums);
+        panel, -1, [&](int64_t c, int64_t e) { return gradient_sums(of, c, e, 0, n); }, sums);
     for (int64_t c = 0; c < panel.count; ++c) {
       sum_g[c] = sum_of_lanes(sums[c].first);
       sum_gd[c] = sum_of_lanes(sums[c].second);
@@ -253,7 +267,7 @@ void line_reduce(const T* x, const T* g, const Panel& panel, const float* mean, 
     double total_gd = 0;
     for (int64_t done = 0; done < n; done += kChunk) {
       const int64_t end = n - done < kChunk ? n : done + kChunk;
-      const LineSums s = gradient_sums(x + c * n, g + c * n, done, end, mean[c]);
+      const LineSums s = gradient_sums(of, c, c * n, done, end);
       total_g += sum_of_lanes(s.first);
       total_gd += sum_of_lanes(s.second);
     }
@@ -264,17 +278,18 @@ void line_reduce(const T* x, const T* g, const Panel& panel, const float* mean, 
 
 /// Applies a map to `count` lines of n elements as one run of memory: a vector may hold the end of
 /// a line and the beginning of others, so that all but the first and the last of them are whole
-/// and, where they are streamed, aligned. Coefficients are arrays over lines. y may be x or g.
-template <template <typename> class Map, bool kStream, typename T>
-void line_apply(const T* x, const T* g, int64_t count, int64_t n, const float* const* coefficients,
-                T* y) {
-  constexpr bool kTakesG = Map<Vector>::kTakesG;
-  const float* of[Map<float>::kCoefficients];  // a copy, which no store to y can change
+/// and, where they are streamed, aligned. Coefficients are arrays over lines. out may be x or
+/// second.
+template <template <typename> class Map, typename T>
+__attribute__((flatten)) void line_apply(const T* x, const T* second, int64_t count, int64_t n,
+                                         const float* const* coefficients, float negative_slope,
+                                         T* out, bool past_caches) {
+  const float* of[Map<float>::kCoefficients];  // a copy, which no store to out can change
   for (int k = 0; k < Map<float>::kCoefficients; ++k) {
     of[k] = coefficients[k];
   }
   auto map_of = [&](int64_t line) {
-    return Map<Vector>::from([&](int k) { return broadcast(of[k][line]); });
+    return Map<Vector>::from([&](int k) { return broadcast(of[k][line]); }, negative_slope);
   };
   int64_t l = 0;
   Map<Vector> map = map_of(0);  // that of the next element
@@ -288,25 +303,26 @@ void line_apply(const T* x, const T* g, int64_t count, int64_t n, const float* c
     return mixed;
   };
   auto whole = [&](int64_t i, const Map<Vector>& f) {
-    const Vector v = f(load<Vector>(x + i), kTakesG ? load<Vector>(g + i) : Vector{});
-    if constexpr (kStream) {
-      stream(y + i, v);
+    const Vector from_second = second == nullptr ? Vector{} : load<Vector>(second + i);
+    const Vector v = f(load<Vector>(x + i), from_second, second != nullptr);
+    if (past_caches) {
+      stream(out + i, v);
     } else {
-      store(y + i, v);
+      store(out + i, v);
     }
   };
   auto part = [&](int64_t i, int64_t lanes) {
     if (lanes > 0) {
       const Map<Vector> f = across_lines(i, lanes);
-      store_first(y + i, lanes,
-                  f(load_first(x + i, lanes), kTakesG ? load_first(g + i, lanes) : Vector{}));
+      const Vector from_second = second == nullptr ? Vector{} : load_first(second + i, lanes);
+      store_first(out + i, lanes, f(load_first(x + i, lanes), from_second, second != nullptr));
     }
   };
 
   const int64_t size = count * n;
   int64_t i = 0;
-  if constexpr (kStream) {
-    i = elements_to_multiple(y, kLanes * sizeof(T), size);
+  if (past_caches) {
+    i = elements_to_multiple(out, kLanes * sizeof(T), size);
     part(0, i);
   }
   while (i + kLanes <= size) {

@@ -1,48 +1,136 @@
-// The maps that `apply` is made for, as in metal/maps.h: V is one value or a vector. A map takes x,
-// and g if it says so, and holds its coefficients by name, which keeps them in registers; from and
-// merged make them one by one, in the order of Coefficients. An epilogue is one more map.
+// The maps that `apply` is made for, as in metal/maps.h, and what the sweep of a gradient does, each
+// for every activation: V is one value or a vector. A map holds its coefficients by name, which
+// keeps them in registers; from and merged make them one by one, in the order of Coefficients.
 #pragma once
 
+#include "cpu/kernels.h"
 #include "cpu/vector.h"
 
 namespace mlx_welford::cpu {
 namespace {
 
-/// slope * (x - mean) + shift
-template <typename V>
-struct MapX {
-  static constexpr bool kTakesG = false;
-  static constexpr int kCoefficients = 3;
-  V mean, slope, shift;
+#include "../metal/activations.h"
 
-  template <typename F>
-  static MapX from(const F& f) {
-    return {f(0), f(1), f(2)};
+/// Vectors that are taken side by side: one where it keeps the registers busy.
+constexpr int bundle_vectors(Activation activation) {
+  switch (activation) {
+    case Activation::silu:
+    case Activation::gelu:
+    case Activation::gelu_approx:
+    case Activation::hardswish:
+      return 1;
+    default:
+      return 4;
   }
-  template <typename F>
-  static MapX merged(const MapX& a, const MapX& b, const F& f) {
-    return {f(a.mean, b.mean), f(a.slope, b.slope), f(a.shift, b.shift)};
-  }
-  V operator()(V x, V) const { return multiply_add(slope, x - mean, shift); }
+}
+
+/// z = act(slope * (x - mean) + shift [+ residual])
+template <Activation activation>
+struct Forward {
+  template <typename V>
+  struct Map {
+    static constexpr int kVectors = bundle_vectors(activation);
+    static constexpr int kCoefficients = 3;
+    V mean, slope, shift;
+    float negative_slope;
+
+    template <typename F>
+    static Map from(const F& f, float negative_slope) {
+      return {f(0), f(1), f(2), negative_slope};
+    }
+    template <typename F>
+    static Map merged(const Map& a, const Map& b, const F& f) {
+      return {f(a.mean, b.mean), f(a.slope, b.slope), f(a.shift, b.shift), a.negative_slope};
+    }
+    V operator()(V x, V residual, bool has_residual) const {
+      const V y = multiply_add(slope, x - mean, shift);
+      return activate<V>(activation, has_residual ? y + residual : y, negative_slope);
+    }
+  };
 };
 
-/// slope * (x - mean) + shift + scale * g
-template <typename V>
-struct MapXG {
-  static constexpr bool kTakesG = true;
-  static constexpr int kCoefficients = 4;
-  MapX<V> of_x;
-  V scale;
+/// grad x = slope * (x - mean) + shift + scale * g,  g = h * act'(scale * (x - mean) + bias): scale
+/// and bias are the slope and the shift of the forward pass.
+template <Activation activation>
+struct Gradient {
+  template <typename V>
+  struct Map {
+    static constexpr int kVectors = bundle_vectors(activation);
+    static constexpr int kCoefficients = activation == Activation::none ? 4 : 5;
+    V mean, slope, shift, scale, bias;
+    float negative_slope;
 
-  template <typename F>
-  static MapXG from(const F& f) {
-    return {MapX<V>::from(f), f(3)};
+    template <typename F>
+    static Map from(const F& f, float negative_slope) {
+      return {f(0), f(1), f(2), f(3), kCoefficients == 5 ? f(4) : V{}, negative_slope};
+    }
+    template <typename F>
+    static Map merged(const Map& a, const Map& b, const F& f) {
+      return {f(a.mean, b.mean),   f(a.slope, b.slope), f(a.shift, b.shift),
+              f(a.scale, b.scale), f(a.bias, b.bias),   a.negative_slope};
+    }
+    V operator()(V x, V h, bool) const {
+      const V d = x - mean;
+      const V y = multiply_add(scale, d, bias);
+      const V g = h * derivative<V>(activation, y, negative_slope);
+      return multiply_add(scale, g, multiply_add(slope, d, shift));
+    }
+  };
+};
+
+/// GradientSweep with its types: finds g, and writes what is asked for.
+template <Activation activation, typename T>
+struct Cotangent {
+  const T* x;
+  const T* h;
+  const T* auxiliary;
+  const float* mean;
+  const float* slope;
+  const float* shift;
+  T* g;
+  T* grad_x;
+  Epilogue epilogue;
+
+  Cotangent(const GradientSweep& s, const Epilogue& e, int64_t element, int64_t column)
+      : x(static_cast<const T*>(s.x) + element),
+        h(static_cast<const T*>(s.h) + element),
+        auxiliary(behind(static_cast<const T*>(s.auxiliary), element)),
+        mean(s.mean + column),
+        slope(behind(s.slope, column)),
+        shift(behind(s.shift, column)),
+        g(behind(static_cast<T*>(s.g), element)),
+        grad_x(behind(static_cast<T*>(s.grad_x), element)),
+        epilogue(e) {}
+
+  /// g where x - mean is d. load, store and coefficient take the pointers above, at any place.
+  template <typename V, typename Load, typename Store, typename Coefficient>
+  inline __attribute__((always_inline)) V operator()(V d, const Load& load, const Store& store,
+                                                     const Coefficient& coefficient) const {
+    V found = load(h);
+    if constexpr (activation != Activation::none) {
+      if (epilogue.auxiliary == Auxiliary::output) {
+        found *= derivative_at_output<V>(activation, load(auxiliary), epilogue.negative_slope);
+      } else {
+        const V y = multiply_add(coefficient(slope), d, coefficient(shift));
+        const V p = epilogue.auxiliary == Auxiliary::residual ? y + load(auxiliary) : y;
+        found *= derivative<V>(activation, p, epilogue.negative_slope);
+      }
+      if (g != nullptr) {
+        found = rounded<T>(found);
+        store(g, found);
+      }
+    }
+    if (grad_x != nullptr) {
+      store(grad_x, multiply_add(coefficient(slope), found, V{}));
+    }
+    return found;
   }
-  template <typename F>
-  static MapXG merged(const MapXG& a, const MapXG& b, const F& f) {
-    return {MapX<V>::merged(a.of_x, b.of_x, f), f(a.scale, b.scale)};
+
+ private:
+  template <typename P>
+  static P* behind(P* p, int64_t n) {
+    return p == nullptr ? nullptr : p + n;
   }
-  V operator()(V x, V g) const { return multiply_add(scale, g, of_x(x, g)); }
 };
 
 }  // namespace

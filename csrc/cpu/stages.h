@@ -36,19 +36,21 @@ class Workspace {
         mean_(values<float>(slots)),
         slope_(values<float>(slots)),
         shift_(values<float>(slots)),
-        scale_(values<float>(slots)) {}
+        scale_(values<float>(slots)),
+        bias_(values<float>(slots)) {}
 
   /// The two numbers of a partial result: mean and m2, or sum g and sum g * (x - mean). A merge
   /// leaves the result of a slot in the place of its first one.
   double* first(int64_t partial) { return &first_[partial - first_partial_]; }
   double* second(int64_t partial) { return &second_[partial - first_partial_]; }
 
-  /// The coefficients of a slot in y = slope * (x - mean) + shift [+ scale * g].
+  /// The Coefficients of a slot.
   struct Map {
     float mean = 0;
     float slope = 0;
     float shift = 0;
     float scale = 0;
+    float bias = 0;
   };
   void set_map(int64_t slot, const Map& map) {
     const int64_t i = slot - first_slot_;
@@ -56,17 +58,18 @@ class Workspace {
     slope_[i] = map.slope;
     shift_[i] = map.shift;
     scale_[i] = map.scale;
+    bias_[i] = map.bias;
   }
   Coefficients coefficients(int64_t slot) const {
     const int64_t i = slot - first_slot_;
-    return {&mean_[i], &slope_[i], &shift_[i], &scale_[i]};
+    return {&mean_[i], &slope_[i], &shift_[i], &scale_[i], &bias_[i]};
   }
 
  private:
   int64_t first_partial_;
   int64_t first_slot_;
   std::unique_ptr<double[]> first_, second_;
-  std::unique_ptr<float[]> mean_, slope_, shift_, scale_;
+  std::unique_ptr<float[]> mean_, slope_, shift_, scale_, bias_;
 };
 
 struct Stages {

@@ -24,6 +24,7 @@ constexpr int kLanes = 4;
 
 using Vector = float __attribute__((vector_size(kLanes * 4)));
 using Words = uint32_t __attribute__((vector_size(kLanes * 4)));
+using Integers = int32_t __attribute__((vector_size(kLanes * 4)));
 using HalfWords = uint16_t __attribute__((vector_size(kLanes * 2)));
 
 struct Half {
@@ -234,6 +235,34 @@ void store_first(T* p, int64_t n, Vector v) {
 #endif
 }
 
+/// The last n < kLanes lanes, to p and the elements behind it.
+template <typename T>
+void store_last(T* p, int64_t n, Vector v) {
+  const auto values = packed(v, p);
+#if defined(__AVX512BW__) && defined(__AVX512VL__)
+  const auto mask = static_cast<__mmask16>(0xffffu << (kLanes - n));
+  if constexpr (sizeof(T) == 4) {
+    _mm512_mask_storeu_ps(p + n - kLanes, mask, values);
+  } else {
+    _mm256_mask_storeu_epi16(p + n - kLanes, mask, __builtin_bit_cast(__m256i, values));
+  }
+#else
+  T elements[kLanes];
+  __builtin_memcpy(elements, &values, sizeof values);
+  for (int64_t i = 0; i < n; ++i) {
+    p[i] = elements[kLanes - n + i];
+  }
+#endif
+}
+
+/// What v is after it was stored as T.
+template <typename T, typename V>
+V rounded(V v) {
+  T elements[sizeof(V) / sizeof(float)];
+  store(elements, v);
+  return load<V>(elements);
+}
+
 // ---- Arithmetic ---------------------------------------------------------------------------------
 
 /// a * b + c, rounded once where the instruction set can. Left to the compiler, the same expression
@@ -256,6 +285,32 @@ inline Vector multiply_add(Vector a, Vector b, Vector c) {
 #else
   return a * b + c;
 #endif
+}
+
+inline float absolute(float f) { return __builtin_fabsf(f); }
+inline Vector absolute(Vector v) {
+  return __builtin_bit_cast(Vector, __builtin_bit_cast(Words, v) & 0x7fffffffu);
+}
+
+/// True for negative values and -0, false for nan.
+inline bool sign_bit(float f) { return __builtin_bit_cast(int32_t, f) < 0 && f == f; }
+inline auto sign_bit(Vector v) { return (__builtin_bit_cast(Integers, v) < 0) & (v == v); }
+
+/// exp(p) for p <= 0, with a relative error of at most 2e-7; 0 where it would be denormal. Nan
+/// stays nan. With p = n log(2) + r, |r| <= log(2) / 2, it is 2^n times a polynomial in r.
+template <typename V>
+V exponential(V p) {
+  const V shifted = multiply_add(p, V{} + 1.44269504f, V{} + 0x1.8p23f);  // n in the low bits
+  const V n = shifted - 0x1.8p23f;
+  const V r = multiply_add(n, V{} + 2.12194440e-4f, multiply_add(n, V{} - 0.693359375f, p));
+  V of_r = V{} + 8.290272206e-3f;
+  of_r = multiply_add(of_r, r, V{} + 4.189816117e-2f);
+  of_r = multiply_add(of_r, r, V{} + 1.666763872e-1f);
+  of_r = multiply_add(of_r, r, V{} + 4.999914765e-1f);
+  of_r = multiply_add(of_r, r, V{} + 9.999997020e-1f);
+  of_r = multiply_add(of_r, r, V{} + 1.0f);
+  const Bits<V> power = (__builtin_bit_cast(Bits<V>, shifted) << 23) + 0x3f800000u;  // 2^n
+  return p < -87.3365402f ? V{} : of_r * __builtin_bit_cast(V, power);
 }
 
 inline Vector broadcast(float f) { return f - Vector{}; }  // unlike a sum, leaves -0 as it is

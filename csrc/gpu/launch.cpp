@@ -344,8 +344,15 @@ class Planner {
   void input_gradient() { input_gradient_from(kVar); }  // has_sums is false: they are not read
 
   void running_statistics() {
+    // Without instances mean and var have no memory to bind, and are not read.
+    const bool empty = slots_.per_channel() == 0;
     merge(Kernel::update_running_statistics,
-          {in(kMean), in(kVar), in(kUpdate), in(kRunningMean), in(kRunningVar), out(kNextMean),
+          {{kMean, empty ? kUpdate : kMean, false},
+           {kVar, empty ? kUpdate : kVar, false},
+           in(kUpdate),
+           in(kRunningMean),
+           in(kRunningVar),
+           out(kNextMean),
            out(kNextVar)},
           slots_.channels, slots_.per_channel());
   }

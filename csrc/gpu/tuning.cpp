@@ -51,7 +51,7 @@ constexpr FusedRegisters kFusedRegisters[] = {
     {Fused::forward, true, true, 8, 94, 107},   {Fused::forward, false, true, 1, 60, 61},
     {Fused::forward, false, true, 4, 71, 80},   {Fused::forward, false, true, 8, 80, 96},
     {Fused::backward, true, true, 1, 53, 53},   {Fused::backward, true, true, 4, 94, 109},
-    {Fused::backward, true, true, 8, 112, 132}, {Fused::backward, false, true, 1, 52, 54},
+    {Fused::backward, true, true, 8, 112, 132}, {Fused::backward, false, true, 1, 52, 56},
     {Fused::backward, false, true, 4, 77, 96},  {Fused::backward, false, true, 8, 77, 96},
 };
 

@@ -47,7 +47,11 @@ EXCEPTIONS = {
 }
 
 # Groups are not in the model: a sample of an array has other groups than the array.
-LARGE = [case for case in CASES if case.elements * 4 >= 1 << 20 and case.groups == 0]
+LARGE = [
+    case
+    for case in CASES
+    if case.elements * 4 >= 1 << 20 and case.groups == 0 and not case.has_epilogue
+]
 
 
 def problems_of(case: Case, dtype: str) -> Iterator[Problem]:

@@ -466,6 +466,117 @@ def test_few_groups_are_merged_by_many_threadgroups() -> None:
         assert (merging.groups, merging.threads) == (groups, 256)
 
 
+# ---- What follows a normalisation ----------------------------------------------------------------
+#
+# An activation adds nothing. A residual is read once in each direction, and its gradient is written
+# and read: it is the g of the second pass. relu is told by z, in the place of the residual.
+
+EPILOGUES = [("relu", ""), ("silu", ""), ("", "residual"), ("silu", "residual")]
+BACKWARD_EPILOGUES = [("silu", ""), ("silu", "residual"), ("relu", "output")]
+
+epilogues = pytest.mark.parametrize(("activation", "auxiliary"), EPILOGUES)
+backward_epilogues = pytest.mark.parametrize(("activation", "auxiliary"), BACKWARD_EPILOGUES)
+
+
+def followed(problem: Problem, operation: str, activation: str, auxiliary: str) -> Problem:
+    """Gradients of all arguments, if the operation is a gradient."""
+    gradient = operation == "normalize_gradient"
+    statistics = "statistics " if problem.given else ""
+    return replace(
+        problem,
+        operation=operation,
+        weight=True,
+        bias=auxiliary != "output",
+        wanted=f"x {statistics}weight bias" if gradient else "",
+        activation=activation,
+        auxiliary=auxiliary,
+    )
+
+
+def expected_forward(auxiliary: str, reads: int) -> dict[str, tuple[int, int]]:
+    return {"x": (reads, 0), "out": (0, 1)} | ({"residual": (1, 0)} if auxiliary else {})
+
+
+def expected_backward(auxiliary: str, reads: int) -> dict[str, tuple[int, int]]:
+    """With g and x read so often. Once of g that is the cotangent of z, then what is written."""
+    found = {"x": (reads, 0), "g": (reads, 0), "out": (0, 1)}
+    return found | ({"residual": (1, 0), "grad_residual": (0, 1)} if auxiliary else {})
+
+
+single_and_half = pytest.mark.parametrize("dtype", ["float32", "float16"])
+
+
+@epilogues
+@pytest.mark.parametrize(
+    "problem",
+    [*TOO_LARGE.values(), *GROUPS.values()],
+    ids=[*TOO_LARGE, *(f"{n}, groups" for n in GROUPS)],
+)
+def test_forward_with_an_epilogue(problem: Problem, activation: str, auxiliary: str) -> None:
+    problem = followed(problem, "normalize", activation, auxiliary)
+    assert passes(problem)[1] == expected_forward(auxiliary, 2)
+
+
+@single_and_half
+@backward_epilogues
+@pytest.mark.parametrize(
+    "problem",
+    [*TOO_LARGE.values(), *GROUPS.values()],
+    ids=[*TOO_LARGE, *(f"{n}, groups" for n in GROUPS)],
+)
+def test_backward_with_an_epilogue(
+    problem: Problem, activation: str, auxiliary: str, dtype: str
+) -> None:
+    problem = replace(followed(problem, "normalize_gradient", activation, auxiliary), dtype=dtype)
+    assert passes(problem)[1] == expected_backward(auxiliary, 2)
+
+
+@single_and_half
+@pytest.mark.parametrize(
+    "problem",
+    [*HELD.values(), *HELD_GROUPS.values()],
+    ids=[*HELD, *(f"{n}, groups" for n in HELD_GROUPS)],
+)
+def test_epilogues_of_what_a_threadgroup_holds(problem: Problem, dtype: str) -> None:
+    for epilogue in EPILOGUES:
+        p = replace(followed(problem, "normalize", *epilogue), dtype=dtype, max_threads=512)
+        assert passes(p) == (["fused_normalize"], expected_forward(epilogue[1], 1))
+    for epilogue in BACKWARD_EPILOGUES:
+        p = followed(problem, "normalize_gradient", *epilogue)
+        kernels, whole = passes(replace(p, dtype=dtype, max_threads=512))
+        assert kernels == ["fused_gradient", "parameter_gradients"]
+        assert whole == expected_backward(epilogue[1], 1)
+
+
+@single_and_half
+@every_layout
+def test_epilogues_of_given_statistics(problem: Problem, dtype: str) -> None:
+    """One sweep in each direction, whichever gradients are asked for."""
+    problem = of_batch(problem, dtype, "normalize")
+    for activation, auxiliary in EPILOGUES:
+        kernels, whole = passes(followed(problem, "normalize", activation, auxiliary))
+        assert kernels == ["normalize_input"]
+        assert whole == expected_forward(auxiliary, 1)
+    for activation, auxiliary in BACKWARD_EPILOGUES:
+        p = followed(problem, "normalize_gradient", activation, auxiliary)
+        assert passes(p)[1] == expected_backward(auxiliary, 1)
+        kernels, whole = passes(replace(p, wanted="x"))
+        assert kernels == ["given_input_gradient"]
+        expected = expected_backward(auxiliary, 1)
+        if auxiliary == "output":
+            del expected["x"]
+        assert whole == expected
+
+
+@single_and_half
+@every_layout
+def test_gradient_of_a_share_with_an_activation_reads_once(problem: Problem, dtype: str) -> None:
+    p = replace(problem, operation="input_gradient", dtype=dtype, weight=True, bias=True)
+    kernels, whole = passes(replace(p, activation="silu"))
+    assert kernels == ["input_gradient"]
+    assert whole == {"x": (1, 0), "g": (1, 0), "out": (0, 1)}
+
+
 # ---- What the plan adds to that ------------------------------------------------------------------
 
 TYPICAL = {

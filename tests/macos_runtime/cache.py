@@ -1,4 +1,4 @@
-"""A folder for each thing that is built, named after all that it is made of."""
+"""The build cache: a folder for each product, named after a hash of its inputs."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parents[2]
 CACHE = ROOT / "build" / "macos_runtime"
 ZIG = Path(ziglang.__file__).parent
 
-# zig keeps what it has compiled, the C++ libraries of other systems among it. Shared with
+# zig's own cache, which also holds the C++ libraries of other systems. Shared with
 # `make wheel-macos`.
 _ZIG_CACHE = str(ROOT / "build" / "macos" / "zig")
 
@@ -68,10 +68,10 @@ def cached(
     *,
     announce: bool = True,
 ) -> Path:
-    """The folder that `make` fills, kept for as long as the parts are the same.
+    """The folder that `make` fills: from the cache, if the parts have not changed.
 
-    It is made under another name and then renamed: an interrupted build leaves nothing half done,
-    and of two at the same time the second is dropped.
+    It is filled under a temporary name and then renamed: an interrupted build leaves nothing
+    half-done, and of two concurrent builds the second is dropped.
     """
     folder = CACHE / f"{name}-{digest(parts)}"
     if folder.is_dir():

@@ -1,4 +1,4 @@
-"""Programs of their own on the macOS binaries: for what a process settles at its start."""
+"""Python programs in processes of their own, for settings that are read once at the start."""
 
 import os
 import subprocess

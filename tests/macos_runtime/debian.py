@@ -45,7 +45,7 @@ def _download(apt: list[str], *packages: str) -> None:
 
 
 def _release() -> str:
-    """Names the system whose packages these are."""
+    """A name of the system whose packages these are."""
     try:
         return Path("/etc/os-release").read_text()
     except OSError:

@@ -1,9 +1,9 @@
 """The GPU: a process that runs the dispatches of other processes in the simulator.
 
-The processes under test are macOS binaries on an emulated processor (see run.py). What they would
-give to a GPU they send here: source to compile, kernels to make pipelines of, command buffers to
+The processes under test are macOS binaries on an emulated processor (see run.py). They send their
+work for the GPU here: source to compile, functions to make pipelines of, command buffers to
 execute. Their buffers lie in a file that this process maps too. So kernels are compiled for this
-machine and run at its speed, and what a command does not name cannot be touched by it.
+machine and run at its speed, and a command can touch only the buffers that it names.
 
 What a command buffer asks for that Metal does not allow, or leaves undefined, ends it with an
 error, which MLX raises in Python: arguments that are missing or not aligned, kernels that run past
@@ -43,7 +43,7 @@ NUMBERS |= {SIGNAL_EVENT: 2, WAIT_EVENT: 2, COMPLETE: 0}
 
 Size = tuple[int, int, int]
 
-# What vectors are aligned to at most. Buffers themselves begin at pages.
+# The largest alignment of a vector. Buffers themselves begin at pages.
 ALIGNMENT = 16
 
 
@@ -159,7 +159,7 @@ def _fences(records: Records) -> Iterator[int]:
 
 
 class Device:
-    """What one process has on the GPU."""
+    """The state of one process on the GPU."""
 
     def __init__(self, kernels: Kernels) -> None:
         self._kernels = kernels
@@ -314,8 +314,7 @@ class Device:
         writable = set()
         before: dict[int, NDArray[np.uint8]] = {}
         for index, binding in dispatch.buffers.items():
-            # Ours see nothing in front of their pointer. MLX's walk backwards through views with
-            # negative strides.
+            # Our kernels never go below their pointer. MLX's do, in views with negative strides.
             skipped = binding.offset // ALIGNMENT * ALIGNMENT if kernel.ours else 0
             start = binding.start + skipped
             arrays[index] = self._memory[start : binding.start + binding.length]

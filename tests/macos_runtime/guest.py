@@ -1,8 +1,8 @@
-"""Runs in the arm64 CPython, as sitecustomize: has it take itself for one on macOS.
+"""Runs in the arm64 CPython, as sitecustomize: makes it look like one on macOS.
 
-Extension modules for macOS are loaded by the host module. What Python code asks to know the system
-it is on is answered as on a Mac, so that packages take the branches that they take there; after the
-standard library has settled on those of Linux.
+The host module loads extension modules for macOS. sys.platform, os.uname and the like answer as on
+a Mac, so that packages take their branches for macOS; the standard library has taken those for
+Linux before.
 """
 
 import os

@@ -1,4 +1,4 @@
-"""For pytest in the emulated CPython: a test in which something forbidden was found has failed."""
+"""For pytest in the emulated CPython: a test fails if the stand-ins recorded a mistake in it."""
 
 from collections.abc import Iterator
 

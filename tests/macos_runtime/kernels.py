@@ -1,9 +1,8 @@
-"""The kernels of a pipeline: ours and those that MLX compiles at run time from source, MLX's own
-from what Apple's compiler made of them.
+"""Kernels by name: compiled from source, or translated from the code of Apple's compiler.
 
-Source goes through the simulator's compiler. Kernels of ``mlx.metallib`` are AIR, which the
-fidelity oracle (tests/simulator/oracle) translates to this machine: each when it is first asked
-for. Libraries are kept by content.
+Source, ours and what MLX writes at run time, goes through the simulator's compiler. Kernels of
+``mlx.metallib`` are AIR, which the fidelity oracle (tests/simulator/oracle) translates to this
+machine at their first use. Libraries are cached by content.
 """
 
 from __future__ import annotations
@@ -35,7 +34,7 @@ from .cache import BuildError, cached, zig
 
 
 class KernelError(RuntimeError):
-    """A kernel cannot be had."""
+    """There is no such kernel, or it cannot be compiled or translated."""
 
 
 @dataclass(frozen=True)
@@ -191,7 +190,7 @@ def compile_source(source: str) -> SourceLibrary:
     return SourceLibrary(library, tuple(names), ours=False, needed=needed)
 
 
-# Stands in for what metal_stdlib lacks of what MLX's sources name, as for the fidelity oracle.
+# What MLX's sources use and the simulator's metal_stdlib lacks. Shared with the fidelity oracle.
 _SUPPORT = SIMULATOR / "oracle" / "include"
 # MLX's sources are its headers one after the other. Those that the oracle replaces, and what it
 # replaces in others: qualifiers that hide a constructor from clang where it constructs a member, a
@@ -291,7 +290,7 @@ def from_metallib(path: Path, name: str, constants: Mapping[int, bytes]) -> Kern
 
 
 class Kernels:
-    """All that one process has asked for, found again by what it asked for."""
+    """A cache of the kernels of mlx.metallib that have been asked for."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()

@@ -44,7 +44,7 @@ _CXX = [
 ]
 _UNWIND = [*_TARGET, "-D_LIBUNWIND_IS_NATIVE_ONLY", f"-I{_LIB / 'libunwind/include'}"]
 
-# Sources that no part of MLX or of the extension needs, or that are another system's.
+# Sources that neither MLX nor the extension needs, or that are for another system.
 _LEFT_OUT = {
     "libcxx": {"new.cpp", "new_handler.cpp", "print.cpp", "strstream.cpp", "regex.cpp"}
     | {"random_shuffle.cpp", "valarray.cpp", "memory_resource.cpp", "barrier.cpp", "bind.cpp"}

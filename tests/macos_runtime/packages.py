@@ -13,7 +13,7 @@ from .cache import CACHE, BuildError, cached, run
 # Where `make test-macos` puts the wheel of this package.
 WHEELS = CACHE / "wheels"
 
-# Those of the tests, in the releases that this environment has. What they need comes with them.
+# What the tests need, in the releases of this environment; pip adds their dependencies.
 _FOR_LINUX = ("numpy", "pytest", "pytest-xdist", "hypothesis")
 _PIP = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--quiet", "install"]
 _PIP += ["--only-binary=:all:", "--no-compile"]

@@ -1,4 +1,4 @@
-"""What a Mac may do that cannot be had at will: planted in the stand-in for Metal."""
+"""Conditions that a Mac may present, planted in the stand-in for Metal."""
 
 import os
 
@@ -153,6 +153,17 @@ def test_temporaries_outlive_their_use() -> None:
             assert float(np.array(y.var())) == pytest.approx(1, abs=1e-3)
     finally:
         mx.set_cache_limit(before)
+
+
+def test_an_empty_batch_of_a_function_traced_for_any_shape() -> None:
+    """Statistics of no instance have no memory, but something must be bound for them."""
+    layer = mw.InstanceNorm(4, track_running_stats=True)
+    step = mx.compile(layer, inputs=layer.state, outputs=layer.state, shapeless=True)
+    mx.eval(step(mx.ones((2, 3, 4)) * 5), layer.state)
+    before = np.array(layer.running_mean)
+    mx.eval(step(mx.zeros((0, 3, 4))), layer.state)
+    np.testing.assert_array_equal(np.array(layer.running_mean), before)
+    np.testing.assert_allclose(before, 0.5, rtol=1e-6)
 
 
 def test_the_self_test_passes() -> None:

@@ -1,4 +1,4 @@
-"""The binaries are loaded and take themselves for ones on a Mac."""
+"""The binaries load, and behave as on a Mac."""
 
 import mlx.core as mx
 import mlx_welford as mw

@@ -400,6 +400,9 @@ def test_given_statistics(operations: str, case: Example, of_all: float, varianc
         sum_g, sum_gx = data.g.sum(others), (data.g * xh).sum(others)
         terms, terms_x = np.abs(data.g).sum(others), np.abs(data.g * xh).sum(others)
         assume(not (terms_x > 1e25)[np.isfinite(terms_x)].any())
+        if operations == "kernels":  # which sum g * (x - mean) before they multiply by r
+            sums = np.abs(data.g * (data.x - mean_)).sum(others)
+            assume(not (sums > LARGEST / 10)[np.isfinite(sums)].any())
         rw = (r * data.w).ravel()
         small = 1e-5
         terms_x = terms_x + 1e-30  # for denormal numbers that count as 0

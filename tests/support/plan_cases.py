@@ -79,7 +79,8 @@ def table(dtype: str, access: str, *, longer: int = 1, max_threads: int = 32) ->
             replace(backward, given=True, wanted="x statistics weight bias"),
             replace(backward, given=True, wanted="x"),
         ]
-        own = found[-5:]
+        found += [replace(p, operation="input_gradient", bias=True, activation="silu")]
+        own = found[-6:-1]
         # Of each pattern, every geometry meets every epilogue in some type or alignment.
         number = 2 * DTYPES.index(dtype) + aligned + i
         own += [made for problem in own for made in with_epilogue(problem, number)]

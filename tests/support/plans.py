@@ -502,7 +502,7 @@ class Example:
 
     def _input_gradient(self) -> None:
         gmean, gvar = self._put_normal("grad_mean"), self._put_normal("grad_var")
-        g = self._put("g", 0.5 + self._rng.normal(size=self.problem.geometry))
+        g = self._cotangent()
         direct = self._r * self._weight * g
         through = gmean + 2 * gvar * self._d
         self.truth["out"] = direct + through
@@ -616,14 +616,15 @@ def _divisors(n: int) -> list[int]:
 @st.composite
 def with_epilogues(draw: st.DrawFn, problem: Problem) -> Problem:
     """A problem that may get an epilogue, if its operation takes one."""
-    if problem.operation not in ("normalize", "normalize_gradient"):
+    if problem.operation not in ("normalize", "normalize_gradient", "input_gradient"):
         return problem
-    backward = problem.operation == "normalize_gradient"
+    backward = problem.operation != "normalize"
     activation = draw(st.sampled_from(["", *ACTIVATIONS]))
     slope = draw(st.sampled_from([0.01, 0.5, -0.5, 2.0])) if activation == "leaky_relu" else 0.0
     decides = activation in ("relu", "relu6") or 0 < slope <= 1
     auxiliary = ""
-    if (activation or not backward) and draw(st.booleans()):
+    takes = activation and problem.operation == "normalize_gradient"
+    if (takes or not backward) and draw(st.booleans()):
         auxiliary = "output" if backward and decides else "residual"
     found = replace(problem, activation=activation, negative_slope=slope, auxiliary=auxiliary)
     return replace(found, bias=(not backward or found.needs_y) and draw(st.booleans()))

@@ -33,6 +33,7 @@ from .implementations import (
     PEERS,
     TORCH,
     TORCH_MPS,
+    UNFUSED,
     absent,
     steps,
     takes_part,
@@ -48,6 +49,7 @@ BYTES_PER_ELEMENT = {
     COMPILED: 80,
     OURS: 24,
     OURS_COMPILED: 24,
+    UNFUSED: 40,
     INSTANCE: 24,
     TORCH: 40,
     TORCH_MPS: 40,
@@ -162,8 +164,14 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     add_layer_options(parser, "shape of x of a layer of your own, in place of the cases")
     parser.add_argument("--dtypes", nargs="+", choices=DTYPES)
-    parser.add_argument("--modes", nargs="+", choices=MODES, default=list(MODES))
-    parser.add_argument("--implementations", nargs="+", choices=PEERS)
+    for option, choices, default in (
+        ("--modes", MODES, list(MODES)),
+        ("--implementations", PEERS, None),
+    ):
+        about = f"of {', '.join(choices)}"
+        parser.add_argument(
+            option, nargs="+", choices=choices, default=default, metavar="NAME", help=about
+        )
     parser.add_argument(
         "--seconds", type=float, help="for each implementation in each mode (0.3; quick: 0.2)"
     )

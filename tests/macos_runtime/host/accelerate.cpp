@@ -1,4 +1,4 @@
-// Accelerate: the products of matrices that MLX computes on the CPU, as the definition has them.
+// Accelerate: the matrix products that MLX needs on the CPU, by their definition.
 
 #include <stdint.h>
 

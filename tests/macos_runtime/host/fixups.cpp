@@ -175,7 +175,7 @@ void bind(const Image& image, Image::Range range, BindKind kind) {
   const auto fix = [&](uint64_t skip) {
     const auto address =
         reinterpret_cast<uint64_t>(resolve(image, ordinal, name, weak || kind == BindKind::kWeak));
-    // Nobody's weak symbol stays what it was bound to before, or rebased to: the image's own.
+    // A weak symbol that no image exports keeps its value: the image's own definition.
     if (address != 0 || kind != BindKind::kWeak) {
       write(place, address == 0 ? 0 : address + static_cast<uint64_t>(addend));
     }

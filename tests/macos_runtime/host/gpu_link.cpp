@@ -22,14 +22,14 @@ using macho::fail;
 
 constexpr size_t kArenaBytes = size_t{64} << 30;
 constexpr int kFresh = 0xcb, kReleased = 0xff;
-// How much released memory is kept from being used again.
+// Freed memory that is not used again yet, so that late accesses to it are found.
 constexpr size_t kQuarantineBytes = size_t{256} << 20;
 
 struct Arena {
   int file;
   char* start;
   std::mutex mutex;
-  size_t end = 0;                     // what lies behind has never been used
+  size_t end = 0;                     // memory beyond this has never been used
   std::multimap<size_t, char*> free;  // by size
   std::deque<std::pair<char*, size_t>> quarantine;
   size_t quarantined = 0;

@@ -1,7 +1,7 @@
 // The connection to the process that plays the GPU (../gpu.py), and the memory that both see.
 //
 // Buffers lie in one sparse file without a name, which the other process maps as well: like a GPU
-// it sees the buffers and nothing else of this process, and is told by whom of what it may touch.
+// it sees the buffers and nothing else of this process, and each command names those it may touch.
 // Requests are answered in turn; each is a kind, a length and a body, packed as Message does.
 #pragma once
 
@@ -42,7 +42,7 @@ enum class Request : uint64_t {
 bool ask(Request request, const Message& message, Reader* answer);
 
 // Memory for a buffer, at the start of one of macOS's pages, filled with a pattern that makes NaN
-// of every type. What is given back is filled with another, and not accessible for some time.
+// of every type. Freed memory is filled with another pattern, and is not accessible for some time.
 constexpr size_t kPage = 0x4000;
 void* allocate(size_t bytes);
 void give_back(void* memory, size_t bytes);

@@ -240,7 +240,7 @@ bool is_file(const std::string& path) {
   return stat(path.c_str(), &status) == 0 && S_ISREG(status.st_mode);
 }
 
-// Libraries of the system are in no file, as they are not on macOS, where they are in dyld's cache.
+// System libraries are not files: nor are they on macOS, where dyld's cache holds them.
 bool is_of_system(const std::string& name) {
   return name.starts_with("/usr/lib/") || name.starts_with("/System/Library/");
 }
@@ -334,7 +334,7 @@ Image& load(const std::string& path) {
   for (Image* image : loaded) {
     if (image->path == name) return *image;
   }
-  auto* image = new Image;  // for good: nothing is unloaded
+  auto* image = new Image;  // never freed: nothing is unloaded
   image->path = name;
   read_file(*image);
   read_commands(*image);

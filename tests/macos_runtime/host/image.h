@@ -55,7 +55,7 @@ struct Image {
   std::unordered_map<std::string, Export> exports;
   std::vector<std::pair<uint64_t, std::string>> symbols;  // sorted by address, for reports
 
-  // Where the load commands say that these are in the file.
+  // Places in the file, from the load commands.
   struct Range {
     uint32_t offset = 0;
     uint32_t bytes = 0;
@@ -79,26 +79,26 @@ Image& load(const std::string& path);
 // The value of an exported symbol, with its leading underscore, or null.
 void* exported(const Image& image, const std::string& name);
 
-// In any image. A definition that is not weak goes first.
+// The same in any image; strong definitions are preferred to weak ones.
 void* exported_anywhere(const std::string& name);
 
 // The image that an address lies in, or null.
 Image* image_of(const void* address);
 
-// "libmlx.dylib mlx::core::eval+16", as far as it is known.
+// Describes an address for reports: "libmlx.dylib mlx::core::eval+16".
 std::string describe(const void* address);
 
-// Prints the message and the callers, and ends the process: what is wrong here is not for the
-// program under test to handle.
+// Prints the message and the callers, and ends the process: the program under test must not handle
+// mistakes of this kind.
 [[noreturn]] void fail(const char* format, ...) __attribute__((format(printf, 1, 2)));
 
-// -- What the parts of the loader ask of each other.
+// -- Shared by the parts of the loader.
 
 const std::vector<Image*>& images();
 void apply_fixups(Image& image);
 void prepare_thread_locals(Image& image);
 void finish_thread_locals(const Image& image);
-// The address that an import stands for. A weak import that nobody has is null.
+// The address of an import. Null for a weak import that is defined nowhere.
 void* resolve(const Image& image, int ordinal, const std::string& name, bool weak);
 
 }  // namespace macho

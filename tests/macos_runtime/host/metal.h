@@ -1,7 +1,7 @@
-// The Metal objects that MLX uses. Who asks for more gets an error that names the message.
+// The Metal objects and messages that MLX uses. Any other message ends the process, with its name.
 //
-// What Apple's validation layers would find is found here: when it is asked for (report()), or,
-// where a command buffer is concerned, as its error, which MLX raises in Python.
+// Wrong use is found as by Apple's validation layers. What concerns a command buffer becomes its
+// error, which MLX raises in Python; everything is also passed to report().
 #pragma once
 
 #include <condition_variable>
@@ -31,7 +31,7 @@ struct Size {
   uint64_t width, height, depth;
 };
 
-// An object with properties that are set, and read by whoever it is given to.
+// An object whose setters store numbers or pointers, for the methods that it is passed to.
 struct Properties : Object {
   using Object::Object;
   std::map<std::string, uint64_t> values;
@@ -39,12 +39,12 @@ struct Properties : Object {
 
 struct Buffer : Object {
   explicit Buffer(size_t bytes);
-  Buffer(void* memory, size_t bytes);  // of the caller
+  Buffer(void* memory, size_t bytes);  // memory that the caller owns
   ~Buffer() override;
   uint64_t id;
   char* memory;
   size_t bytes;
-  char* seen_by_gpu;              // a copy, while the GPU works, where the memory is the caller's
+  char* seen_by_gpu;              // `memory`, or a copy of it if the caller owns that
   std::atomic<int> in_flight{0};  // steps of command buffers that use it
 
   void show_to_gpu();
@@ -53,8 +53,8 @@ struct Buffer : Object {
 
 struct Library : Object {
   Library();
-  uint64_t id = 0;   // compiled from source; 0: a file
-  std::string path;  // of that file
+  uint64_t id = 0;  // 0: not compiled from source, but read from the file at `path`
+  std::string path;
   std::set<std::string> names;
 };
 
@@ -95,8 +95,8 @@ struct Event : Object {
   uint64_t signalled();
 };
 
-// Events that the program has seen signalled, in order: what it commits afterwards comes after what
-// they came after.
+// Signals that the program has seen, in order. What it commits later is ordered after the commands
+// in front of these signals.
 struct Observations {
   std::mutex mutex;
   std::vector<std::pair<uint64_t, uint64_t>> all;  // id, value
@@ -122,7 +122,7 @@ struct CommandBuffer : Object {
   explicit CommandBuffer(Queue* queue);
   ~CommandBuffer() override;
 
-  // What is executed, in order: work for the GPU, then an event, and so on.
+  // Executed in order: either work for the GPU, or one event to signal or to wait for.
   struct Step {
     gpu::Message work;
     std::set<Buffer*> buffers;  // in flight until the work is done
@@ -135,7 +135,7 @@ struct CommandBuffer : Object {
   uint64_t id;
   std::vector<Step> steps;
   std::vector<void*> handlers;
-  // When this was committed, how many others were complete, and how many events had been seen.
+  // At the commit: command buffers that had completed, and signals that had been seen.
   uint64_t completed_before = 0;
   uint64_t observed_before = 0;
   bool encoding = false;
@@ -169,7 +169,7 @@ struct Queue : Object {
 uint64_t new_id();
 Object* the_device();
 
-// The versions of Metal's language that were asked for, e.g. 3.1.
+// The versions of Metal's language that sources were compiled as, e.g. 3.1.
 std::set<std::string> languages();
 
 }  // namespace metal

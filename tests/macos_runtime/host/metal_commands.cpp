@@ -1,5 +1,5 @@
-// Command encoders, which check what they are told and write it down for the GPU; command buffers
-// and queues, which have it executed.
+// Command encoders, which check commands and record them for the GPU; command buffers and queues,
+// which execute the records.
 
 #include <string.h>
 
@@ -16,7 +16,7 @@ using objc::retain;
 
 namespace {
 
-// What a command buffer consists of, for ../gpu.py.
+// The records of a command buffer, as ../gpu.py reads them.
 enum Record : uint64_t {
   kEncoder = 1,   // its id, whether its dispatches may overlap
   kDispatch = 2,  // see Encoder::dispatch
@@ -122,8 +122,8 @@ void Encoder::dispatch(Size grid, Size group, bool threads) {
   for (const auto& [index, bytes] : threadgroup_memory) work.number(index).number(bytes);
 }
 
-// What is bound holds for the pipeline that was set before. Metal itself keeps it for the next one,
-// but a kernel that relies on that takes what another one was meant to.
+// Bindings hold for the pipeline that was set before them. Metal keeps them for the next pipeline,
+// but a kernel that relies on this would silently take the arguments of another one.
 void set_pipeline(Encoder* self, Selector, Pipeline* pipeline) {
   if (!self->usable("setComputePipelineState:")) return;
   self->pipeline = pipeline;
@@ -227,7 +227,7 @@ void encode_event(CommandBuffer* self, Selector, Event* event, uint64_t value) {
   if (can_encode(self, "an event is encoded")) self->add_event(event, value, kWait);
 }
 
-// How many command buffers have completed, as far as this process knows.
+// Command buffers that have completed, as far as this process knows.
 std::atomic<uint64_t> completed{0};
 
 void commit(CommandBuffer* self, Selector) {
@@ -263,7 +263,7 @@ Object* error_of(CommandBuffer* self, Selector) {
   return self->error.empty() ? nullptr : autorelease(new objc::Error(self->error));
 }
 
-// Those that the GPU has not been told of.
+// Appends the observations that have not been sent yet.
 void add_observations(gpu::Message& message) {
   Observations& o = observations();
   const std::lock_guard lock(o.mutex);
@@ -347,7 +347,8 @@ void CommandBuffer::refuse(const std::string& what) {
   report("a command buffer fails: %s", what.c_str());
 }
 
-// On the queue's thread. After an error nothing is executed, but others that wait go on.
+// Runs on the queue's thread. After an error no dispatch is executed, but events are still
+// signalled, so that nobody waits for ever.
 void CommandBuffer::execute() {
   for (Step& step : steps) {
     if (step.event != nullptr && step.wait) {
@@ -360,7 +361,7 @@ void CommandBuffer::execute() {
       step.event->signal(step.value);
       continue;
     }
-    // One at a time, so that the GPU hears of observations in order.
+    // One queue at a time, so that observations are sent in order.
     static std::mutex telling;
     const std::lock_guard lock(telling);
     gpu::Message message;
@@ -376,7 +377,7 @@ void CommandBuffer::execute() {
     } else {
       refuse(answer.bytes());
     }
-    // Before anybody is told: whoever waits for an event may take the buffers, or release them.
+    // Before the next event is signalled: whoever waits for it may read or release the buffers.
     for (Buffer* buffer : step.buffers) {
       buffer->take_from_gpu();
       --buffer->in_flight;
@@ -395,7 +396,7 @@ Queue::~Queue() {
     stopping = true;
   }
   changed.notify_all();
-  // The last reference may go away in a completion handler, which runs on that thread.
+  // A completion handler, which runs on the queue's thread, may release the last reference.
   if (thread.get_id() == std::this_thread::get_id()) {
     thread.detach();
   } else {

@@ -46,7 +46,7 @@ void Buffer::show_to_gpu() {
   if (memory != seen_by_gpu) memcpy(seen_by_gpu, memory, bytes);
 }
 
-// Only what the GPU has changed: somebody else may write the rest meanwhile.
+// Only if the GPU has changed it: the CPU may write other parts meanwhile.
 void Buffer::take_from_gpu() {
   if (memory != seen_by_gpu && memcmp(memory, seen_by_gpu, bytes) != 0) {
     memcpy(memory, seen_by_gpu, bytes);
@@ -74,7 +74,7 @@ void Event::signal(uint64_t to) {
 }
 
 bool Event::wait(uint64_t for_value, uint64_t milliseconds) {
-  constexpr uint64_t kMost = 600'000;  // somebody has forgotten to signal
+  constexpr uint64_t kMost = 600'000;  // by then nobody will signal it
   const std::chrono::milliseconds time(std::min(milliseconds, kMost));
   std::unique_lock lock(mutex);
   return changed.wait_for(lock, time, [&] { return value >= for_value; });
@@ -153,7 +153,7 @@ Object* find_function(Library* self, Selector, String* name) {
   return new Function(self, name->text);
 }
 
-// The specialised name, if there is one, is only the caller's.
+// A specialized name is for the caller alone: functions are found by their own.
 Object* specialise(Library* self, Selector, Properties* descriptor, Error**) {
   const auto* name = reinterpret_cast<String*>(descriptor->values["setName:"]);
   auto* function = new Function(self, name->text);
@@ -163,7 +163,7 @@ Object* specialise(Library* self, Selector, Properties* descriptor, Error**) {
   return function;
 }
 
-// As many threads as a setting allows for the kernels compiled from source that it names.
+// Threads per threadgroup: the setting max_threads, for kernels compiled from source.
 uint64_t threads_allowed(const Function& function) {
   const std::string limit = gpu::setting("max_threads");
   if (limit.empty() || function.library->id == 0) return kThreads;
@@ -200,7 +200,7 @@ Object* wrap_memory(Object*, Selector, void* memory, unsigned long bytes, unsign
   return new Buffer(memory, bytes);
 }
 
-// Values of a function constant: what they are by MTLDataType.
+// setConstantValue:type:atIndex:, whose type is an MTLDataType.
 void set_constant(ConstantValues* self, Selector, const void* value, uint64_t type,
                   uint64_t index) {
   constexpr uint64_t kFloat = 3, kInt = 29, kUInt = 33, kShort = 37, kUShort = 41, kChar = 45,
@@ -242,7 +242,8 @@ void properties(const char* name, std::initializer_list<const char*> setters) {
   }
 }
 
-// Properties that hold objects, as they are set once and read while the caller has both.
+// A property may be a pointer to an object, which is not retained: it is set once, and read while
+// the caller holds both.
 const bool kMethods = [] {
   method(
       kDevice, "name", +[](Object*, Selector) -> Object* {
@@ -282,7 +283,7 @@ const bool kMethods = [] {
 
   method("MTLHeap", "newBufferWithLength:options:", make_buffer);
   method("MTLHeap", "allocatedSize", +[](Object*, Selector) { return 1ul << 20; });
-  // Buffers that a command names are resident by that alone; the sets matter for those it does not.
+  // Bound buffers are resident anyway. Sets matter for buffers that are reached by address.
   for (const char* name : {"requestResidency", "addAllocation:", "removeAllocation:", "commit"}) {
     method("MTLResidencySet", name, +[](Object*, Selector) {});
   }
@@ -311,7 +312,7 @@ const bool kMethods = [] {
       +[](Pipeline* self, Selector) { return self->most_threads; });
   method(
       "MTLComputePipelineState", "threadExecutionWidth", +[](Pipeline*, Selector) { return 32ul; });
-  // Known to the simulator only once a kernel runs; nothing but the self-test's report asks.
+  // The simulator knows it only once the kernel runs; the self-test merely prints it.
   method(
       "MTLComputePipelineState", "staticThreadgroupMemoryLength",
       +[](Pipeline*, Selector) { return 0ul; });

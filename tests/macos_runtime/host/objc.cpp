@@ -43,7 +43,7 @@ Class& zombie() {
   return made;
 }
 
-// Zombies are freed, oldest first, once there are more than these.
+// Released objects that stay in memory. Beyond these, the oldest are freed.
 constexpr size_t kZombies = 1 << 15;
 
 std::vector<std::string>& reports() {
@@ -61,14 +61,14 @@ const void* find_method(const Class* c, Selector name) {
 
 long answer_of_nil() { return 0; }
 
-// A pool holds what was autoreleased on its thread since it was made.
+// Objects autoreleased on its thread while it is the innermost pool.
 struct Pool : Object {
   Pool();
   ~Pool() override;
   size_t depth;
 };
 
-// The pools of a thread, innermost last: the objects that each will release.
+// The objects of each pool of a thread, innermost pool last.
 struct Pools : std::vector<std::vector<Object*>> {
   ~Pools() {
     if (!empty()) report("a thread ends with %zu autorelease pools that were not drained", size());
@@ -261,7 +261,7 @@ const macho::StandIns kRuntime{
     {"_class_getName", macho::function(name_of)},
 };
 
-// Truth values are returned in a whole register, of which some callers read more than a byte.
+// BOOL is returned as a whole register: some callers read more than a byte.
 const bool kMethods = [] {
   method("NSObject", "init", +[](Object* self, Selector) { return self; });
   method("NSObject", "retain", +[](Object* self, Selector) { return retain(self); });

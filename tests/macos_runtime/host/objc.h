@@ -1,7 +1,6 @@
-// A small Objective-C runtime: classes, selectors, messages, reference counts and autorelease pools,
-// for objects that are C++ objects. It is strict: it finds a message to a released object, an object
-// released once too often, one autoreleased where there is no pool, and a pool that is never
-// drained.
+// A small Objective-C runtime: classes, selectors, messages, reference counts and autorelease
+// pools, for objects that are C++ objects. It finds messages to released objects, objects released
+// once too often, autoreleases where there is no pool, and pools that are never drained.
 #pragma once
 
 #include <atomic>
@@ -61,7 +60,7 @@ T* retain(T* object) {
   return object;
 }
 void release(Object* object);
-// True once the last reference is gone: this pointer is one too many.
+// True after the last release: the pointer dangles.
 bool is_released(const Object* object);
 Object* add_to_pool(Object* object);
 template <typename T>
@@ -72,11 +71,11 @@ T* autorelease(T* object) {
 // A pool for this thread, until it is released.
 Object* new_pool();
 
-// How many objects of each class there are.
+// The number of living objects of each class.
 std::map<std::string, long> alive();
 
-// Something that Metal or Objective-C does not allow, and that the caller goes on after: kept until
-// asked for, and printed.
+// Records and prints something that Metal or Objective-C does not allow. The caller continues;
+// take_reports() returns what has been recorded.
 void report(const char* format, ...) __attribute__((format(printf, 1, 2)));
 std::vector<std::string> take_reports();
 
@@ -99,7 +98,7 @@ struct Array : Object {
   std::vector<Object*> items;
 };
 
-// Stores a new error where the caller wants it, if it does.
+// Stores a new error in *out, unless out is null.
 void set_error(Error** out, const std::string& text);
 
 }  // namespace objc

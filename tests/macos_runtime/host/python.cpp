@@ -1,5 +1,5 @@
-// The Python module of the host: imports extension modules for macOS, and tells what the stand-ins
-// saw.
+// The Python module of the host: imports extension modules for macOS, and returns what the
+// stand-ins have recorded.
 
 #include <Python.h>
 
@@ -79,7 +79,7 @@ const StandIns kPython{
     {"_PyTuple_Pack", function(macho_variadic_PyTuple_Pack)},
 };
 
-// load_libcxx(path): to be called first, since every image binds to it.
+// load_libcxx(path): must be called first, since every image binds to it.
 PyObject* load_libcxx(PyObject*, PyObject* path) {
   const char* text = PyUnicode_AsUTF8(path);
   if (text == nullptr) return nullptr;
@@ -120,7 +120,7 @@ PyObject* execute(PyObject*, PyObject* module) {
   Py_RETURN_NONE;
 }
 
-// configure(name, value): a setting of the stand-ins.
+// configure(name, value): changes a setting of the stand-ins.
 PyObject* configure(PyObject*, PyObject* arguments) {
   const char *name, *value;
   if (!PyArg_ParseTuple(arguments, "ss", &name, &value)) return nullptr;
@@ -139,10 +139,10 @@ PyObject* list_of(const Texts& texts) {
   return list;
 }
 
-// reports(): what was found that is not allowed, since this was last asked.
+// reports(): the mistakes recorded since the last call.
 PyObject* reports(PyObject*, PyObject*) { return list_of(objc::take_reports()); }
 
-// languages(): the versions of Metal's language that sources were to be compiled as.
+// languages(): metal::languages.
 PyObject* languages(PyObject*, PyObject*) { return list_of(metal::languages()); }
 
 // misuse(what): runs a program that uses Metal wrongly. Returns its command buffer's error.
@@ -166,7 +166,7 @@ PyObject* run_specialized(PyObject*, PyObject* arguments) {
   return list;
 }
 
-// alive(): how many Objective-C objects there are, by class.
+// alive(): the number of Objective-C objects, by class.
 PyObject* alive(PyObject*, PyObject*) {
   PyObject* counts = PyDict_New();
   for (const auto& [name, count] : objc::alive()) {

@@ -1,5 +1,5 @@
-// What plays the libraries of the system: libSystem, libobjc, the frameworks. Each source that
-// plays a part of them registers its functions and variables here, under their names in Mach-O.
+// Stand-ins for the system's libraries: libSystem, libobjc, the frameworks. Each source that
+// implements a part of them registers its functions and variables here, by their Mach-O names.
 #pragma once
 
 #include <initializer_list>
@@ -19,7 +19,7 @@ struct StandIns {
   StandIns(std::initializer_list<const char*> glibc_names);
 };
 
-// The address of a function, as a table wants it.
+// The address of a function, for a table.
 template <typename F>
 const void* function(F* f) {
   return reinterpret_cast<const void*>(f);

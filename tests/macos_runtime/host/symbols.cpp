@@ -1,12 +1,12 @@
-// Finds what an import stands for.
+// Finds the definitions of imports.
 //
 // Names are two-level, as for dyld: an import is looked for in the library that its ordinal names,
 // and nowhere else, so that a symbol that a Mac's library lacks is missing here too. Only what is
 // bound by flat lookup (the extension's references to CPython, and what its linker could not name a
 // library for) is looked for everywhere.
 //
-// A function that nobody has is an error once it is called. libmlx refers to hundreds that it calls
-// for what no test does: sockets, LAPACK.
+// An undefined function is an error only when it is called: libmlx imports hundreds that no test
+// needs, for sockets and LAPACK.
 
 #include <dlfcn.h>
 #include <string.h>
@@ -72,7 +72,7 @@ void* missing(const std::string& name) {
   return stub = code;
 }
 
-// NSString constants of Foundation and Metal: variables, of which none is read that matters.
+// NSString constants of Foundation and Metal: variables whose values do not matter here.
 bool is_constant_of_framework(const std::string& name) {
   for (const char* function : {"_MTLCopy", "_MTLCreate", "_MTLRemove"}) {
     if (name.starts_with(function)) return false;

@@ -1,6 +1,6 @@
 // Blocks, Apple's closures, which metal-cpp makes for completion handlers. A block begins on the
-// stack; whoever keeps it copies it to the heap, with the variables it shares (__block), each of
-// which has a pointer to where it is now. Laid out as in the ABI that clang documents.
+// stack and is copied to the heap to be kept, with the variables that it shares (__block), each of
+// which points to its present place. The layout is the ABI that clang documents.
 
 #include "system_blocks.h"
 

@@ -1,4 +1,4 @@
-// Blocks, for those who keep and call them.
+// Keeps and calls blocks.
 #pragma once
 
 namespace macho {

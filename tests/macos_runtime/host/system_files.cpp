@@ -1,4 +1,4 @@
-// Files and memory: flags and structures that are laid out in Darwin's way.
+// Files and memory: functions whose flags or structures differ on Darwin.
 
 #include <errno.h>
 #include <fcntl.h>
@@ -100,7 +100,7 @@ void* darwin_mmap(void* address, size_t bytes, int protection, int flags, int fi
   return mmap(address, bytes, protection, here, file, offset);
 }
 
-// Pointers to glibc's streams: opaque to those who pass them on.
+// Pointers to glibc's streams: callers only pass them on.
 FILE* streams[3];
 
 const StandIns kFiles{

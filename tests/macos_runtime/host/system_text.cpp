@@ -1,4 +1,4 @@
-// Text: printing and scanning, which are variadic, and the one locale that there is, "C".
+// Text: printing and scanning, which are variadic, and the only locale, "C".
 
 #include <ctype.h>
 #include <errno.h>

@@ -1,7 +1,7 @@
-// Threads and what they wait on: glibc's objects inside Darwin's, which begin with an 8-byte
-// signature and are larger. Code for macOS makes these objects itself, on its stack or as static
-// variables, so each must work from Darwin's static initialiser: the signature, then zeros, which
-// is also glibc's.
+// Threads, mutexes and condition variables: glibc's objects within Darwin's, which are larger and
+// begin with an 8-byte signature. Code for macOS makes these objects itself, on its stack or as
+// static variables, so each must work from Darwin's static initialiser: the signature, then zeros,
+// which initialise glibc's as well.
 
 #include <errno.h>
 #include <pthread.h>
@@ -135,12 +135,12 @@ int lock_read(ReadWriteLock* l) { return darwin_error(pthread_rwlock_rdlock(obje
 int lock_write(ReadWriteLock* l) { return darwin_error(pthread_rwlock_wrlock(object_of(l))); }
 int lock_unlock(ReadWriteLock* l) { return darwin_error(pthread_rwlock_unlock(object_of(l))); }
 
-// The attributes, of which nobody here gives any that matter, are Darwin's, and not read.
+// Attributes are not read: they are Darwin's, and none that is used here matters.
 int create(pthread_t* thread, const void*, void* (*run)(void*), void* argument) {
   return darwin_error(pthread_create(thread, nullptr, run, argument));
 }
 
-// Keys are longer there.
+// Darwin's keys are longer.
 int key_create(unsigned long* key, void (*destructor)(void*)) {
   pthread_key_t made = 0;
   const int error = pthread_key_create(&made, destructor);
@@ -181,7 +181,7 @@ int thread_id(pthread_t, uint64_t* id) {
 }
 uint32_t thread_port(pthread_t) { return static_cast<uint32_t>(gettid()); }
 
-// What libc++'s atomic waits sleep on. Waking up for no reason is allowed; their users look again.
+// For libc++'s atomic waits. They may wake up without a reason: callers check again.
 int sleep_a_little(uint32_t, void*, uint64_t, uint32_t) {
   const timespec time{0, 100'000};
   nanosleep(&time, nullptr);
