@@ -95,6 +95,7 @@ nb::dict to_dict(const gpu::Dispatch& dispatch) {
   d["pattern"] = kernel.walk ? nb::cast(gpu::name_of(kernel.walk->pattern)) : nb::none();
   d["grouped"] = kernel.walk && kernel.walk->grouped;
   d["host_name"] = gpu::host_name(kernel);
+  d["pipeline"] = gpu::pipeline_name(kernel);
   d["constants"] = to_dict(kernel);
   d["instantiation"] = gpu::instantiation(kernel);
   nb::list buffers;

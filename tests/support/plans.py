@@ -106,6 +106,7 @@ class Dispatch:
     pattern: str | None
     grouped: bool  # its walk is over groups of channels
     host_name: str
+    pipeline: str  # its name, with the values of the function constants
     instantiation: str
     constants: dict[int, int | bool]  # function constants by their index
     buffers: tuple[Binding, ...]
@@ -621,7 +622,7 @@ def with_epilogues(draw: st.DrawFn, problem: Problem) -> Problem:
     backward = problem.operation != "normalize"
     activation = draw(st.sampled_from(["", *ACTIVATIONS]))
     slope = draw(st.sampled_from([0.01, 0.5, -0.5, 2.0])) if activation == "leaky_relu" else 0.0
-    decides = activation in ("relu", "relu6") or 0 < slope <= 1
+    decides = bool(activation) and _ext.output_decides(activation, slope)
     auxiliary = ""
     takes = activation and problem.operation == "normalize_gradient"
     if (takes or not backward) and draw(st.booleans()):
