@@ -3,7 +3,7 @@
 The photographs are the two that come with scikit-learn, a temple and a flower. The network is a
 small version of those of Ulyanov et al. (2016) and Johnson et al. (2016): each convolution is
 followed by an instance normalisation, which removes the contrast of the image, so that the style
-can set its own.
+can set its own. It also computes the activation, or adds the residual.
 
 No pretrained network is needed. Style is compared by the correlations of fixed random filters at
 several scales (after Ustyuzhaninov et al., 2016), content by contours: the luminance minus its
@@ -20,6 +20,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import matplotlib.image
 import mlx.core as mx
@@ -35,6 +36,7 @@ PHOTOGRAPHS = {"temple": "china.jpg", "flower": "flower.jpg"}
 LARGEST_RATIO = 1 / 3
 
 Image = npt.NDArray[np.float32]
+Norm = Callable[..., nn.Module]  # norm(channels, activation="relu") makes layer(x, residual)
 
 
 def load(name: str) -> Image:
@@ -48,36 +50,32 @@ def load(name: str) -> Image:
 class Residual(nn.Module):
     """x plus two normalised 3x3 convolutions of it: (N, H, W, C) to the same."""
 
-    def __init__(self, channels: int, norm: Callable[[int], nn.Module]) -> None:
+    def __init__(self, channels: int, norm: Norm) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.body = nn.Sequential(
             nn.Conv2d(channels, channels, 3, padding=1, bias=False),
-            norm(channels),
-            nn.ReLU(),
+            norm(channels, activation="relu"),
             nn.Conv2d(channels, channels, 3, padding=1, bias=False),
-            norm(channels),
         )
+        self.norm: Any = norm(channels)
 
     def __call__(self, x: mx.array) -> mx.array:
-        y: mx.array = x + self.body(x)
+        y: mx.array = self.norm(self.body(x), x)  # the layer adds x
         return y
 
 
-def network(width: int, norm: Callable[[int], nn.Module]) -> nn.Sequential:
+def network(width: int, norm: Norm) -> nn.Sequential:
     """(N, H, W, 3) to (N, H, W, 3) in [0, 1], H and W divisible by 2."""
     return nn.Sequential(
         nn.Conv2d(3, width, 5, padding=2, bias=False),
-        norm(width),
-        nn.ReLU(),
+        norm(width, activation="relu"),
         nn.Conv2d(width, 2 * width, 3, stride=2, padding=1, bias=False),
-        norm(2 * width),
-        nn.ReLU(),
+        norm(2 * width, activation="relu"),
         Residual(2 * width, norm),
         Residual(2 * width, norm),
         nn.Upsample(2),
         nn.Conv2d(2 * width, width, 3, padding=1, bias=False),
-        norm(width),
-        nn.ReLU(),
+        norm(width, activation="relu"),
         nn.Conv2d(width, 3, 5, padding=2),
         nn.Sigmoid(),
     )
@@ -130,7 +128,7 @@ def train(
     content: Image,
     style: Image,
     *,
-    norm: Callable[[int], nn.Module],
+    norm: Norm,
     steps: int,
     size: int = 96,
     batch: int = 2,

@@ -1,6 +1,6 @@
 // Vectors of floats in the registers of one instruction set, and the ways between them and memory
-// that holds float32, float16 or bfloat16. Included by kernels.cpp alone, once for each instruction
-// set, hence the unnamed namespace and no function from elsewhere.
+// that holds float32, float16 or bfloat16. Included by kernels.cpp alone, which is compiled for
+// several instruction sets: hence the unnamed namespace, and no function from elsewhere.
 #pragma once
 
 #include <cstdint>

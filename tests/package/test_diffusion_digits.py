@@ -10,7 +10,18 @@ import mlx.nn as nn
 import mlx_welford as mw
 import numpy as np
 import pytest
-from diffusion_digits import ANY, CLASSES, Digits, UNet, compare, loss_difference, signal
+from diffusion_digits import (
+    ANY,
+    CLASSES,
+    LIBRARIES,
+    Block,
+    Digits,
+    FusedBlock,
+    UNet,
+    compare,
+    loss_difference,
+    signal,
+)
 from mlx.utils import tree_flatten
 
 
@@ -38,6 +49,20 @@ def test_every_group_norm_is_ours_and_back() -> None:
     assert {type(layer) for layer in layers} == {mw.GroupNorm}
     mw.restore(model)
     assert {type(layer) for layer in layers} == {nn.GroupNorm}
+
+
+def test_fused_blocks_compute_the_same() -> None:
+    mx.random.seed(0)
+    model: nn.Module = UNet(8, 16)
+    inputs = mx.random.normal((2, 8, 8, 1)), mx.array([0.2, 0.7]), mx.array([3, 4])
+    expected = np.array(model(*inputs))
+    LIBRARIES["mlx_welford"](model)
+    blocks = [m for m in model.modules() if isinstance(m, Block)]
+    assert {(type(b), b.norm1.activation) for b in blocks} == {(FusedBlock, "silu")}
+    np.testing.assert_allclose(np.array(model(*inputs)), expected, rtol=1e-3, atol=1e-4)
+    LIBRARIES["mlx.nn"](model)
+    assert {type(b) for b in blocks} == {Block}
+    np.testing.assert_array_equal(np.array(model(*inputs)), expected)
 
 
 def test_the_signal_falls_from_all_to_nothing() -> None:
