@@ -1,7 +1,7 @@
 """z = act(norm(x) + residual) of every normalisation, against float64 and mlx.nn."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import combinations
 from typing import Any
 
@@ -10,6 +10,7 @@ import mlx_welford as mw
 import numpy as np
 import pytest
 from epilogue import ACTIVATIONS, NAMES, Case, Problem, backward, forward
+from mlx_welford._operations import operations
 from problems import DTYPES, HALVES
 from reference import Array, directional, moments_backward, reduction_axes
 from tolerance import Comparison, assert_error, assert_same_bits, assert_within, ulp, wide
@@ -335,6 +336,19 @@ def test_float64(norm: str, activation: str, residual: bool) -> None:
 # ---- Relations that hold to the bit --------------------------------------------------------------
 
 
+def dispatched(
+    compute: Callable[[], dict[str, mx.array]],
+) -> tuple[dict[str, mx.array], list[list[int]]]:
+    """What it computes, and the threadgroups and threads of the shaders' dispatches, if any."""
+    operations.record_dispatches(True)
+    try:
+        results = compute()
+        mx.eval(results)
+        return results, [shape for _, *shape in operations.take_recorded_dispatches()]
+    finally:
+        operations.record_dispatches(False)
+
+
 @pytest.mark.kernels("MLX differentiates its own operations otherwise")
 @pytest.mark.pairwise(
     ("backend", "norm", "sizes"),
@@ -355,15 +369,20 @@ def test_gradients_are_those_of_the_returned_cotangent(
     """
     options: dict[str, Any] = {"dtype": dtype, "activation": activation, "residual": True}
     problem = Problem(made(norm, sizes, layout, **options))
-    gradients, alone = problem.gradients(problem.ours), problem.gradients(problem.ours, ["x"])
+    gradients, followed = dispatched(lambda: problem.gradients(problem.ours))
+    alone = problem.gradients(problem.ours, ["x"])
     assert_same_bits(alone["x"], gradients["x"], "grad x")
     g = gradients.pop("residual")
     if activation is None:
         assert_same_bits(g, problem.gy, "grad residual")
     del problem.inputs["residual"]
     problem.gy = g
-    for name, expected in problem.gradients(problem.plain).items():
-        assert_same_bits(gradients[name], expected, f"grad {name}")
+    expected, plain = dispatched(lambda: problem.gradients(problem.plain))
+    for name, gradient in expected.items():
+        if plain == followed:
+            assert_same_bits(gradients[name], gradient, f"grad {name}")
+        else:  # with other threadgroups, since a thread has fewer registers to spare
+            assert_within(gradients[name], wide(gradient), gradient.dtype, ulps=2, name=name)
 
 
 @pytest.mark.kernels("MLX differentiates its own operations otherwise")

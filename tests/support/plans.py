@@ -30,6 +30,7 @@ DTYPES = tuple(ITEM_BYTES)
 LIMITS = _ext.limits()
 BUFFER_NAMES = _ext.buffer_names()
 BUFFER_INDICES = {name: index for index, name in enumerate(BUFFER_NAMES)}
+UNITS = {"float32": 2**-23, "float16": 2**-10, "bfloat16": 2**-7}  # in the last place, at 1
 FLOAT16_OVERFLOW = 65520.0  # the first that rounds to infinity
 MOMENTS_BYTES = 16  # count, mean, tail, m2
 SUMS_BYTES = 8
@@ -562,8 +563,8 @@ class Example:
         """The outputs are right, to rounding, and the inputs as they were.
 
         An output may be off by one unit in the last place of its type at its largest value, and by
-        what float32 loses of its terms on the way; a gradient also by one such unit of a stored g,
-        which may be rounded to the other side. What float16 cannot hold is infinite.
+        what float32 loses of its terms on the way; a gradient also by one unit of a stored g, which
+        may be rounded to the other side. What float16 cannot hold is infinite.
         """
         for name, before in self.inputs.items():
             np.testing.assert_array_equal(arrays[name], before, err_msg=name)
@@ -572,7 +573,7 @@ class Example:
             if name == "moments":
                 found = as_variances(found)
             dtype = dtype_of(name, self.problem.dtype)
-            unit = {"float32": 2**-23, "float16": 2**-10, "bfloat16": 2**-7}[dtype]
+            unit, unit_of_g = (UNITS[t] for t in (dtype, self.problem.dtype))
             largest = max(1.0, float(np.abs(truth).max()))
             terms = max(largest, self.terms.get(name, 0.0))
             if dtype == "float16":
@@ -583,7 +584,7 @@ class Example:
                 exact(found, dtype).ravel(),
                 truth.ravel(),
                 rtol=0,
-                atol=unit * (largest + self.stored.get(name, 0.0)) + 5e-6 * terms,
+                atol=unit * largest + unit_of_g * self.stored.get(name, 0.0) + 5e-6 * terms,
                 err_msg=name,
             )
 
