@@ -781,7 +781,7 @@ def test_the_command_in_a_process_of_its_own(tmp_path: Path) -> None:
     assert done.stdout == selftest.to_text(report) + "\n"
     assert f"{len(CASES)} of {len(CASES)} cases and 4 of 4 programs passed" in done.stdout
     assert "kernels in no case's launch plan: none" in done.stdout
-    assert max(map(len, done.stdout.splitlines())) < 230
+    assert max(map(len, done.stdout.splitlines())) < 240
     assert len(done.stdout) < LIMIT // 2
     assert "mlx-welford-selftest.json has all that happens" in done.stderr
 
@@ -815,8 +815,8 @@ def test_a_crash_leaves_what_was_done_and_names_what_was_begun(
     done = run_in_process(CRASH.format(crash=crash), tmp_path, "--no-times", backend=backend)
     assert done.returncode == -number
     assert said in done.stderr
-    case = "evaluation 3x11x33 axis -1"
-    before = [str(c) for c in CASES].index(case)
+    before = next(i for i, c in enumerate(CASES) if c.shape == (3, 11, 33))
+    case = str(CASES[before])
     assert done.stdout.endswith(f"\n{case} float32: ")
     assert done.stdout.count(": ok  ") == before
 
