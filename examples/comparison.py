@@ -46,6 +46,8 @@ def compare(
     batches: Iterable[tuple[mx.array, ...]],
 ) -> dict[str, Steps]:
     """Computes loss and gradients of each batch with every variant; trains nothing."""
+    if any(type(m).__module__.startswith("mlx_welford") for m in mw.restore(model).modules()):
+        raise ValueError("[compare] the layers must be those of mlx.nn, swapped by accelerate.")
     result = {name: Steps() for name in VARIANTS}
     for seed, batch in enumerate(batches):
 
@@ -57,13 +59,26 @@ def compare(
 
         for name, swap in VARIANTS.items():
             swap(mw.restore(model))
-            result[name].memory.append(peak_above_inputs(step))
+            result[name].memory.append(memory(step))
             start = time.perf_counter()
             loss = step()
             result[name].seconds.append(time.perf_counter() - start)
             result[name].losses.append(loss.item())
     mw.restore(model)
     return result
+
+
+def memory(step: Callable[[], Any]) -> int:
+    """Bytes at the peak of a step, without its inputs.
+
+    Above its limit MLX waits for a running operation before it allocates for another. Otherwise the
+    peak depends on how far the allocations on a CPU run ahead of the computation.
+    """
+    limit = mx.set_memory_limit(1)
+    try:
+        return peak_above_inputs(step)
+    finally:
+        mx.set_memory_limit(limit)
 
 
 def largest_distance(steps: Steps, baseline: Steps) -> float:

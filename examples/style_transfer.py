@@ -19,7 +19,6 @@ less than a third.
 import argparse
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -204,6 +203,10 @@ def paint(model: nn.Module, image: Image) -> Image:
     return np.array(model(mx.array(image)[None])[0])
 
 
+def norm(channels: int) -> nn.Module:
+    return mw.accelerate(nn.InstanceNorm(channels, affine=True))
+
+
 def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--content", choices=PHOTOGRAPHS, default="temple")
@@ -220,7 +223,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     training = train(
         content,
         style,
-        norm=partial(mw.InstanceNorm, affine=True),
+        norm=norm,
         steps=options.steps,
         seed=options.seed,
     )

@@ -50,6 +50,26 @@ def test_all_variants_compute_the_same_steps() -> None:
         np.testing.assert_array_equal(value, after[name], err_msg=name)
 
 
+def test_layers_that_cannot_be_swapped_are_an_error() -> None:
+    model: nn.Module = nn.Sequential(mw.BatchNorm(3))
+    with pytest.raises(ValueError, match=r"must be those of mlx\.nn"):
+        compare(model, nn.value_and_grad(model, loss), [])
+
+
+def test_memory_does_not_depend_on_how_far_allocations_run_ahead() -> None:
+    x = mx.ones(2**20)
+    limit = mx.set_memory_limit(2**40)
+
+    def step() -> None:
+        y = x
+        for _ in range(30):
+            y = mx.cumsum(y)  # into another array; needs two at a time
+        mx.eval(y)
+
+    assert 2 * x.nbytes <= comparison.memory(step) < 15 * x.nbytes
+    assert mx.set_memory_limit(limit) == 2**40
+
+
 def test_table_is_markdown(capsys: pytest.CaptureFixture[str]) -> None:
     compared = {
         "mlx.nn": Steps([1.0, 2.0], [0.001, 0.003], [2**20, 2**20]),
