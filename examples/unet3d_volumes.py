@@ -149,10 +149,14 @@ def dice(predicted: Labels, true: Labels) -> npt.NDArray[np.float64]:
 
 
 def picture(volumes: Volumes, true: Labels, predicted: Labels) -> Volumes:
-    """Middle slices, enlarged: volumes above true classes above predicted ones. (H, W, 3)"""
-    middle = SIZE // 2
-    slices = np.clip(volumes[:, middle] / 3 + 0.35, 0, 1).repeat(3, -1)
-    classes = COLOURS[np.stack([true[:, middle], predicted[:, middle]])]
+    """Slices, enlarged: volumes above true classes above predicted ones. (H, W, 3)
+
+    Of each volume the slice in which the smaller of the two sections is largest.
+    """
+    voxels = np.stack([(true == kind).sum((2, 3)) for kind in (1, 2)])  # (2, N, D)
+    chosen = np.arange(len(true)), voxels.min(0).argmax(1)
+    slices = np.clip(volumes[chosen] / 3 + 0.35, 0, 1).repeat(3, -1)
+    classes = COLOURS[np.stack([true[chosen], predicted[chosen]])]
     large = np.concatenate([slices[None], classes]).repeat(5, 2).repeat(5, 3)  # (3, N, H, W, 3)
     large = np.pad(large, ((0, 0), (0, 0), (2, 2), (2, 2), (0, 0)), constant_values=1)
     kinds, count, height, width, _ = large.shape
