@@ -151,10 +151,10 @@ def dice(predicted: Labels, true: Labels) -> npt.NDArray[np.float64]:
 def picture(volumes: Volumes, true: Labels, predicted: Labels) -> Volumes:
     """Slices, enlarged: volumes above true classes above predicted ones. (H, W, 3)
 
-    Of each volume the slice in which the smaller of the two sections is largest.
+    Of each volume the slice where its objects, or one of them, are widest.
     """
     voxels = np.stack([(true == kind).sum((2, 3)) for kind in (1, 2)])  # (2, N, D)
-    chosen = np.arange(len(true)), voxels.min(0).argmax(1)
+    chosen = np.arange(len(true)), np.sqrt(voxels).sum(0).argmax(1)
     slices = np.clip(volumes[chosen] / 3 + 0.35, 0, 1).repeat(3, -1)
     classes = COLOURS[np.stack([true[chosen], predicted[chosen]])]
     large = np.concatenate([slices[None], classes]).repeat(5, 2).repeat(5, 3)  # (3, N, H, W, 3)
