@@ -41,6 +41,8 @@ void keep_until_done(mx::Stream s, const mx::array& a) {
   }
 }
 
+bool has_shaders(mx::Stream s) { return s.device == mx::Device::gpu || gpu::simulates(); }
+
 const char* backend_name(mx::Stream s) {
   if (s.device == mx::Device::gpu) {
     return gpu::has_metal() ? "metal" : "composed";

@@ -22,6 +22,9 @@ bool run(mlx::core::Stream s, const Problem& problem, const BoundArrays& arrays,
 /// Keeps an array alive until what is queued on the stream so far has run.
 void keep_until_done(mlx::core::Stream s, const mlx::core::array& a);
 
+/// True if problems on a stream run on shaders, if they have any.
+bool has_shaders(mlx::core::Stream s);
+
 /// What problems on a stream run on: "cpu", "simulator", "metal", or "composed", the fallback.
 const char* backend_name(mlx::core::Stream s);
 

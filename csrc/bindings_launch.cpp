@@ -95,6 +95,7 @@ nb::dict to_dict(const gpu::Dispatch& dispatch) {
   d["pattern"] = kernel.walk ? nb::cast(gpu::name_of(kernel.walk->pattern)) : nb::none();
   d["grouped"] = kernel.walk && kernel.walk->grouped;
   d["host_name"] = gpu::host_name(kernel);
+  d["pipeline"] = gpu::pipeline_name(kernel);
   d["constants"] = to_dict(kernel);
   d["instantiation"] = gpu::instantiation(kernel);
   nb::list buffers;
@@ -198,28 +199,30 @@ void bind_launch(nb::module_& m) {
          const std::string& element, int64_t channels, double eps, bool given, bool weight,
          bool bias, std::array<bool, 4> wanted, bool aligned, uint32_t max_threads,
          const std::string& architecture, int groups, bool interleaved, bool affine_per_instance,
-         const std::optional<std::string>& activation, const std::optional<std::string>& auxiliary,
+         const std::optional<std::string>& activation, double negative_slope,
+         const std::optional<std::string>& auxiliary,
          const std::map<std::string, int64_t>& tuning) -> DispatchesAndTemporaries {
         const auto geometry =
             groups > 0 ? find_instances(shape, last_kept(shape, axes)) : find_geometry(shape, axes);
         if (!geometry || geometry->size() == 0) {
           throw std::invalid_argument("[launch_plan] no kernels for this shape and these axes.");
         }
-        const Problem problem{
-            {.operation = operation_of(operation),
-             .groups = {groups, interleaved},
-             .eps = eps,
-             .given = given,
-             .has_weight = weight,
-             .has_bias = bias,
-             .affine_per_instance = affine_per_instance,
-             .epilogue = {.activation = check_activation(activation, 0, {"launch_plan"}),
-                          .auxiliary = auxiliary_of(auxiliary)},
-             .wanted = {wanted[0], wanted[1], wanted[2], wanted[3]}},
-            found(find_element(element)),
-            *geometry,
-            channels,
-            aligned};
+        const Problem problem{{.operation = operation_of(operation),
+                               .groups = {groups, interleaved},
+                               .eps = eps,
+                               .given = given,
+                               .has_weight = weight,
+                               .has_bias = bias,
+                               .affine_per_instance = affine_per_instance,
+                               .epilogue = {.activation = check_activation(
+                                                activation, negative_slope, {"launch_plan"}),
+                                            .auxiliary = auxiliary_of(auxiliary),
+                                            .negative_slope = static_cast<float>(negative_slope)},
+                               .wanted = {wanted[0], wanted[1], wanted[2], wanted[3]}},
+                              found(find_element(element)),
+                              *geometry,
+                              channels,
+                              aligned};
         const gpu::Plan plan = gpu::plan(
             problem, {.threads = max_threads, .tuning = tuning_from(architecture, tuning)});
         Dispatches dispatches;
@@ -236,7 +239,7 @@ void bind_launch(nb::module_& m) {
       "eps"_a = 1e-5, "given"_a = false, "weight"_a = false, "bias"_a = false,
       "wanted"_a = std::array<bool, 4>{false, false, false, false}, "aligned"_a = true,
       "max_threads"_a = 1024, "architecture"_a = "", "groups"_a = 0, "interleaved"_a = false,
-      "affine_per_instance"_a = false, "activation"_a.none() = nb::none(),
+      "affine_per_instance"_a = false, "activation"_a.none() = nb::none(), "negative_slope"_a = 0.0,
       "auxiliary"_a.none() = nb::none(), "tuning"_a = std::map<std::string, int64_t>{},
       "The dispatches for a problem over non-negative `axes`, and the bytes of the temporary "
       "arrays. "

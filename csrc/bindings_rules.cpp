@@ -36,6 +36,16 @@ void bind_rules(nb::module_& m) {
     return std::vector<std::string>(first, std::end(kActivationNames));
   });
 
+  m.def(
+      "output_decides",
+      [](const std::string& activation, double negative_slope) {
+        const Activation found = check_activation(activation, negative_slope, {"output_decides"});
+        return Epilogue{.activation = found, .negative_slope = static_cast<float>(negative_slope)}
+            .output_decides();
+      },
+      nb::arg("activation"), nb::arg("negative_slope"),
+      "Whether a gradient reads the output in place of the residual.");
+
   nb::enum_<Statistics>(m, "Statistics", "Where the statistics of a normalisation come from.")
       .value("of_instance", Statistics::of_instance)
       .value("of_batch", Statistics::of_batch);

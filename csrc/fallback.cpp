@@ -228,4 +228,32 @@ bool traced_for_any_shape(const array& a, mx::Stream s) {
   return a.is_tracer() && mx::number_of_elements(a, {}, false, mx::int32, s).has_primitive();
 }
 
+bool only_compiled(const Arrays& arrays) {
+  // InTracing, which knows, is not exported. Arrays to be differentiated are made by a Copy.
+  Arrays pending;
+  std::unordered_set<std::uintptr_t> seen;
+  auto visit = [&](const array& a) {
+    if (a.is_tracer() && seen.insert(a.id()).second) {
+      pending.push_back(a);
+    }
+  };
+  for (const array& a : arrays) {
+    visit(a);
+  }
+  while (!pending.empty()) {
+    const array a = std::move(pending.back());
+    pending.pop_back();
+    if (!a.has_primitive()) {
+      continue;
+    }
+    if (std::string_view(a.primitive().name()) == "Copy") {
+      return false;
+    }
+    for (const array& input : a.inputs()) {
+      visit(input);
+    }
+  }
+  return !seen.empty();
+}
+
 }  // namespace mlx_welford

@@ -29,7 +29,7 @@ class FallbackPrimitive : public mlx::core::Primitive {
  public:
   using Primitive::Primitive;
 
-  virtual FallbackCall fallback_call(const Arrays& inputs) const = 0;
+  virtual FallbackCall fallback_call(const Arrays& inputs) = 0;
   /// Takes the GIL, which evaluation runs without.
   Arrays fallback(const Arrays& inputs);
 
@@ -61,5 +61,9 @@ bool uses_fallback();
 /// True if `a` is traced for any shape, by mx.compile or mx.export_function with shapeless=True.
 /// Such a graph must not contain numbers taken from the shapes at hand.
 bool traced_for_any_shape(const array& a, mlx::core::Stream s);
+
+/// True if mx.compile traces an array, and no transformation differentiates any. The operations of
+/// a fallback then become one kernel with those around them.
+bool only_compiled(const Arrays& arrays);
 
 }  // namespace mlx_welford

@@ -14,7 +14,7 @@ namespace mlx_welford {
 
 namespace mx = mlx::core;
 
-FallbackCall KernelPrimitive::fallback_call(const Arrays& inputs) const {
+FallbackCall KernelPrimitive::fallback_call(const Arrays& inputs) {
   const Attributes& a = attributes_;
   FallbackCall call{.function = kOperationNames[static_cast<size_t>(a.operation)],
                     .arguments = {},
@@ -41,14 +41,44 @@ FallbackCall KernelPrimitive::fallback_call(const Arrays& inputs) const {
                                 kActivationNames[static_cast<size_t>(a.epilogue.activation)]);
     call.arguments.emplace_back("negative_slope", double{a.epilogue.negative_slope});
   }
+  if (left_to_compiler(inputs)) {
+    call.arguments.emplace_back("differentiated", false);
+  }
   for (const Operand& output : signature_.outputs) {
     call.outputs.push_back(kBufferNames[output.buffer]);
   }
   return call;
 }
 
+namespace {
+
+/// Number of MLX's operations, one after another, in which the fallback normalises an element with
+/// given statistics.
+int steps(const Attributes& a, mx::Dtype dtype) {
+  constexpr int of_activation[] = {0, 1, 2, 2, 2, 5, 11, 5};
+  static_assert(std::size(of_activation) == std::size(kActivationNames));
+  const bool is_added = a.epilogue.auxiliary == Auxiliary::residual;
+  const bool is_cast = dtype != mx::float32;  // and back
+  return 4 + is_added + of_activation[static_cast<size_t>(a.epilogue.activation)] + 2 * is_cast;
+}
+
+}  // namespace
+
+/// With given statistics a normalisation is elementwise. A kernel takes as few passes as what
+/// mx.compile makes of the fallback, but the latter takes in what is around it. On the CPU kernels
+/// are faster by more than that.
+bool KernelPrimitive::left_to_compiler(const Arrays& inputs) {
+  constexpr int fused = 11;  // steps that MLX's compiler makes one kernel of
+  const Attributes& a = attributes_;
+  return a.operation == Operation::normalize && a.given && a.groups.number == 0 &&
+         steps(a, inputs[0].dtype()) <= fused && has_shaders(stream()) && only_compiled(inputs);
+}
+
 bool KernelPrimitive::can_evaluate(const Arrays& inputs) {
   if (uses_fallback() || !has_elements(inputs[0].dtype())) {
+    return false;
+  }
+  if (left_to_compiler(inputs)) {
     return false;
   }
   for (size_t i = 1; i < inputs.size(); ++i) {

@@ -20,7 +20,7 @@ class KernelPrimitive : public FallbackPrimitive {
         attributes_(std::move(attributes)),
         signature_(signature_of(attributes_)) {}
 
-  FallbackCall fallback_call(const Arrays& inputs) const override;
+  FallbackCall fallback_call(const Arrays& inputs) override;
   bool can_evaluate(const Arrays& inputs) override;
   std::vector<mlx::core::Dtype> output_dtypes(const Arrays& inputs) override;
 
@@ -37,6 +37,7 @@ class KernelPrimitive : public FallbackPrimitive {
 
  private:
   Problem problem(const Arrays& inputs) const;
+  bool left_to_compiler(const Arrays& inputs);
   void eval(const Arrays& inputs, Arrays& outputs);
 
   Attributes attributes_;

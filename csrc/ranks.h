@@ -19,7 +19,7 @@ class MergeRanks : public FallbackPrimitive {
   MergeRanks(mlx::core::Stream cpu, int ranks, int rank, std::string caller)
       : FallbackPrimitive(cpu), ranks_(ranks), rank_(rank), caller_(std::move(caller)) {}
 
-  FallbackCall fallback_call(const Arrays& inputs) const override {
+  FallbackCall fallback_call(const Arrays& inputs) override {
     return {"merge_ranks", {{"messages", inputs[0]}, {"ranks", ranks_}}, {"mean", "var", "count"}};
   }
   bool can_evaluate(const Arrays&) override { return !uses_fallback(); }

@@ -44,8 +44,8 @@ struct Epilogue {
   bool active() const { return activation != Activation::none; }
   /// Whether a gradient finds y + residual, at which it takes the derivative, from x.
   bool needs_y() const { return active() && auxiliary != Auxiliary::output; }
-  /// Whether z tells the derivative at y + residual. Of other activations two values of y + residual
-  /// have the same z.
+  /// Whether z tells the derivative at y + residual. Of other activations two values of that have
+  /// the same z.
   bool output_decides() const {
     switch (activation) {
       case Activation::relu:

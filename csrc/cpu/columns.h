@@ -15,9 +15,9 @@ namespace mlx_welford::cpu {
 namespace {
 
 constexpr int64_t kBlockRows = 128;  // between two merges
-constexpr int64_t kGroupRows = 8;    // in a sum of which a block's is made
-constexpr int64_t kFirstRows = 16;   // whose mean is the first origin
-constexpr int64_t kMappedRows = 4;   // that share their coefficients
+constexpr int64_t kGroupRows = 8;    // summed in registers, then added to the sum of a block
+constexpr int64_t kFirstRows = 16;   // averaged for the first origin
+constexpr int64_t kMappedRows = 4;   // for which coefficients are loaded once
 constexpr int64_t kNarrow = 1024;    // columns whose coefficients fit the first-level cache
 
 constexpr int64_t kBundleColumns = 4 * kLanes;
@@ -150,8 +150,8 @@ struct Fold {
 };
 
 /// Prefetches rows into the second-level cache in the order of memory, a part at each step of the
-/// work on the rows before: the processor does not foresee an access that goes down bundles of
-/// columns.
+/// work on the rows before: the processor's own prefetcher does not predict accesses that go down
+/// bundles of columns.
 template <typename T>
 class Ahead {
  public:
@@ -361,8 +361,7 @@ void column_moments(const T* x, const Panel& panel, double* mean, double* m2) {
   }
 }
 
-/// The sums of `rows` rows with `width` columns, from the element e on, are added to those of g and
-/// of g * (x - mean).
+/// Adds the sums of g and of g * (x - mean) over `rows` rows of `width` columns, from element e on.
 template <Activation activation, typename T>
 __attribute__((noinline, flatten)) void gradient_sums(const Cotangent<activation, T>& of, int64_t e,
                                                       int64_t rows, int64_t stride, int64_t width,

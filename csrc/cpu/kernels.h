@@ -1,4 +1,4 @@
-// The CPU kernels: sweeps over panels of memory, compiled once for each instruction set.
+// The CPU kernels: sweeps over panels of memory, compiled for each instruction set and type.
 #pragma once
 
 #include <cstdint>
@@ -59,8 +59,8 @@ struct GradientSweep {
 };
 
 /// Pointers are to the panel's first element or, for vectors over columns, to its first column.
-/// What is going to be merged with other panels' results is double: a mean rounded to float32 would
-/// put its rounding into the merged variance.
+/// Results that are merged with those of other panels are double: the error of a mean rounded to
+/// float32 would end up in the merged variance.
 struct Kernels {
   /// mean[c] and m2[c] = sum (x - mean)^2 of every column, in a single pass.
   void (*moments)(const void* x, Panel, double* mean, double* m2);
@@ -68,8 +68,9 @@ struct Kernels {
   /// sum_g[c] = sum g  and  sum_gd[c] = sum g * (x - mean).
   void (*reduce)(const GradientSweep&, const Epilogue&, Panel, double* sum_g, double* sum_gd);
 
-  /// What Coefficients says, of x and a second array: the residual, which may be null, or h. out may
-  /// be either. With `past_caches` it is written to memory without being read into the caches first.
+  /// What Coefficients says, of x and a second array: the residual, which may be null, or h. out
+  /// may be either. With `past_caches` it is written to memory without being read into the caches
+  /// first.
   using Apply = void (*)(const void* x, const void* second, Panel, Coefficients, const Epilogue&,
                          void* out, bool past_caches);
   Apply forward;
@@ -79,8 +80,8 @@ struct Kernels {
 /// The kernels for an element type, in the best instruction set that this processor has.
 const Kernels& kernels(Element element);
 
-/// The name of that instruction set: baseline, x86_64_v3 or x86_64_v4. MLX_WELFORD_ISA asks for one
-/// (to test it).
+/// The name of that instruction set: baseline, x86_64_v3 or x86_64_v4. The environment variable
+/// MLX_WELFORD_ISA selects another one, for tests.
 const std::string& instruction_set();
 
 }  // namespace mlx_welford::cpu

@@ -11,7 +11,7 @@ namespace {
 
 constexpr int64_t kChunk = kLanes < 8 ? 1024 : 4096;  // elements of a line between two merges
 constexpr int64_t kShortLine = 128;    // lines up to here are taken several at a time
-constexpr int64_t kManyVectors = 8;    // from here on additions would wait for each other
+constexpr int64_t kManyVectors = 8;    // from here on there are four accumulators, to hide latency
 constexpr int64_t kAheadBytes = 2048;  // to be fetched while accumulators take up the cache
 
 /// Number of leading elements averaged for the first origin of a line of n: enough to resist an
@@ -153,8 +153,8 @@ inline __attribute__((always_inline)) void long_line_moments(const T* x, int64_t
   *m2 = total_m2;
 }
 
-/// The moments of `count` lines of n <= kShortLine elements. Some lines at a time take each step
-/// together: what one line has to wait for in it, the others use.
+/// The moments of `count` lines of n <= kShortLine elements. Several lines take each step together,
+/// so that the latency of one is hidden by the others.
 template <typename T>
 void short_line_moments(const T* x, int64_t count, int64_t n, double* mean, double* m2) {
   constexpr int64_t kAtOnce = 16;

@@ -1,6 +1,6 @@
-// The maps that `apply` is made for, as in metal/maps.h, and what the sweep of a gradient does, each
-// for every activation: V is one value or a vector. A map holds its coefficients by name, which
-// keeps them in registers; from and merged make them one by one, in the order of Coefficients.
+// The maps that `apply` is made for, as in metal/maps.h, and what the sweep of a gradient does, for
+// every activation: V is one value or a vector. A map holds its coefficients by name, which keeps
+// them in registers; from and merged make them one by one, in the order of Coefficients.
 #pragma once
 
 #include "cpu/kernels.h"
@@ -11,7 +11,7 @@ namespace {
 
 #include "../metal/activations.h"
 
-/// Vectors that are taken side by side: one where it keeps the registers busy.
+/// Vectors of a bundle: a single one where the activation itself fills the registers.
 constexpr int bundle_vectors(Activation activation) {
   switch (activation) {
     case Activation::silu:

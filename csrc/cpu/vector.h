@@ -1,6 +1,6 @@
 // Vectors of floats in the registers of one instruction set, and the ways between them and memory
-// that holds float32, float16 or bfloat16. Included by kernels.cpp alone, once for each instruction
-// set, hence the unnamed namespace and no function from elsewhere.
+// that holds float32, float16 or bfloat16. Included by kernels.cpp alone, which is compiled for
+// several instruction sets: hence the unnamed namespace, and no function from elsewhere.
 #pragma once
 
 #include <cstdint>
@@ -303,13 +303,12 @@ V exponential(V p) {
   const V shifted = multiply_add(p, V{} + 1.44269504f, V{} + 0x1.8p23f);  // n in the low bits
   const V n = shifted - 0x1.8p23f;
   const V r = multiply_add(n, V{} + 2.12194440e-4f, multiply_add(n, V{} - 0.693359375f, p));
-  V q = V{} + 1.9875691500e-4f;
-  q = multiply_add(q, r, V{} + 1.3981999507e-3f);
-  q = multiply_add(q, r, V{} + 8.3334519073e-3f);
-  q = multiply_add(q, r, V{} + 4.1665795894e-2f);
-  q = multiply_add(q, r, V{} + 1.6666665459e-1f);
-  q = multiply_add(q, r, V{} + 5.0000001201e-1f);
-  const V of_r = multiply_add(q, r * r, r) + 1.0f;
+  V of_r = V{} + 8.290272206e-3f;
+  of_r = multiply_add(of_r, r, V{} + 4.189816117e-2f);
+  of_r = multiply_add(of_r, r, V{} + 1.666763872e-1f);
+  of_r = multiply_add(of_r, r, V{} + 4.999914765e-1f);
+  of_r = multiply_add(of_r, r, V{} + 9.999997020e-1f);
+  of_r = multiply_add(of_r, r, V{} + 1.0f);
   const Bits<V> power = (__builtin_bit_cast(Bits<V>, shifted) << 23) + 0x3f800000u;  // 2^n
   return p < -87.3365402f ? V{} : of_r * __builtin_bit_cast(V, power);
 }

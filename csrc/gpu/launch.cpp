@@ -185,8 +185,10 @@ std::optional<Shape> fused(const Problem& p, const Access& a, const Limits& limi
     return std::nullopt;
   }
   const Slots slots = p.slots();
+  const bool epilogue =
+      kernel == Fused::forward ? p.epilogue.auxiliary != Auxiliary::none : p.epilogue.active();
   const int64_t most_threads = std::min<int64_t>(
-      most_fused_threads(limits.tuning, kernel, a.columns, slots.members > 1, a.vector),
+      most_fused_threads(limits.tuning, kernel, a.columns, slots.members > 1, epilogue, a.vector),
       limits.threads);
   const int64_t along = ceil_div(a.columns ? g.reduce : a.vectors, kKept);
   if (!a.columns) {

@@ -48,8 +48,8 @@ Tuning tuning_for(std::string_view architecture);
 enum class Fused { forward, backward };
 
 /// The most threads, in whole simdgroups, with which `fused_groups` groups of the kernel fit a
-/// core.
+/// core. `epilogue`: it takes more registers for that, for a residual or in a gradient.
 int64_t most_fused_threads(const Tuning& tuning, Fused kernel, bool columns, bool grouped,
-                           int64_t vector);
+                           bool epilogue, int64_t vector);
 
 }  // namespace mlx_welford::gpu

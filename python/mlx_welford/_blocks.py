@@ -171,12 +171,12 @@ def _differ(now: dict[Any, Any], before: dict[Any, Any], key: Any) -> bool:
 def calls(block: Module, name: str) -> int:
     """How often the ``__call__`` of a block calls its attribute; 0 where there is no source."""
     try:
-        source = inspect.getsource(type(block).__call__)
-    except (OSError, TypeError):
+        code = ast.parse(textwrap.dedent(inspect.getsource(type(block).__call__)))
+    except (OSError, TypeError, SyntaxError):  # as of code in a text of another language
         return 0
     return sum(
         isinstance(node, ast.Call)
         and isinstance(node.func, ast.Attribute)
         and node.func.attr == name
-        for node in ast.walk(ast.parse(textwrap.dedent(source)))
+        for node in ast.walk(code)
     )

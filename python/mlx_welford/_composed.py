@@ -20,6 +20,7 @@ Number = float | array
 activations = _core.activations
 check_activation = _core.check_activation
 check_groups = _core.check_groups
+output_decides = _core.output_decides
 mlx_version = None
 shader_hash = None
 

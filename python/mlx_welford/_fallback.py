@@ -136,6 +136,7 @@ def normalize(
     eps: float,
     activation: str | None = None,
     negative_slope: float = 0,
+    differentiated: bool = True,
     stream: Stream = None,
     **channels: Any,
 ) -> Arrays:
@@ -149,9 +150,12 @@ def normalize(
         own = moments(wide.array, axes=layout.axes, stream=stream)
         mean, var = own["mean"], own["var"]
     centred = wide - layout.statistic(mean)
-    # Not rsqrt: its derivative underflows from variances of 1e25 on.
-    rstd = (_wide(var, stream) + eps).apply(mx.sqrt).apply(mx.reciprocal)
-    y = centred * rstd.expand(layout.axes)
+    above_zero = layout.statistic(var) + eps
+    if differentiated:  # the derivative of rsqrt underflows from variances of 1e25 on
+        rstd = above_zero.apply(mx.sqrt).apply(mx.reciprocal)
+    else:  # mx.compile makes one kernel of 11 steps at most
+        rstd = above_zero.apply(mx.rsqrt)
+    y = centred * rstd
     if weight is not None:
         y = y * layout.parameter(weight)
     if bias is not None:
@@ -335,11 +339,12 @@ class _Layout:
         kept = {self.first, self.last} | ({0} if affine_per_instance else set())
         self.shared = [axis for axis in range(x.ndim + self.last - self.first) if axis not in kept]
 
-    def split(self, a: array, axis: int | None = None) -> _Array:
-        """With the channels on this axis, by default that of x, split."""
-        axis = self.first if axis is None else axis
-        wide = _wide(a, self.stream)
-        return wide.apply(mx.unflatten, axis, self.lengths) if self.lengths else wide
+    def split(self, a: array) -> _Array:
+        """An array like x, with its channels split."""
+        return _wide(self._unflattened(a, self.first), self.stream)
+
+    def _unflattened(self, a: array, axis: int) -> array:
+        return mx.unflatten(a, axis, self.lengths, stream=self.stream) if self.lengths else a
 
     def join(self, a: _Array) -> _Array:
         """Undoes ``split`` of an array like x."""
@@ -351,7 +356,9 @@ class _Layout:
 
     def parameter(self, a: array) -> _Array:
         """A weight or a bias, (C) or (N, C), to broadcast along x."""
-        return self.split(a, -1).expand(self.shared)
+        # Cast behind the expansion, which mx.compile does not fuse with anything.
+        expanded = mx.expand_dims(self._unflattened(a, -1), self.shared, stream=self.stream)
+        return _wide(expanded, self.stream)
 
     def sums(self, a: _Array) -> _Array:
         """The sums over what shares a value of a parameter, in its shape."""

@@ -38,6 +38,7 @@ class Buffer(TypedDict):
 
 class Dispatch(TypedDict):
     kernel: str  # its host name
+    pipeline: str  # the same with what its function constants say, as in "_relu_output"
     function: str  # its name in metal/, without template arguments
     element: str | None  # these three where its template takes them
     vector: int | None
@@ -69,9 +70,14 @@ def normalization_plans(
     groups: int = 0,
     interleaved: bool = False,
     wanted: Collection[str] = ("x", "weight", "bias"),
+    activation: str | None = None,
+    negative_slope: float = 0.01,
+    residual: bool = False,
     aligned: bool = True,
 ) -> Plans:
     """The dispatches of a normalisation and of its gradients.
+
+    With an activation and a residual, the gradient of the residual comes with the others.
 
     Args:
         layer: ``"batch"``, ``"instance"`` or ``"group"``.
@@ -85,6 +91,9 @@ def normalization_plans(
         interleaved: Their order, as in ``group_norm``. Default: ``False``.
         wanted: Differentiated arguments: x, weight, bias, statistics (given ones). Absent ones are
             ignored. Default: x, weight and bias.
+        activation: What follows, as in ``batch_norm``. Default: ``None``.
+        negative_slope: Of ``leaky_relu``. Default: ``0.01``.
+        residual: Whether one is added before the activation. Default: ``False``.
         aligned: Whether x begins at a multiple of 16 bytes, as all but some views do. Default:
             ``True``.
 
@@ -109,17 +118,32 @@ def normalization_plans(
         "channels": channels,
         "given": given,
         "weight": weight,
+        "bias": bias,
         "groups": groups,
         "interleaved": interleaved,
+        "activation": activation,
+        "negative_slope": negative_slope,
     }
+    auxiliary = "residual" if residual else None
     plans: Plans = {
-        "forward": _plan("normalize", shape, axes, dtype, aligned, bias=bias, **options)
+        "forward": _plan("normalize", shape, axes, dtype, aligned, auxiliary=auxiliary, **options)
     }
+    if activation is None:
+        auxiliary = None
+    elif residual and operations.output_decides(activation, negative_slope):
+        auxiliary = "output"
     present = {"x": True, "statistics": given, "weight": weight, "bias": bias}
     grads = [present[name] and name in wanted for name in present]
     if any(grads):
         plans["backward"] = _plan(
-            "normalize_gradient", shape, axes, dtype, aligned, wanted=grads, **options
+            "normalize_gradient",
+            shape,
+            axes,
+            dtype,
+            aligned,
+            wanted=grads,
+            auxiliary=auxiliary,
+            **options,
         )
     return plans
 
@@ -220,6 +244,7 @@ def _plan(
         "dispatches": [
             {
                 "kernel": d["host_name"],
+                "pipeline": d["pipeline"],
                 "function": d["kernel"],
                 "element": d["element"],
                 "vector": d["vector"],

@@ -144,7 +144,7 @@ def describe_plans(plans: Plans) -> str:
                 stand_in = "" if b["name"] == b["array"] else f"={b['array']}"
                 bound[b["written"]].append(b["name"] + stand_in)
             buffers = f"{' '.join(bound[False])} > {' '.join(bound[True])}"
-            rows.append((d["kernel"], str(d["threadgroups"]), str(d["threads"]), buffers))
+            rows.append((d["pipeline"], str(d["threadgroups"]), str(d["threads"]), buffers))
         heading = f"{name}: {len(plan['dispatches'])} dispatches, "
         heading += f"{plan['temporary_bytes']} bytes of temporary arrays"
         blocks.append(heading + "\n" + table(rows, numbers=(1, 2), indent=2))

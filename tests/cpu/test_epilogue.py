@@ -81,6 +81,34 @@ def test_the_gradient_of_a_residual_is_the_cotangent_of_y(
         assert_same_bits(a, b, f"grad {name}")
 
 
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+@pytest.mark.parametrize("given", [False, True], ids=["own", "given"])
+@pytest.mark.parametrize("activation", [None, "relu", "silu"])
+@pytest.mark.parametrize(("shape", "axis"), SHAPES, ids=str)
+def test_results_in_the_place_of_inputs(
+    shape: tuple[int, ...], axis: int, activation: str | None, given: bool, dtype: str
+) -> None:
+    """Temporaries, whose memory outputs take, give the same bits as arrays that stay."""
+    x, residual, h = (random(shape, DTYPES[dtype], seed) for seed in range(3))
+    mean = mx.full((shape[axis],), 0.1) if given else None
+    var = mx.full((shape[axis],), 0.9) if given else None
+    mx.eval(x, residual, h)
+
+    def of(x: mx.array, residual: mx.array) -> list[mx.array]:
+        z, _, _ = mw.batch_norm(
+            x, mean=mean, var=var, axis=axis, activation=activation, residual=residual
+        )
+        return [z]
+
+    (kept,), gradients = mx.vjp(of, [x, residual], [h])
+    mx.eval(kept, gradients)
+    assert_same_bits(of(x + 0, residual)[0], kept, "z in the place of x")
+    assert_same_bits(of(x, residual + 0)[0], kept, "z in the place of the residual")
+    _, dropped = mx.vjp(of, [x + 0, residual + 0], [h + 0])
+    for name, a, b in zip(("x", "residual"), dropped, gradients, strict=True):
+        assert_same_bits(a, b, f"grad {name}")
+
+
 # ---- Parts of an array ---------------------------------------------------------------------------
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from functools import cache
-from itertools import pairwise
+from itertools import pairwise, product
 
 import mlx.core as mx
 import numpy as np
@@ -19,6 +19,8 @@ LARGE = 16 << 20  # bytes of the smallest such output (kStreamBytes in csrc/cpu/
 # some rows are too long to be folded, and some lines shorter than a vector.
 LAST = [1, 3, 16, 64, 100, 131, 257, 1000, 2048, 4100]
 FIRST = [(5, 2), (7, 49), (3, 64), (2, 511), (3, 520), (4, 3136), (3, 70001)]
+
+ACTIVATIONS = _ext.activations()
 
 
 def large(dtype: mx.Dtype, entry: int) -> int:
@@ -55,21 +57,26 @@ def test_same_bits_as_in_parts(name: str, number: int) -> None:
     var = mx.random.uniform(0.5, 2, (channels,))
     mx.eval(x, g)  # and kept, so that no output takes their place
 
-    def forward(begin: int, end: int) -> mx.array:
+    # One activation for each shape, and another for each type
+    activation = ACTIVATIONS[(number + list(DTYPES).index(name)) % len(ACTIVATIONS)]
+
+    def forward(begin: int, end: int, *, activated: bool) -> mx.array:
         y, _, _ = _ext.normalize(
             x[begin:end],
             weight.astype(dtype),
-            None,
+            level.astype(dtype),
             1e-5,
             _ext.Statistics.of_batch,
             "test",
             mean=mean,
             var=var,
             axis=axis,
+            activation=activation if activated else None,
+            residual=g[begin:end] if activated else None,
         )
         return y
 
-    def backward(begin: int, end: int) -> mx.array:
+    def backward(begin: int, end: int, *, activated: bool) -> mx.array:
         return _ext.input_gradient(
             x[begin:end],
             g[begin:end],
@@ -80,17 +87,19 @@ def test_same_bits_as_in_parts(name: str, number: int) -> None:
             level,
             slope,
             "test",
-            axis,
+            axis=axis,
+            bias=level.astype(dtype),
+            activation=activation if activated else None,
         )
 
     n = shape[0]
-    for function in (forward, backward):
-        whole = function(0, n)
+    for function, activated in product((forward, backward), (False, True)):
+        whole = function(0, n, activated=activated)
         mx.eval(whole)
         assert whole.nbytes >= LARGE
         cuts = [0, 1, n // 3, n - 1, n]
         for begin, end in pairwise(cuts):
-            part = function(begin, end)
+            part = function(begin, end, activated=activated)
             assert part.nbytes < LARGE
             np.testing.assert_array_equal(
                 np.array(whole[begin:end].view(mx.uint8)), np.array(part.view(mx.uint8))

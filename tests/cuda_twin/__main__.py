@@ -25,7 +25,7 @@ from .cases import solve_on_device
 from .compiler import MOST_THREADS, Program
 from .device import Device, DeviceError, Twin
 from .progress import Budget, write_json
-from .shaders import shader_program
+from .shaders import shader_program, shader_programs
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "build" / "cuda"
@@ -52,10 +52,14 @@ def resources_table(program: Program) -> str:
 
 
 def resources(options: argparse.Namespace) -> int:
-    program = shader_program(options.architecture)
-    print(resources_table(program))
-    full = sum(r.most_threads == MOST_THREADS for r in program.resources.values())
-    print(f"\n{len(program.resources)} kernels, {full} of which can have {MOST_THREADS} threads")
+    for program in shader_programs(options.architecture):
+        if program.constants:
+            print(f"\nWith the function constants {dict(program.constants)}:\n")
+        print(resources_table(program))
+        full = sum(r.most_threads == MOST_THREADS for r in program.resources.values())
+        print(
+            f"\n{len(program.resources)} kernels, {full} of which can have {MOST_THREADS} threads"
+        )
     return 0
 
 

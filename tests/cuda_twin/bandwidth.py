@@ -27,7 +27,7 @@ from typing import Any, Literal
 
 import numpy as np
 from mlx_welford.bench.environment import environment
-from plans import DTYPES, ITEM_BYTES, Plan, Problem, dtype_of, rounded
+from plans import DTYPES, ITEM_BYTES, LIKE_X, Plan, Problem, dtype_of, rounded
 
 from .device import Device, DeviceError, Memory, Step, Twin, run
 from .progress import Budget, write_json
@@ -123,8 +123,8 @@ def cases(
 
 def passes(plan: Plan) -> int:
     """How often a plan reads and writes arrays the size of x."""
-    bound = [binding.buffer for dispatch in plan.dispatches for binding in dispatch.buffers]
-    return sum(name in ("x", "g", "out") for name in bound)
+    bound = [binding.array for dispatch in plan.dispatches for binding in dispatch.buffers]
+    return sum(name in LIKE_X for name in bound)
 
 
 def memory_for(device: Device, problem: Problem) -> dict[str, Memory]:

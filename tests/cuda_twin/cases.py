@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
-from plans import Array, Arrays, Example, Problem, run_plan
+from plans import LIKE_X, Array, Arrays, Example, Problem, run_plan
 
 from .device import Memory, Twin, run
 
@@ -17,11 +17,11 @@ def shifted(array: Array) -> Array:
 
 
 def arrays_of(example: Example) -> Arrays:
-    """An example's arrays; where the plan expects no alignment, x, g and out have none."""
+    """An example's arrays; where the plan expects no alignment, those of x's size have none."""
     arrays = example.arrays()
     if example.problem.aligned:
         return arrays
-    return {name: shifted(a) if name in ("x", "g", "out") else a for name, a in arrays.items()}
+    return {name: shifted(a) if name in LIKE_X else a for name, a in arrays.items()}
 
 
 def solve(twin: Twin, problem: Problem) -> None:

@@ -10,11 +10,12 @@ from __future__ import annotations
 import hashlib
 import pickle
 import re
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from locks import exclusively
 
 from .source import Parameter, translate
@@ -72,14 +73,30 @@ class Resources:
         return min(warps * WARP, MOST_THREADS)
 
 
+# Values of function constants with their indices, without those that are zero.
+Constants = tuple[tuple[int, int], ...]
+
+
 @dataclass(frozen=True)
 class Program:
-    """Compiled kernels, ready to be loaded."""
+    """Compiled kernels, ready to be loaded, with some values of their function constants."""
 
     cubin: bytes
     ptx: str  # what the cubin was assembled from
     resources: dict[str, Resources]
     kernels: dict[str, tuple[Parameter, ...]]
+    specialize: Callable[[Constants], Program] = field(compare=False, repr=False)
+    constants: Constants = ()
+    specialized: dict[Constants, Program] = field(default_factory=dict, compare=False, repr=False)
+
+    def of(self, constants: Mapping[int, Any]) -> Program:
+        """The program with these function constants, compiled when it is first asked for."""
+        values = tuple((i, np.asarray(v).item()) for i, v in sorted(constants.items()) if v)
+        if values == self.constants:
+            return self
+        if values not in self.specialized:
+            self.specialized[values] = self.specialize(values)
+        return self.specialized[values]
 
 
 def compile_program(
@@ -89,13 +106,28 @@ def compile_program(
     architecture: str = "sm_90",
     flush_denormals: bool = True,
     registers: int | None = None,
+    constants: Constants = (),
+    specialize: Callable[[Constants], Program] | None = None,
 ) -> Program:
     """Compiles Metal source text, with ``instantiations`` appended as a host does at run time.
 
     ``registers`` limits the registers of a thread; with None the compiler decides.
+    ``specialize`` compiles for other function constants; by default, the same kernels.
     Raises CompileError with the compiler's messages.
     """
-    translation = translate(source, list(instantiations), registers=registers)
+    instantiations = list(instantiations)
+    translation = translate(source, instantiations, constants=dict(constants), registers=registers)
+
+    def same_kernels(values: Constants) -> Program:
+        return compile_program(
+            source,
+            instantiations,
+            architecture=architecture,
+            flush_denormals=flush_denormals,
+            registers=registers,
+            constants=values,
+        )
+
     options = [
         *OPTIONS,
         f"--gpu-architecture={architecture}",
@@ -105,7 +137,9 @@ def compile_program(
     resources = read_resources(log)
     if resources.keys() != translation.kernels.keys():
         raise CompileError(f"the compiler does not say what each kernel takes:\n{log}")
-    return Program(cubin, ptx, resources, translation.kernels)
+    return Program(
+        cubin, ptx, resources, translation.kernels, specialize or same_kernels, constants
+    )
 
 
 def read_resources(log: str) -> dict[str, Resources]:

@@ -21,10 +21,10 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
-from plans import BUFFER_INDICES, Array, Plan, Problem
+from plans import BUFFER_INDICES, Array, Dispatch, Plan, Problem
 from simulator import Traffic
 
-from .compiler import WARP, Program
+from .compiler import WARP, Constants, Program
 
 MOST_GROUPS = 2**31 - 1
 
@@ -181,12 +181,18 @@ class Twin:
     def __init__(self, device: Device, program: Program) -> None:
         self.device = device
         self.program = program
-        image = np.frombuffer(program.cubin, np.uint8)
-        self._module = device.call("cuModuleLoadData", image.ctypes.data)
-        self._functions = {
-            name: device.call("cuModuleGetFunction", self._module, name.encode())
-            for name in program.kernels
-        }
+        self._functions: dict[Constants, dict[str, Any]] = {}
+
+    def _function(self, program: Program, kernel: str) -> Any:
+        """A kernel of the program, which is loaded when it is first used."""
+        if program.constants not in self._functions:
+            image = np.frombuffer(program.cubin, np.uint8)
+            module = self.device.call("cuModuleLoadData", image.ctypes.data)
+            self._functions[program.constants] = {
+                name: self.device.call("cuModuleGetFunction", module, name.encode())
+                for name in program.kernels
+            }
+        return self._functions[program.constants][kernel]
 
     def launch(
         self,
@@ -195,10 +201,12 @@ class Twin:
         constants: Mapping[int, bytes],
         groups: tuple[int, int, int],
         threads: tuple[int, int, int],
+        function_constants: Mapping[int, Any] | None = None,
     ) -> Launch:
         """A kernel with its buffers and constants by their indices. Does not run it yet."""
         size = int(np.prod(threads))
-        most = self.program.resources[kernel].most_threads
+        program = self.program.of(function_constants or {})
+        most = program.resources[kernel].most_threads
         if size % WARP != 0 or not 0 < size <= most:
             raise DeviceError(
                 f"{kernel} must have a multiple of {WARP} threads up to {most} but got {size}"
@@ -206,14 +214,14 @@ class Twin:
         if groups[0] > MOST_GROUPS:
             raise DeviceError(f"{kernel} must have at most {MOST_GROUPS} groups but got {groups}")
         values: list[Array] = []
-        for parameter in self.program.kernels[kernel]:
+        for parameter in program.kernels[kernel]:
             if parameter.by_value:
                 values.append(np.frombuffer(constants[parameter.index], np.uint8))
             else:
                 values.append(np.array([buffers[parameter.index].address], np.uint64))
         return Launch(
             self.device,
-            self._functions[kernel],
+            self._function(program, kernel),
             groups,
             threads,
             np.array([value.ctypes.data for value in values], np.uint64),
@@ -230,6 +238,7 @@ class Twin:
         group: tuple[int, int, int],
         writable: set[int],
         constants: Mapping[int, Any],
+        function_constants: Mapping[int, Any] | None = None,
         seed: int | None = None,
         flush_denormals: bool | None = None,
     ) -> dict[int, Traffic]:
@@ -247,7 +256,7 @@ class Twin:
                     stack.callback(memory.free)
                     resident[array.ctypes.data] = memory.write(array)
             bound = {index: resident[a.ctypes.data] for index, a in buffers.items()}
-            self.launch(kernel, bound, constants, grid, group).run()
+            self.launch(kernel, bound, constants, grid, group, function_constants).run()
             self.device.synchronize()
             for index in writable & buffers.keys():
                 bound[index].read(buffers[index])
@@ -264,6 +273,7 @@ class Twin:
                 {BUFFER_INDICES["parameters"]: d.parameter_bytes},
                 (d.groups, 1, 1),
                 (d.threads, 1, 1),
+                d.constants,
             )
             for d in plan.dispatches
         ]
@@ -277,14 +287,14 @@ def plan_within(
     program: Program, problem: Problem, tuning: Mapping[str, int] | None = None
 ) -> Plan:
     """The plan for the threads that its kernels' registers allow, as csrc/gpu/compilation.cpp."""
+
+    def most_threads(d: Dispatch) -> int:
+        return program.of(d.constants).resources[d.host_name].most_threads
+
     while True:
         plan = problem.plan(tuning)
         allowed = min(
-            [
-                program.resources[d.host_name].most_threads
-                for d in plan.dispatches
-                if d.threads > program.resources[d.host_name].most_threads
-            ],
+            [most_threads(d) for d in plan.dispatches if d.threads > most_threads(d)],
             default=problem.max_threads,
         )
         if allowed == problem.max_threads:

@@ -9,10 +9,11 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Mapping
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from plan_cases import whole_table
+from plans import scalar
 from simulator import Library
 
 from .compiler import Program
@@ -26,11 +27,18 @@ def struct_bytes() -> dict[str, int]:
     return {d.host_name: len(d.parameter_bytes) for p in whole_table() for d in p.plan().dispatches}
 
 
+class Function(NamedTuple):
+    """A kernel of a program that was loaded."""
+
+    program: Program
+    name: str
+
+
 class HostDriver:
-    """In the place of ``cuda.bindings.driver``, for one program.
+    """In the place of ``cuda.bindings.driver``, for one program and what it is specialised to.
 
     Args:
-        program: What is loaded: the order of the kernels' parameters.
+        program: What may be loaded: the order of the kernels' parameters, and function constants.
         library: The same kernels for the simulator.
         struct_bytes: Of each kernel, the bytes of what it takes by value.
     """
@@ -77,13 +85,18 @@ class HostDriver:
     def cuDeviceGetAttribute(self, attribute: int, device: int) -> tuple[int, int]:  # noqa: N802
         return SUCCESS, attribute
 
-    def cuModuleLoadData(self, image: int) -> tuple[int, str]:  # noqa: N802
-        assert ctypes.string_at(image, len(self.program.cubin)) == self.program.cubin
-        return SUCCESS, "module"
+    def cuModuleLoadData(self, image: int) -> tuple[int, Program]:  # noqa: N802
+        (program,) = (
+            program
+            for program in (self.program, *self.program.specialized.values())
+            if ctypes.string_at(image, len(program.cubin)) == program.cubin
+        )
+        return SUCCESS, program
 
-    def cuModuleGetFunction(self, module: str, name: bytes) -> tuple[int, str]:  # noqa: N802
-        assert module == "module"
-        return SUCCESS, name.decode()
+    def cuModuleGetFunction(  # noqa: N802
+        self, module: Program, name: bytes
+    ) -> tuple[int, Function]:
+        return SUCCESS, Function(module, name.decode())
 
     def cuMemAlloc(self, nbytes: int) -> tuple[int, int]:  # noqa: N802
         memory = ctypes.create_string_buffer(b"\xab" * (nbytes + ALIGNMENT))
@@ -142,7 +155,7 @@ class HostDriver:
 
     def cuLaunchKernel(  # noqa: N802
         self,
-        kernel: str,
+        function: Function,
         grid_x: int,
         grid_y: int,
         grid_z: int,
@@ -155,7 +168,8 @@ class HostDriver:
         extra: int,
     ) -> tuple[int]:
         assert (shared_bytes, stream, extra) == (0, 0, 0)
-        parameters = self.program.kernels[kernel]
+        program, kernel = function
+        parameters = program.kernels[kernel]
         places = (ctypes.c_void_p * len(parameters)).from_address(arguments)
         buffers, constants, writable = {}, {}, set()
         for parameter, place in zip(parameters, places, strict=True):
@@ -177,5 +191,6 @@ class HostDriver:
             group=(block_x, block_y, block_z),
             writable=writable,
             constants=constants,
+            function_constants={i: scalar(value) for i, value in program.constants},
         )
         return (SUCCESS,)

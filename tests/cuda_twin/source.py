@@ -1,20 +1,29 @@
 """Turns Metal source into CUDA C++ that NVRTC compiles, and says how its kernels are called.
 
-The kernels' code stays as it is written. Changed are only words that CUDA lacks: ``threadgroup``
-in front of a variable becomes ``__shared__``, ``constant`` in front of one ``__constant__``, the
+The kernels' code stays as it is written. Changed are only words that CUDA lacks: ``threadgroup`` in
+front of a variable becomes ``__shared__``, ``constant`` in front of one ``__constant__``, the
 pragma that unrolls a loop gets NVRTC's name, ``(device uint4*)`` names a type that is written 16
-bytes at once, and ``template [[host_name("...")]] [[kernel]] ...;``
-is taken out. For each kernel a ``__global__`` function of its host name is added that calls it:
-the buffers are its parameters, in the order in which the kernel declares them, references by value.
+bytes at once, and ``template [[host_name("...")]] [[kernel]] ...;`` is taken out. A function
+constant becomes a ``constexpr`` variable, as Apple's back end folds it when it makes a pipeline:
+another value makes another program. For each kernel a ``__global__`` function of its host name is
+added that calls it: the buffers are its parameters, in the order in which the kernel declares them,
+references by value.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from simulator.source import Argument, Kernel, Reader, SourceError, statement_end
+from simulator.source import (
+    Argument,
+    Kernel,
+    Reader,
+    SourceError,
+    attributes,
+    statement_end,
+)
 
 # A built-in argument as an expression in the stand-in's namespace cuda_twin.
 BUILT_INS = {
@@ -57,17 +66,38 @@ class Translation:
 
 
 class CudaReader(Reader):
-    """The simulator's reader, with CUDA's words for variables."""
+    """The simulator's reader, with CUDA's words for variables.
+
+    Args:
+        text: Metal source.
+        names: Its enumerators, for indices that are named.
+        constants: The values of function constants by their index; 0 if there is none.
+    """
+
+    def __init__(self, text: str, names: Mapping[str, int], constants: Mapping[int, int]) -> None:
+        self.names = names
+        self.constants = constants
+        super().__init__(text)
 
     def read_threadgroup_variable(self, statement: int, keyword: int) -> int:
         self.edit(keyword, keyword, "__shared__")
         return statement_end(self.tokens, keyword)
 
     def read_constant(self, statement: int, keyword: int, after_name: int) -> int:
-        if "function_constant" in self.text_of(statement, statement_end(self.tokens, statement)):
-            raise SourceError("the CUDA twin has no function constants")
-        self.edit(keyword, keyword, "__constant__")
-        return keyword
+        end = statement_end(self.tokens, statement)
+        index = dict(attributes(self.tokens[statement:end])).get("function_constant")
+        if index is None:
+            self.edit(keyword, keyword, "__constant__")
+            return keyword
+        kind_and_name = self.text_of(keyword + 1, after_name)
+        value = int(self.constants.get(index_of(index, self.names), 0))
+        self.edit(statement, end, f"constexpr {kind_and_name} = {value};")
+        return end
+
+
+def index_of(spelled: str, names: Mapping[str, int]) -> int:
+    """An index that is a number or the name of an enumerator."""
+    return int(spelled) if spelled.isdigit() else names[spelled]
 
 
 def enumerators(source: str) -> dict[str, int]:
@@ -84,7 +114,7 @@ def enumerators(source: str) -> dict[str, int]:
     return found
 
 
-def parameters_of(kernel: Kernel, names: dict[str, int]) -> tuple[Parameter, ...]:
+def parameters_of(kernel: Kernel, names: Mapping[str, int]) -> tuple[Parameter, ...]:
     """The parameters of a kernel that are memory."""
     parameters = []
     for argument in kernel.arguments:
@@ -94,7 +124,7 @@ def parameters_of(kernel: Kernel, names: dict[str, int]) -> tuple[Parameter, ...
             raise SourceError(f"kernel '{kernel.host_name}': the CUDA twin binds only buffers")
         if argument.reference and argument.space != "constant":
             raise SourceError(f"kernel '{kernel.host_name}': a reference to device memory")
-        index = int(argument.index) if argument.index.isdigit() else names[argument.index]
+        index = index_of(argument.index, names)
         parameters.append(Parameter(argument.name, index, argument.reference, argument.read_only))
     return tuple(parameters)
 
@@ -119,17 +149,22 @@ def wrapper(kernel: Kernel, bounds: str) -> str:
 
 
 def translate(
-    source: str, instantiations: Sequence[str], *, registers: int | None = None
+    source: str,
+    instantiations: Sequence[str],
+    *,
+    constants: Mapping[int, int] | None = None,
+    registers: int | None = None,
 ) -> Translation:
     """Translates Metal source that no preprocessor has seen; its ``#include`` are left to NVRTC.
 
+    ``constants``: the values of function constants by their index, 0 if there is none.
     ``registers``: what a thread may use at most, if not as many as the compiler wants.
     """
     plain = re.sub(r"//[^\n]*", "", source).replace(UNROLL, '_Pragma("unroll")')
     plain = plain.replace("((device uint4*)", "((cuda_twin::Device16*)")
-    reader = CudaReader("\n".join([plain, *instantiations]))
-    kernels = reader.kernels()
     names = enumerators(plain)
+    reader = CudaReader("\n".join([plain, *instantiations]), names, constants or {})
+    kernels = reader.kernels()
     bounds = f"__maxnreg__({registers})" if registers else ""
     return Translation(
         "\n".join([reader.edited(), *(wrapper(kernel, bounds) for kernel in kernels)]),

@@ -11,7 +11,7 @@ import importlib.util
 import re
 import shutil
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -31,15 +31,24 @@ from cuda_twin.compiler import (
     read_resources,
 )
 from cuda_twin.device import Device, DeviceError, Memory, Twin, plan_within
-from cuda_twin.host_driver import HostDriver, struct_bytes
+from cuda_twin.host_driver import Function, HostDriver, struct_bytes
 from cuda_twin.progress import Budget
-from cuda_twin.shaders import shader_program
+from cuda_twin.shaders import shader_program, shader_programs
 from cuda_twin.source import enumerators, translate
 from hypothesis import given
 from mlx_welford import _ext
-from plan_cases import SOME, full_groups, of_groups, running_statistics, whole_table
+from plan_cases import (
+    EPILOGUES,
+    SOME,
+    full_groups,
+    of_groups,
+    running_statistics,
+    whole_table,
+    with_epilogue,
+)
 from plans import (
     DTYPES,
+    LIKE_X,
     LIMITS,
     MOMENTS_BYTES,
     SUMS_BYTES,
@@ -49,6 +58,7 @@ from plans import (
     problems,
     run_example,
     run_plan,
+    scalar,
     shaders,
 )
 from simulator import compile_library
@@ -84,10 +94,11 @@ def test_every_instantiation_compiles(program: Program) -> None:
 
 
 @needs_nvrtc
-def test_nothing_is_kept_in_memory_that_belongs_in_registers(program: Program) -> None:
+def test_nothing_is_kept_in_memory_that_belongs_in_registers() -> None:
     """No spills; and no array of a thread's own that the code indexes."""
-    in_memory = {name: r for name, r in program.resources.items() if r.spill_bytes or r.stack_bytes}
-    assert not in_memory
+    for program in shader_programs():
+        for name, r in program.resources.items():
+            assert r.spill_bytes == r.stack_bytes == 0, (name, program.constants)
 
 
 @needs_nvrtc
@@ -116,12 +127,15 @@ def test_threadgroup_memory(program: Program) -> None:
 def test_vectors_move_as_vectors(program: Program) -> None:
     """In the second pass every store is one of 16 bytes, but for the edge of a row."""
     seen = set()
-    for match in re.finditer(r"\.entry (\w+)\((.*?)(?=\.entry|\Z)", program.ptx, re.S):
+    # Of given_input_gradient it is a function constant that there is a gradient of x
+    (given,) = Problem("normalize_gradient", (1, 1, 8, 8), given=True, wanted="x").plan().dispatches
+    text = program.ptx + program.of(given.constants).ptx
+    for match in re.finditer(r"\.entry (\w+)\((.*?)(?=\.entry|\Z)", text, re.S):
         name, body = match.groups()
         whole, single = (
             len(re.findall(rf"st\.global\.(?:wb\.)?{k}", body)) for k in ("v4", "[ubf]")
         )
-        if function_of(name) in SECOND_PASS:
+        if function_of(name) in SECOND_PASS and "st.global" in body:
             seen.add(name)
             vectors = not re.search("_1_(Grouped)?(Columns|Rows)$", name)
             assert (whole > 0) == vectors, name
@@ -140,9 +154,22 @@ def without_type(host_name: str) -> str:
     return re.sub("_(half|bfloat|float)_", "_", host_name)
 
 
-def largest_groups() -> dict[str, int]:
-    """The most threads that a group of each kernel is planned to have."""
+def largest_groups(epilogue: int | None = None) -> dict[str, int]:
+    """The most threads that a group of each kernel is planned to have, or with an epilogue."""
     largest: dict[str, int] = {}
+
+    def note(problems: Iterable[Problem]) -> None:
+        for p in problems:
+            for d in p.plan().dispatches:
+                largest[d.host_name] = max(largest.get(d.host_name, 0), d.threads)
+
+    def note_all(problems: Iterable[Problem]) -> None:
+        if epilogue is None:
+            note(problems)
+        else:
+            normalizing = (p for p in problems if p.operation.startswith("normalize"))
+            note(made for p in normalizing for made in with_epilogue(p, epilogue))
+
     for dtype in DTYPES:
         for vector in (1, {"float32": 4}.get(dtype, 8)):
             for threads in range(LIMITS["kSimd"], 1025, LIMITS["kSimd"]):
@@ -151,37 +178,37 @@ def largest_groups() -> dict[str, int]:
                     p = Problem("", geometry, dtype, geometry[3], aligned=vector > 1)
                     # Twice: what fits a group, and what does not
                     for problem in (p, replace(p, geometry=(2, *geometry[1:]))):
-                        for d in plans_of(problem):
-                            largest[d.host_name] = max(largest.get(d.host_name, 0), d.threads)
+                        note_all(problems_of(problem))
                 members = threads // LIMITS["kSimd"]  # rows of a simdgroup each
                 geometry = (1, members, 4 * LIMITS["kSimd"] * vector, 1)
                 p = Problem("", geometry, dtype, members, aligned=vector > 1, groups=1)
-                for operation, wanted in (("normalize", ""), ("normalize_gradient", "x")):
-                    for d in replace(p, operation=operation, wanted=wanted).plan().dispatches:
-                        largest[d.host_name] = max(largest.get(d.host_name, 0), d.threads)
+                note_all(
+                    replace(p, operation=operation, wanted=wanted)
+                    for operation, wanted in (("normalize", ""), ("normalize_gradient", "x"))
+                )
     return largest
 
 
-def plans_of(p: Problem) -> Iterator[Any]:
+def problems_of(p: Problem) -> Iterator[Problem]:
     forward = replace(p, operation="normalize", weight=True)
     backward = replace(p, operation="normalize_gradient", weight=True, wanted="x weight")
-    for problem in (
+    yield from (
         replace(p, operation="moments"),
         replace(p, operation="moments_gradient"),
         forward,
         backward,
         replace(forward, given=True),
         replace(backward, given=True, wanted="x statistics weight"),
+        replace(backward, given=True, wanted="x"),
         replace(p, operation="moments", geometry=(1, *p.geometry[1:])),
         replace(p, operation="partial_moments"),
         running_statistics(p.dtype, instances=1000),
         *(
             of_groups(replace(problem, geometry=(1, *p.geometry[1:])))
-            for own in (forward, backward)
+            for own in (forward, backward, replace(backward, wanted="x"))
             for problem in (own, replace(own, given=True))
         ),
-    ):
-        yield from problem.plan().dispatches
+    )
 
 
 @needs_nvrtc
@@ -202,6 +229,19 @@ def test_two_groups_of_every_kernel_fit_one_of_apples_cores(program: Program) ->
         registers = max(program.resources[n].registers for n in alike)
         slack = 4  # registers, by which the table may be rounded up
         assert (registers + slack) * (largest[name] + LIMITS["kSimd"]) > most, name
+
+
+@needs_nvrtc
+@pytest.mark.parametrize("epilogue", range(len(EPILOGUES)))
+def test_two_groups_of_every_fused_kernel_with_an_epilogue_fit_a_core(epilogue: int) -> None:
+    largest = largest_groups(epilogue)
+    activation, _, forward, backward = EPILOGUES[epilogue]
+    for operation, auxiliary in (("normalize", forward), ("normalize_gradient", backward)):
+        p = Problem(operation, (1, 1, 8, 8), activation=activation, auxiliary=auxiliary)
+        constants = p.plan().dispatches[0].constants
+        for name, r in shader_program().of(constants).resources.items():
+            if name.startswith("fused") and any(constants.values()):
+                assert r.registers * largest[name] <= APPLE_REGISTERS // 2, name
 
 
 @needs_nvrtc
@@ -362,7 +402,6 @@ template <typename T>
 @pytest.mark.parametrize(
     ("source", "message"),
     [
-        ("constant bool b [[function_constant(0)]];", "function constants"),
         ("kernel void f(threadgroup float* s [[threadgroup(0)]]) {}", "only buffers"),
         ("kernel void f(device float& x [[buffer(0)]]) {}", "reference to device memory"),
     ],
@@ -370,6 +409,47 @@ template <typename T>
 def test_what_the_twin_does_not_have(source: str, message: str) -> None:
     with pytest.raises(SourceError, match=message):
         translate(source, [])
+
+
+SCALED = """
+#include <metal_stdlib>
+using namespace metal;
+enum Constants { kFactor = 4, kNegative };
+constant int factor [[function_constant(kFactor)]];
+constant bool negative [[function_constant(kNegative)]];
+[[kernel]] void f(const device float* x [[buffer(0)]], device float* y [[buffer(1)]],
+                  uint i [[thread_position_in_grid]]) {
+  y[i] = factor == 0 ? x[i] : (negative ? -factor : factor) * x[31 - i];
+}
+"""
+
+
+def test_function_constants_are_constants_of_the_program() -> None:
+    text = translate(SCALED, [], constants={4: 3}).text
+    assert "constexpr int factor = 3;" in text
+    assert "constexpr bool negative = 0;" in text
+
+
+@needs_nvrtc
+def test_kernels_run_with_their_function_constants() -> None:
+    program = compile_program(SCALED, [])
+    twin = Twin(Device(HostDriver(program, compile_library(SCALED), {})), program)
+    x = np.arange(32, dtype=np.float32)
+    cases: list[tuple[dict[int, int], Array, str]] = [
+        ({}, x, "st.global"),
+        ({4: 3}, 3 * x[::-1], "0f40400000"),
+        ({4: 2, 5: True}, -2 * x[::-1], "0fC0000000"),
+    ]
+    for constants, expected, folded in cases:
+        values = {index: scalar(value) for index, value in constants.items()}
+        y = np.full(32, np.nan, np.float32)
+        options = {"grid": (1, 1, 1), "group": (32, 1, 1), "writable": {1}, "constants": {}}
+        twin.dispatch("f", {0: x, 1: y}, function_constants=values, **options)  # type: ignore[arg-type]
+        np.testing.assert_array_equal(y, expected)
+        ptx = program.of(values).ptx
+        assert folded in ptx
+        assert "setp" not in ptx, "an instruction asks for their values"
+    assert len(program.specialized) == 2
 
 
 def test_enumerators() -> None:
@@ -461,7 +541,7 @@ def test_arrays_begin_where_they_do_on_the_host(
         host.offsets.clear()
         solved(on_host, problem)
         off = {name for name, offset in host.offsets if offset != 0}
-        assert off == (set() if aligned else {"x", "y"})
+        assert off == (set() if aligned else {"x", "z"})
 
 
 @needs_nvrtc
@@ -502,8 +582,10 @@ def test_times_are_between_events_after_a_flush(on_host: Twin, host: HostDriver)
 @needs_nvrtc
 def test_wrong_results_are_counted(program: Program, on_host: Twin) -> None:
     class Lazy(HostDriver):
-        def cuLaunchKernel(self, kernel: str, *more: Any) -> tuple[int]:  # noqa: N802
-            return (0,) if kernel.startswith("moments") else super().cuLaunchKernel(kernel, *more)
+        def cuLaunchKernel(self, function: Function, *more: Any) -> tuple[int]:  # noqa: N802
+            if function.name.startswith("moments"):
+                return (0,)
+            return super().cuLaunchKernel(function, *more)
 
     lines: list[str] = []
     assert check_all(on_host, SOME, lines.append) == 0
@@ -541,7 +623,7 @@ def test_without_a_gpu_the_reason_is_given(reason: str) -> None:
             return (0, 0) if reason == "no GPU" else (100, 0)
 
     with pytest.raises(DeviceError, match=r"has no GPU|cuDeviceGetCount: 100"):
-        Device(Broken(Program(b"", "", {}, {}), None, {}))  # type: ignore[arg-type]
+        Device(Broken(None, None, {}))  # type: ignore[arg-type]
 
 
 def test_tuning_changes_the_plan() -> None:
@@ -619,7 +701,7 @@ def test_bytes_that_bandwidth_is_made_of() -> None:
             t.read + t.written
             for of_dispatch in traffic
             for name, t in of_dispatch.items()
-            if name in ("x", "g", "out")
+            if name in LIKE_X
         )
         assert moved == bandwidth.passes(case.problem.plan()) * case.nbytes, case
 

@@ -183,9 +183,14 @@ def test_whole_groups(
 
 
 def shader(name: str) -> Kernel:
-    """A kernel of this package, from the source that the extension would give to Metal."""
-    line = dict(_ext.shader_kernels())[name]
-    return compile_source(_ext.shader_source + line).kernel(name, {})
+    """A kernel of this package, from the source that the extension would give to Metal.
+
+    Its function constants are 0: neither an activation nor a residual.
+    """
+    library = compile_source(_ext.shader_source + dict(_ext.shader_kernels())[name])
+    needed = library.needed.get(name, {})
+    zeros = {i: bytes(1 if n == "writes_gradient" else 4) for n, i in needed.items()}
+    return library.kernel(name, zeros)
 
 
 def bound(kernel: Kernel, **offsets: int) -> Dispatch:

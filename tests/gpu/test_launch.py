@@ -1144,6 +1144,7 @@ def test_arrays_are_written_before_they_are_read(problem: Problem) -> None:
             *(["grad_mean", "grad_var"] if problem.wants["statistics"] else []),
             *(["grad_weight"] if problem.wants["weight"] else []),
             *(["grad_bias"] if problem.wants["bias"] else []),
+            *(["grad_residual"] if problem.stores_g else []),
         },
     }[problem.operation]
     made = outputs | TEMPORARIES

@@ -47,7 +47,11 @@ EXCEPTIONS = {
 }
 
 # Groups are not in the model: a sample of an array has other groups than the array.
-LARGE = [case for case in CASES if case.elements * 4 >= 1 << 20 and case.groups == 0]
+LARGE = [
+    case
+    for case in CASES
+    if case.elements * 4 >= 1 << 20 and case.groups == 0 and not case.has_epilogue
+]
 
 
 def problems_of(case: Case, dtype: str) -> Iterator[Problem]:
@@ -86,6 +90,28 @@ def model() -> Costs:
 @cache
 def costs_of(case: Case, dtype: str) -> list[tuple[str, Cost]]:
     return [(d.kernel, measure(model(), problem, d)) for problem, d in sweeps_of(case, dtype)]
+
+
+# What an activation adds is the same for each element, whatever the case.
+FOLLOWED = next(case for case in LARGE if case.name == "resnet50-stem-nchw")
+
+
+@cache
+def costs_of_activation(activation: str) -> dict[tuple[str, str], Cost]:
+    """Of each kernel that applies it or its derivative, and each type."""
+    dispatches = [
+        (problem, d)
+        for dtype in DTYPES
+        for plain in problems_of(FOLLOWED, dtype)
+        for problem in [replace(plain, activation=activation, bias=True)]
+        for d in problem.plan().dispatches
+        if d.sweeps and any(d.constants.values())
+    ]
+    (constants,) = {tuple(d.constants.items()) for _, d in dispatches}
+    specialized = shader_costs({d.host_name for _, d in dispatches}, constants)
+    return {
+        (d.kernel, problem.dtype): measure(specialized, problem, d) for problem, d in dispatches
+    }
 
 
 @pytest.mark.parametrize("case", LARGE, ids=lambda case: case.name)
@@ -129,6 +155,23 @@ def test_the_table_of_the_model() -> None:
     for kernel, of_float, of_half in rows:
         for item, documented in ((4, of_float), (2, of_half)):
             assert math.isclose(worst[kernel, item], float(documented), abs_tol=0.02), kernel
+
+
+@pytest.mark.parametrize("activation", ["relu", "silu", "gelu"])
+def test_the_table_of_activations(activation: str) -> None:
+    """That of docs/kernels.md. With relu kernels stay within the budget."""
+    found = costs_of_activation(activation)
+    text = (Path(__file__).parents[2] / "docs" / "kernels.md").read_text()
+    (row,) = re.findall(rf"^\| with `{activation}` \|(.*)\|$", text, re.M)
+    cells = iter(float(cell) for cell in re.findall(r"\d\.\d\d", row))
+    for kernel in ("normalize_input", "partial_sums", "input_gradient"):
+        single = found[kernel, "float32"].ratio
+        half = max(found[kernel, dtype].ratio for dtype in DTYPES if ITEM_BYTES[dtype] == 2)
+        for ratio in (single, half):
+            assert math.isclose(ratio, next(cells), abs_tol=0.02), (kernel, ratio)
+        if activation == "relu":
+            assert single <= BUDGETS["float32"]
+            assert half <= BUDGETS["float16"]
 
 
 # ---- The model -----------------------------------------------------------------------------------

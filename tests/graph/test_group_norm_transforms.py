@@ -1,16 +1,17 @@
-"""Group normalisation, and parameters per instance, under MLX's transformations of functions."""
+"""Groups, parameters per instance, activations and residuals under MLX's transformations."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import epilogue
 import groups
 import mlx.core as mx
 import mlx.nn as nn
 import mlx_welford as mw
 import numpy as np
 import pytest
-from groups import NAMES, Case, Problem
+from epilogue import NAMES, Case, Problem
 from memory import peak
 from mlx.utils import tree_map
 from mlx_welford._operations import operations
@@ -27,6 +28,15 @@ CASES = [
     Case((3, 6, 9), 2, axis=1, affine="instance"),
     Case((3, 6, 9), 2, True, axis=1, given=True),
     Case((16, 24), 4, True),
+    Case((3, 9, 6), 3, activation="silu"),
+    Case((3, 9, 6), 2, True, affine="instance", given=True, activation="gelu", residual=True),
+    Case((3, 9, 6), 6, statistics="batch", activation="relu", residual=True),
+    Case((3, 6, 9), 6, axis=1, statistics="batch", given=True, activation="gelu_approx"),
+    Case((3, 6, 9), 6, axis=1, statistics="batch", given=True, activation="silu", residual=True),
+    Case((3, 9, 6), 6, statistics="instance", activation="leaky_relu", residual=True),
+    Case((3, 9, 6), 6, statistics="instance", activation="hardswish"),
+    Case((3, 9, 6), 6, statistics="instance", activation="relu6", residual=True),
+    Case((3, 9, 6), 6, statistics="instance", residual=True),
 ]
 cases = pytest.mark.parametrize("case", CASES, ids=str)
 
@@ -60,7 +70,7 @@ def test_jvp(case: Case) -> None:
 
     _, (got,) = mx.jvp(function, list(problem.inputs.values()), tangents)
     truth = directional(
-        lambda *values: groups.forward(case, dict(zip(problem.inputs, values, strict=True))),
+        lambda *values: epilogue.forward(case, dict(zip(problem.inputs, values, strict=True))),
         list(problem.arguments.values()),
         [wide(a) for a in tangents],
     )
@@ -113,7 +123,7 @@ def test_second_derivatives(case: Case) -> None:
 
     def true_penalty(*values: Array) -> Array:
         arguments = dict(zip(problem.inputs, values, strict=True))
-        return np.asarray((groups.backward(case, arguments, wide(problem.gy))["x"] ** 2).sum())
+        return np.asarray((epilogue.backward(case, arguments, wide(problem.gy))["x"] ** 2).sum())
 
     expected = directional(
         true_penalty, list(problem.arguments.values()), [wide(d) for d in direction]
@@ -247,7 +257,7 @@ def test_another_stream() -> None:
 def test_temporaries_and_arrays_that_stay(case: Case, dtype: mx.Dtype) -> None:
     """Memory is taken over only from arrays that nobody holds."""
     problem = Problem(case)
-    for name in ("x", "weight", "bias"):
+    for name in {"x", "weight", "bias", "residual"} & problem.inputs.keys():
         problem.inputs[name] = problem.inputs[name].astype(dtype)
     problem.gy = problem.gy.astype(dtype)
     held = {**problem.inputs, "gy": problem.gy}

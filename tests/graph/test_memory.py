@@ -1,10 +1,12 @@
-"""Nothing of the size of x is kept besides x, y and the gradients."""
+"""Nothing of the size of x is kept besides x, the result and the gradients."""
+
+from typing import Any
 
 import mlx.core as mx
 import mlx_welford as mw
 import pytest
 import systems
-from memory import peak
+from memory import active, peak, settle
 from problems import KINDS, LAYOUTS, Layout
 from reference import Kind
 
@@ -84,3 +86,61 @@ def test_a_strided_input_is_copied_at_most_once(kind: Kind) -> None:
     system = systems.ours(kind)
     multiple = peak(lambda: mx.eval(system(view)[0])) / view.nbytes
     assert multiple <= 2.1
+
+
+# With h the cotangent of z: z takes the place of x or of the residual, g that of h.
+
+
+@pytest.mark.kernels("the memory that they need")
+@pytest.mark.parametrize("temporary", ["x", "residual"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_z_takes_the_place_of_x_or_of_the_residual(
+    kind: Kind, layout: Layout, temporary: str
+) -> None:
+    case = layout(kind, SIZES)
+    x, residual = mx.random.normal(case.shape), mx.random.normal(case.shape)
+    mx.eval(x, residual)
+
+    def f() -> None:
+        of = (x * 2.0, residual) if temporary == "x" else (x, residual * 2.0)
+        system = systems.ours(kind, axis=case.axis, activation="silu", residual=of[1])
+        z = system(of[0])[0]
+        del of, system
+        mx.eval(z)
+
+    assert peak(f) / x.nbytes <= 1.1
+
+
+@pytest.mark.kernels("the memory that they need")
+@pytest.mark.parametrize("activation", ["relu", "silu"])
+@pytest.mark.parametrize("with_residual", [False, True])
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_backward_with_an_epilogue(
+    kind: Kind, layout: Layout, with_residual: bool, activation: str
+) -> None:
+    """Forward keeps nothing but z, and backward adds the gradients alone. A temporary h is g's."""
+    case = layout(kind, SIZES)
+    inputs = [mx.random.normal(case.shape) for _ in range(2 if with_residual else 1)]
+    h = mx.random.normal(case.shape)
+    mx.eval(inputs, h)
+
+    def function(x: mx.array, *residual: mx.array) -> list[mx.array]:
+        options: dict[str, Any] = dict(zip(["residual"], residual, strict=False))
+        return systems.ours(kind, axis=case.axis, activation=activation, **options)(x)[:1]
+
+    def backward() -> None:
+        z, gradients = mx.vjp(function, inputs, [h])
+        before = active()
+        settle(z)
+        assert (active() - before) / h.nbytes <= 1.1
+        mx.eval(gradients)
+
+    assert peak(backward) / h.nbytes <= 1.1 + len(inputs)
+
+    def backward_of_a_temporary() -> None:
+        mx.eval(mx.vjp(function, inputs, [h * 2.0])[1])
+
+    # z and grad x, and g in the place of h; z is not kept where it does not decide
+    assert peak(backward_of_a_temporary) / h.nbytes <= 1.1 + len(inputs)

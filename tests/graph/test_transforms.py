@@ -380,8 +380,14 @@ def primitives(outputs: Sequence[mx.array]) -> int:
 @pytest.mark.kernels("their nodes in MLX's graph")
 @pytest.mark.parametrize(
     ("other", "nodes"),
-    [({}, 1), ({"eps": 1e-3}, 2), ({"axis": 1}, 2)],
-    ids=["equal", "another-eps", "another-axis"],
+    [
+        ({}, 1),
+        ({"eps": 1e-3}, 2),
+        ({"axis": 1}, 2),
+        ({"activation": "silu"}, 2),
+        ({"negative_slope": 0.3}, 1),  # of no activation
+    ],
+    ids=["equal", "another-eps", "another-axis", "another-activation", "unused-slope"],
 )
 @pytest.mark.parametrize("kind", KINDS)
 def test_compile_merges_equal_nodes(kind: Kind, other: dict[str, Any], nodes: int) -> None:

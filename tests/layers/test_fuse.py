@@ -711,11 +711,13 @@ def test_restore_brings_back_whatever_was_changed(clone: Any) -> None:
     class Fused(Block):
         pass
 
-    globals()["Fused"], Fused.__qualname__ = Fused, "Fused"  # so that it can be pickled
+    globals()["Fused"] = Fused  # so that it can be pickled
+    setattr(Fused, "__qualname__", "Fused")  # noqa: B010
 
     def edit(block: Any) -> Any:
         block.__class__ = Fused
-        block.added, block.also_added = nn.Linear(2, 2), 7
+        block.added = nn.Linear(2, 2)
+        vars(block)["number"] = 7  # not an item of the module
         block.conv.weight = block.conv.weight * 2
         block.conv.stride = (2, 2)
         del block["act"], block.note

@@ -116,7 +116,8 @@ def _alignments(kernel: Kernel) -> dict[int, int]:
     return {i: bytes_of_vector for i, p in kernel.buffers.items() if p.name in _VECTORS}
 
 
-_CONSTANT = re.compile(r'\{"(\w+)", (\d+), (simulator_function_constant_\d+),')  # in a table
+_CONSTANT = re.compile(r'\{"(\w+)", simulator_function_constant_(\d+)_index,')  # in a table
+_IR_INDEX = re.compile(r"^@simulator_function_constant_(\d+)_index = .*constant i32 (\d+)", re.M)
 _IR_FUNCTION = re.compile(r"^define [^@]*@([\w.$]+)\(.*?^}", re.M | re.S)
 
 
@@ -141,18 +142,25 @@ def needed_constants(
     folder = cached("constants", [translation.kernels_source, *options], make, announce=False)
     ir = (folder / "kernels.ll").read_text()
     named = {m[1]: set(re.findall(r"@([\w.$]+)", m[0])) for m in _IR_FUNCTION.finditer(ir)}
+    indices = dict(_IR_INDEX.findall(ir))
     found = {}
-    for number, kernel in enumerate(translation.kernels):
+    for i, kernel in enumerate(translation.kernels):
         reached: set[str] = set()
-        new = {f"simulator_kernel_{number}"}
+        new = {f"simulator_kernel_{i}"}
         while new:
             reached |= new
             new = set[str]().union(*(named.get(name, set()) for name in new)) - reached
         switches = {argument.enabled for argument in kernel.arguments}
+        read = {
+            number
+            for number in indices
+            if f"simulator_function_constant_{number}" in reached
+            and f"simulator_function_constant_{number}_defined" not in reached
+        }
         found[kernel.host_name] = {
-            name: int(index)
-            for name, index, symbol in _CONSTANT.findall(translation.table_source)
-            if name in switches or (symbol in reached and f"{symbol}_defined" not in reached)
+            name: int(indices[number])
+            for name, number in _CONSTANT.findall(translation.table_source)
+            if name in switches or number in read
         }
     return found
 

@@ -2,12 +2,12 @@
 
 from typing import Any
 
+import epilogue
+import groups
 import mlx.core as mx
 import mlx_welford as mw
 import numpy as np
 import pytest
-from groups import Affine, Case
-from groups import Problem as GroupProblem
 from numpy.typing import NDArray
 
 Array = NDArray[np.float64]
@@ -76,19 +76,35 @@ def test_instance_norm_of_16_bits(dtype: mx.Dtype, tolerance: float) -> None:
 GROUPED = [((3, 37, 24), -1, 4), ((2, 1100, 24), -1, 4), ((3, 6, 129), 1, 3), ((2, 6, 10001), 1, 3)]
 
 
-@pytest.mark.parametrize("affine", ["channel", "instance"])
-@pytest.mark.parametrize("interleaved", [False, True], ids=["neighbours", "interleaved"])
-@pytest.mark.parametrize(("shape", "axis", "groups"), GROUPED)
-def test_group_norm(
-    shape: tuple[int, ...], axis: int, groups: int, interleaved: bool, affine: Affine
-) -> None:
-    """y and the gradients of x, weight and bias, which are (C) or (N, C)."""
-    problem = GroupProblem(Case(shape, groups, interleaved, axis, affine=affine))
+def check(problem: groups.Problem) -> None:
+    """The result, and the gradients of all arguments."""
     assert error(problem.ours(**problem.inputs), problem.forward()) < 1e-5
     gradients = problem.gradients(problem.ours)
-    assert gradients.keys() == {"x", "weight", "bias"}
-    for name, truth in problem.backward().items():
-        assert error(gradients[name], truth) < 2e-6 * float(np.abs(truth).max()) + 1e-5
+    truth = problem.backward()
+    assert gradients.keys() == truth.keys()
+    for name, gradient in gradients.items():
+        assert error(gradient, truth[name]) < 2e-6 * float(np.abs(truth[name]).max()) + 1e-5
+
+
+@pytest.mark.parametrize("affine", ["channel", "instance"])
+@pytest.mark.parametrize("interleaved", [False, True], ids=["neighbours", "interleaved"])
+@pytest.mark.parametrize(("shape", "axis", "count"), GROUPED)
+def test_group_norm(
+    shape: tuple[int, ...], axis: int, count: int, interleaved: bool, affine: groups.Affine
+) -> None:
+    """Weight and bias are (C) or (N, C)."""
+    check(groups.Problem(groups.Case(shape, count, interleaved, axis, affine=affine)))
+
+
+@pytest.mark.parametrize("residual", [False, True], ids=["alone", "residual"])
+@pytest.mark.parametrize("activation", ["relu", "silu", "gelu"])
+@pytest.mark.parametrize(("shape", "axis", "count"), GROUPED)
+def test_epilogue(
+    shape: tuple[int, ...], axis: int, count: int, activation: str, residual: bool
+) -> None:
+    """Function constants choose it."""
+    case = epilogue.Case(shape, count, axis=axis, activation=activation, residual=residual)
+    check(epilogue.Problem(case))
 
 
 def test_a_large_mean() -> None:

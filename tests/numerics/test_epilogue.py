@@ -413,3 +413,46 @@ def test_tiles_with_the_statistics_of_the_whole(
         inputs = {n: a[index] if n in ("x", "residual") else a for n, a in problem.inputs.items()}
         tiles.append(problem.ours(**inputs))
     assert_same_bits(mx.concatenate(tiles, positions), whole)
+
+
+# ---- Errors --------------------------------------------------------------------------------------
+
+
+def instance_norm(x: mx.array, **options: Any) -> mx.array:
+    return mw.instance_norm(x, **options)
+
+
+def batch_norm(x: mx.array, **options: Any) -> mx.array:
+    return mw.batch_norm(x, **options)[0]
+
+
+def group_norm(x: mx.array, **options: Any) -> mx.array:
+    return mw.group_norm(x, 2, **options)
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "text"),
+    [
+        (
+            {"activation": "tanh"},
+            ValueError,
+            "'activation' must be one of None, 'relu', 'relu6', 'leaky_relu', 'silu', 'gelu', "
+            "'gelu_approx', 'hardswish' but got 'tanh'.",
+        ),
+        ({"activation": ""}, ValueError, "'activation' must be one of None"),
+        ({"negative_slope": math.nan}, ValueError, "'negative_slope' must be finite but got nan."),
+        ({"negative_slope": math.inf}, ValueError, "'negative_slope' must be finite but got inf."),
+        ({"residual": mx.zeros((2, 5, 6))}, ValueError, "'residual' must have shape (2, 5, 4)"),
+        ({"residual": mx.zeros((5, 4))}, ValueError, "'residual' must have shape (2, 5, 4)"),
+        (
+            {"residual": mx.zeros((2, 5, 4), mx.int32)},
+            TypeError,
+            "expected a floating-point 'residual' but got int32.",
+        ),
+    ],
+)
+@pytest.mark.parametrize("norm", [batch_norm, instance_norm, group_norm])
+def test_errors(norm: Any, options: dict[str, Any], error: type[Exception], text: str) -> None:
+    with pytest.raises(error) as raised:
+        norm(mx.zeros((2, 5, 4)), **options)
+    assert str(raised.value).startswith(f"[{norm.__name__}] {text}")

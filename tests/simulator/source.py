@@ -485,9 +485,7 @@ def wrapper(number: int, kernel: Kernel) -> str:
     )
 
 
-def table(
-    kernels: tuple[Kernel, ...], constants: list[str], instrumented: bool
-) -> str:
+def table(kernels: tuple[Kernel, ...], constants: list[str], instrumented: bool) -> str:
     """The translation unit from which the executor knows the library."""
     numbers = {constant: i for i, constant in enumerate(constants)}
     lines = ['#include "executor.h"', 'extern "C" {']
@@ -532,8 +530,7 @@ def table(
     for i, constant in enumerate(constants):
         symbol = f"simulator_function_constant_{i}"
         lines.append(
-            f'  {{"{constant}", {symbol}_index, {symbol}, &{symbol}_defined, '
-            f"&{symbol}_bytes}},"
+            f'  {{"{constant}", {symbol}_index, {symbol}, &{symbol}_defined, &{symbol}_bytes}},'
         )
     lines += [
         "  {nullptr, 0, nullptr, nullptr, nullptr}};",

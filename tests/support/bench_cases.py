@@ -23,6 +23,11 @@ TINY_GROUP_FIRST = Case("tiny-group-first", "Tiny", "GroupNorm", (2, 6, 7), axis
 TINY_INTERLEAVED = Case(
     "tiny-interleaved", "Tiny", "GroupNorm", (2, 5, 3, 6), groups=2, interleaved=True
 )
+TINY_RELU = Case("tiny-relu", "Tiny", "BatchNorm", (2, 5, 3, 4), activation="relu")
+TINY_SUM = Case("tiny-sum", "Tiny", "InstanceNorm", (2, 5, 3, 4), residual=True)
+TINY_SILU = Case(
+    "tiny-silu", "Tiny", "BatchNorm", (2, 4, 5, 3), axis=1, activation="silu", residual=True
+)
 ALL_TINY = (
     TINY,
     TINY_3D,
@@ -34,6 +39,9 @@ ALL_TINY = (
     TINY_GROUP,
     TINY_GROUP_FIRST,
     TINY_INTERLEAVED,
+    TINY_RELU,
+    TINY_SUM,
+    TINY_SILU,
 )
 
 

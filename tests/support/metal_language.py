@@ -411,8 +411,10 @@ class Checker:
         if kind == "VarDecl" and node.get("storageClass") == "static" and not program_scope:
             if "__constant" not in written:
                 self.report(place, "static local", f"'{name}'")
-        elif kind == "VarDecl" and program_scope and not (
-            "__constant" in written or is_function_constant(node)
+        elif (
+            kind == "VarDecl"
+            and program_scope
+            and not ("__constant" in written or is_function_constant(node))
         ):
             self.report(place, "program-scope variable", f"'{name}' is not constant")
         member = kind in FUNCTIONS - {"FunctionDecl"} and not node.get("explicitlyDefaulted")

@@ -28,11 +28,36 @@ ACCESSES: dict[str, tuple[list[tuple[int, int, int, int]], bool]] = {
 }
 
 
+# Activation, negative slope, and what the forward and the backward pass read for it.
+EPILOGUES = (
+    ("relu", 0.0, "residual", "output"),
+    ("silu", 0.0, "residual", "residual"),
+    ("gelu", 0.0, "", ""),
+    ("leaky_relu", 0.1, "residual", "output"),
+    ("", 0.0, "residual", ""),
+)
+
+
+def with_epilogue(problem: Problem, number: int) -> list[Problem]:
+    """The problem with one of EPILOGUES; none if its backward pass has none."""
+    activation, slope, forward, backward = EPILOGUES[number % len(EPILOGUES)]
+    is_forward = problem.operation == "normalize"
+    if not is_forward and not activation:
+        return []
+    found = replace(
+        problem,
+        activation=activation,
+        negative_slope=slope,
+        auxiliary=forward if is_forward else backward,
+    )
+    return [replace(found, bias=is_forward or found.needs_y)]
+
+
 def table(dtype: str, access: str, *, longer: int = 1, max_threads: int = 32) -> list[Problem]:
     """Threadgroups of 32, so that few elements are too many; or reductions so much longer."""
     geometries, aligned = ACCESSES[access]
     found = []
-    for merge, outer, reduce, inner in geometries:
+    for i, (merge, outer, reduce, inner) in enumerate(geometries):
         p = Problem(
             "",
             (merge, outer, longer * reduce, inner),
@@ -52,11 +77,18 @@ def table(dtype: str, access: str, *, longer: int = 1, max_threads: int = 32) ->
             backward,
             replace(forward, given=True),
             replace(backward, given=True, wanted="x statistics weight bias"),
+            replace(backward, given=True, wanted="x"),
         ]
+        found += [replace(p, operation="input_gradient", bias=True, activation="silu")]
+        own = found[-6:-1]
+        # Of each pattern, every geometry meets every epilogue in some type or alignment.
+        number = 2 * DTYPES.index(dtype) + aligned + i
+        own += [made for problem in own for made in with_epilogue(problem, number)]
+        found += own[5:]
         if merge == 1:
             # A row of each member takes a simdgroup.
             threads = min(1024, 4 * max_threads)
-            found += [of_groups(replace(problem, max_threads=threads)) for problem in found[-4:]]
+            found += [of_groups(replace(problem, max_threads=threads)) for problem in own]
     found.append(replace(running_statistics(dtype), max_threads=max_threads))
     return found
 
@@ -116,6 +148,19 @@ SOME = [
     of_groups(Problem("normalize", (1, 2, 61, 24), "float16", weight=True, per_instance=True)),
     Problem("normalize", (1, 12, 1100, 1), channels=6, bias=True, groups=3),
     of_groups(Problem("normalize_gradient", (1, 2, 61, 24), weight=True, wanted="x weight bias")),
+    *with_epilogue(Problem("normalize", (1, 2, 61, 24), channels=24, weight=True), 0),
+    *with_epilogue(Problem("normalize", (1, 6, 1100, 1), "float16", channels=3), 2),
+    *with_epilogue(Problem("normalize", (1, 1, 1201, 16), "bfloat16", 16, max_threads=64), 4),
+    *with_epilogue(Problem("normalize_gradient", (1, 2, 61, 24), channels=24, wanted="x"), 0),
+    *with_epilogue(
+        Problem("normalize_gradient", (1, 1, 1201, 16), "float16", 16, wanted="x bias"), 1
+    ),
+    *with_epilogue(
+        Problem("normalize_gradient", (3, 5, 77, 1), channels=5, weight=True, wanted="x weight"), 2
+    ),
+    *with_epilogue(
+        Problem("normalize_gradient", (3, 5, 77, 1), channels=5, given=True, wanted="x bias"), 3
+    ),
     Problem(
         "normalize_gradient",
         (1, 12, 501, 1),

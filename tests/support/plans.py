@@ -14,6 +14,7 @@ from typing import Any, Protocol
 
 import mlx.core as mx
 import numpy as np
+from epilogue import ACTIVATIONS
 from hypothesis import strategies as st
 from hypothesis.errors import UnsatisfiedAssumption
 from mlx_welford import _ext
@@ -105,6 +106,7 @@ class Dispatch:
     pattern: str | None
     grouped: bool  # its walk is over groups of channels
     host_name: str
+    pipeline: str  # its name, with the values of the function constants
     instantiation: str
     constants: dict[int, int | bool]  # function constants by their index
     buffers: tuple[Binding, ...]
@@ -157,6 +159,9 @@ class Problem:
     groups: int = 0  # of channels that share statistics; then merge is 1
     interleaved: bool = False
     per_instance: bool = False  # weight and bias are (N, C)
+    activation: str = ""
+    negative_slope: float = 0.0
+    auxiliary: str = ""  # what the epilogue reads: "residual", or "output" in a gradient
 
     def __str__(self) -> str:
         """What it differs in from the simplest problem."""
@@ -166,6 +171,8 @@ class Problem:
         flags = ("interleaved", "given", "weight", "bias", "per_instance")
         parts += [name for name in flags if getattr(self, name)]
         parts += [f"grad {name}" for name in self.wanted.split()]
+        parts += [name for name in (self.activation, self.auxiliary) if name]
+        parts += [f"slope {self.negative_slope}"] if self.negative_slope else []
         parts += [] if self.aligned else ["unaligned"]
         parts += [] if self.max_threads == 1024 else [f"{self.max_threads} threads"]
         return " ".join(parts)
@@ -204,6 +211,16 @@ class Problem:
         group = channel % self.groups if self.interleaved else channel // self.members
         statistic: NDArray[np.int64] = instance * self.groups + group
         return statistic
+
+    @property
+    def needs_y(self) -> bool:
+        """Whether a gradient takes the derivative at y + residual, and finds y from x."""
+        return bool(self.activation) and self.auxiliary != "output"
+
+    @property
+    def stores_g(self) -> bool:
+        """Whether a gradient returns the cotangent of y, which is that of the residual."""
+        return bool(self.activation) and bool(self.auxiliary)
 
     @property
     def wants(self) -> dict[str, bool]:
@@ -247,6 +264,9 @@ class Problem:
             groups=self.groups,
             interleaved=self.interleaved,
             affine_per_instance=self.per_instance,
+            activation=self.activation or None,
+            negative_slope=self.negative_slope,
+            auxiliary=self.auxiliary or None,
         )
 
 
@@ -344,8 +364,9 @@ def exact(a: Array, dtype: str) -> Array:
 
 OF_CHANNELS = {"weight", "bias", "grad_weight", "grad_bias"}
 OF_CHANNELS |= {"running_mean", "running_var", "next_mean", "next_var"}
+LIKE_X = {"x", "g", "out", "residual", "z", "grad_residual"}  # the arrays of x's size
 # The arrays that have the elements' type; the others are float32.
-OF_ELEMENTS = {"x", "g", "out"} | OF_CHANNELS
+OF_ELEMENTS = LIKE_X | OF_CHANNELS
 
 
 def dtype_of(name: str, dtype: str) -> str:
@@ -360,6 +381,7 @@ class Example:
         self.inputs: Arrays = {}
         self.truth: Arrays = {}
         self.terms: dict[str, float] = {}  # the largest that an output adds up, if larger than it
+        self.stored: dict[str, float] = {}  # the same of gradients, where g is stored
         self._rng = np.random.default_rng(seed)
         slots = np.arange(problem.slots)
         self._statistics = problem.statistic_of(slots)
@@ -412,7 +434,8 @@ class Example:
         merge, _, reduce, _ = p.geometry
         self._count = merge * reduce * p.members
         x = self._put("x", 3 + 2 * rng.normal(size=p.geometry))
-        if p.operation == "normalize_gradient" and p.wanted == "x" and p.given:
+        only_x = {"x"}.issuperset(p.wanted.split())
+        if p.operation == "normalize_gradient" and only_x and p.given and not p.needs_y:
             del self.inputs["x"]  # grad x of g alone
         self._mean = self._per_statistic(x) / self._count
         self._var = self._per_statistic((x - self._factor(self._mean)) ** 2) / self._count
@@ -439,14 +462,48 @@ class Example:
         count = np.full(self.problem.statistics, self._count)
         self.truth["moments"] = np.stack([count, self._mean, self._var], 1)
 
+    def _before_activation(self) -> Array:
+        """p = y + residual. Of the backward pass that reads z, the residual is no input."""
+        p: Array = self._d * self._r * self._weight + self._bias
+        self.terms["p"] = float(np.abs(p).max())
+        if self.problem.auxiliary:
+            p = p + self._put("residual", 3 * self._rng.normal(size=p.shape))
+        if self.problem.auxiliary == "output":
+            del self.inputs["residual"]
+        return p
+
     def _normalize(self) -> None:
-        self.truth["out"] = self._d * self._r * self._weight + self._bias
+        activation, slope = self.problem.activation, self.problem.negative_slope
+        p = self._before_activation()
+        self.terms["out"] = self.terms["p"]
+        self.truth["out"] = ACTIVATIONS[activation].value(p, slope) if activation else p
         if not self.problem.given:
             self._moments()
 
+    def _cotangent(self) -> Array:
+        """g of h, the input "g": rounded if it is stored, as in the gradient of the stored array.
+
+        h is zero where rounding may take p to the other side of a kink.
+        """
+        problem = self.problem
+        h = 0.5 + self._rng.normal(size=problem.geometry)
+        if not problem.activation:
+            return self._put("g", h)
+        activation, slope = ACTIVATIONS[problem.activation], problem.negative_slope
+        p = self._before_activation()
+        for kink in activation.kinks:
+            h[np.abs(p - kink) < 1e-5 * (1 + np.abs(p) + self.terms["p"])] = 0
+        if problem.auxiliary == "output":
+            p = self._put("z", activation.value(p, slope))
+        g = self._put("g", h) * activation.derivative(p, slope)
+        if not problem.stores_g:
+            return g
+        self.truth["grad_residual"] = exact(rounded(g, problem.dtype), problem.dtype)
+        return self.truth["grad_residual"]
+
     def _input_gradient(self) -> None:
         gmean, gvar = self._put_normal("grad_mean"), self._put_normal("grad_var")
-        g = self._put("g", 0.5 + self._rng.normal(size=self.problem.geometry))
+        g = self._cotangent()
         direct = self._r * self._weight * g
         through = gmean + 2 * gvar * self._d
         self.truth["out"] = direct + through
@@ -463,10 +520,19 @@ class Example:
         if not p.given:
             self._moments_gradient()
             from_statistics = self.truth.pop("out")
-        g = self._put("g", 0.5 + self._rng.normal(size=p.geometry))
+        g = self._cotangent()
         d, r, weight = self._d, self._r, self._weight
+        added = {
+            "out": r * weight * g,
+            "grad_mean": -g * r * weight,
+            "grad_var": -g * weight * d * r**3 / 2,
+            "grad_weight": g * d * r,
+            "grad_bias": g,
+        }
+        if p.stores_g:
+            self.stored = {name: float(np.abs(values).max()) for name, values in added.items()}
         if p.wants["x"]:
-            gx = r * weight * g
+            gx = added["out"]
             self.terms["out"] = float(np.abs(gx).max())
             if not p.given:
                 mean_g, mean_gn = (
@@ -476,12 +542,11 @@ class Example:
                 gx = gx - r * (mean_g + d * r * mean_gn) + from_statistics
             self.truth["out"] = gx
         if p.wants["statistics"]:
-            self.truth["grad_mean"] = -self._per_statistic(g * r * weight)
-            self.truth["grad_var"] = -self._per_statistic(g * weight * d * r**3) / 2
-        if p.wants["weight"]:
-            self.truth["grad_weight"] = self._per_weight(g * d * r)
-        if p.wants["bias"]:
-            self.truth["grad_bias"] = self._per_weight(g)
+            for name in ("grad_mean", "grad_var"):
+                self.truth[name] = self._per_statistic(added[name])
+        for name in ("weight", "bias"):
+            if p.wants[name]:
+                self.truth[f"grad_{name}"] = self._per_weight(added[f"grad_{name}"])
 
     def arrays(self) -> Arrays:
         """Copies of the inputs, and outputs that are NaN so far."""
@@ -497,7 +562,8 @@ class Example:
         """The outputs are right, to rounding, and the inputs as they were.
 
         An output may be off by one unit in the last place of its type at its largest value, and by
-        what float32 loses of its terms on the way. What float16 cannot hold is infinite.
+        what float32 loses of its terms on the way; a gradient also by one such unit of a stored g,
+        which may be rounded to the other side. What float16 cannot hold is infinite.
         """
         for name, before in self.inputs.items():
             np.testing.assert_array_equal(arrays[name], before, err_msg=name)
@@ -517,7 +583,7 @@ class Example:
                 exact(found, dtype).ravel(),
                 truth.ravel(),
                 rtol=0,
-                atol=unit * largest + 5e-6 * terms,
+                atol=unit * (largest + self.stored.get(name, 0.0)) + 5e-6 * terms,
                 err_msg=name,
             )
 
@@ -546,6 +612,23 @@ THREAD_LIMITS = [32, 64, 192, 256, 448, 512, 832, 1024]
 
 def _divisors(n: int) -> list[int]:
     return [d for d in range(1, n + 1) if not n % d]
+
+
+@st.composite
+def with_epilogues(draw: st.DrawFn, problem: Problem) -> Problem:
+    """A problem that may get an epilogue, if its operation takes one."""
+    if problem.operation not in ("normalize", "normalize_gradient", "input_gradient"):
+        return problem
+    backward = problem.operation != "normalize"
+    activation = draw(st.sampled_from(["", *ACTIVATIONS]))
+    slope = draw(st.sampled_from([0.01, 0.5, -0.5, 2.0])) if activation == "leaky_relu" else 0.0
+    decides = bool(activation) and _ext.output_decides(activation, slope)
+    auxiliary = ""
+    takes = activation and problem.operation == "normalize_gradient"
+    if (takes or not backward) and draw(st.booleans()):
+        auxiliary = "output" if backward and decides else "residual"
+    found = replace(problem, activation=activation, negative_slope=slope, auxiliary=auxiliary)
+    return replace(found, bias=(not backward or found.needs_y) and draw(st.booleans()))
 
 
 @st.composite
@@ -584,14 +667,13 @@ def problems(draw: st.DrawFn, most_elements: int = 300_000) -> Problem:
             "bias",
         ]
         wanted = draw(st.lists(st.sampled_from(possible), min_size=1, unique=True))
-    return Problem(
+    problem = Problem(
         operation,
         (merge, outer, reduce, inner),
         draw(st.sampled_from(DTYPES)),
         channels=channels,
         given=given,
         weight=weight,
-        bias=operation == "normalize" and draw(st.booleans()),
         wanted=" ".join(wanted),
         aligned=draw(st.booleans()),
         max_threads=draw(st.sampled_from(THREAD_LIMITS)),
@@ -599,6 +681,7 @@ def problems(draw: st.DrawFn, most_elements: int = 300_000) -> Problem:
         interleaved=groups > 0 and draw(st.booleans()),
         per_instance=of_instances and not (given and not groups) and draw(st.booleans()),
     )
+    return draw(with_epilogues(problem))
 
 
 # So that few elements are split over several threadgroups

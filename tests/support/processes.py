@@ -36,7 +36,13 @@ COMPUTE = """
         def instance(x, w, b):
             return [mw.instance_norm(x, w, b, axis=axis)]
 
-        for f in (batch, instance):
+        def activated(x, w, b):
+            return [mw.batch_norm(x, w, b, axis=axis, activation="silu")[0]]
+
+        def residual(x, w, b):
+            return [mw.instance_norm(x, w, b, axis=axis, activation="gelu", residual=gy)]
+
+        for f in (batch, instance, activated, residual):
             outputs, grads = mx.vjp(lambda *a: f(*a)[:1], [x, w, w], [gy])
             for name, a in zip(("y", "gx", "gw", "gb"), outputs + grads):
                 yield f"{f.__name__} {name}", a

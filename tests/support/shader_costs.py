@@ -23,11 +23,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from kernel_ir import specialized
 from mlx_welford import _ext
 from numpy.typing import NDArray
 from plans import (
     BUFFER_INDICES,
     ITEM_BYTES,
+    LIKE_X,
     Array,
     Dispatch,
     Problem,
@@ -38,10 +40,14 @@ from simulator import Library, loader
 from simulator.source import translate
 from walks import walks
 
+# Function constants and their values.
+Constants = tuple[tuple[int, int], ...]
+
 # Cycles for which an instruction of a simdgroup keeps one of a core's four schedulers busy. From
 # public measurements (philipturner/metal-benchmarks) for divisions, 64-bit integers and memory; the
 # others are assumptions: rsqrt is taken for a division, integer divisions and rounding to bfloat
-# for the sequences that they become, and threadgroup memory for 128 bytes a cycle and core.
+# for the sequences that they become, exp for exp2 (4 cycles) of a product that is split in two, and
+# threadgroup memory for 128 bytes a cycle and core.
 CYCLES = {
     "float": 1.0,
     "integer": 1.0,
@@ -49,6 +55,7 @@ CYCLES = {
     "conversion": 1.0,
     "rounding to bfloat": 4.0,
     "division": 30.65,
+    "exponential": 8.0,
     "integer division": 40.0,
     "64 bits": 4.0,
     "64-bit multiplication": 16.0,
@@ -169,6 +176,8 @@ def _class_of_call(name: str) -> str | None:
         return None
     if name.startswith("llvm.sqrt"):
         return None  # of rsqrt, whose division is counted
+    if name.startswith("llvm.exp"):
+        return "exponential"
     if name.endswith(".i64"):
         return "64 bits"
     if name.startswith(("llvm.fmuladd", "llvm.fabs", "llvm.maxnum", "llvm.minnum")):
@@ -269,19 +278,25 @@ class Costs:
         return dict(zip(CLASSES, executed, strict=True))
 
 
-def shader_costs(host_names: set[str]) -> Costs:
-    """The shaders of these names."""
+def shader_costs(host_names: set[str], constants: Constants = ()) -> Costs:
+    """The shaders of these names, with values of their function constants."""
     return costs(
         _ext.shader_source,
         tuple(text for name, text in _ext.shader_kernels() if name in host_names),
+        constants,
     )
 
 
 @cache
-def costs(source: str, instantiations: tuple[str, ...], cache: Path = loader.CACHE) -> Costs:
+def costs(
+    source: str,
+    instantiations: tuple[str, ...],
+    constants: Constants = (),
+    cache: Path = loader.CACHE,
+) -> Costs:
     """Kernels of Metal source, made to count. Kept in build/, by all that they are made from."""
     loader.check_system()
-    text = loader.preprocess(source, instantiations)
+    text = specialized(loader.preprocess(source, instantiations), dict(constants))
     translation = translate(text, instrumented=False)
     options = [*loader.LANGUAGE, *loader.KEYWORDS, *LANGUAGE]
     executor = [path.read_text() for path in loader.EXECUTOR]
@@ -381,14 +396,14 @@ def measure(model: Costs, problem: Problem, d: Dispatch, groups: int = 2) -> Cos
     first = replace(d, groups=groups)
     taken = walks(first).elements(d.vector)
     size = min(problem.size, -(-(int(taken.max()) + 1) // 16) * 16)
-    sizes = {"x": size, "g": size, "out": size}
+    sizes = dict.fromkeys(LIKE_X, size)
     sizes |= {"partials": 4 * (d["pieces"] * d["segments"] * d["inner"])}
     buffers: dict[int, Array] = {}
     for b in d.buffers:
         dtype = dtype_of(b.array, problem.dtype)
         length = sizes.get(b.array, 4 * problem.statistics)
         buffers[BUFFER_INDICES[b.buffer]] = _values(length, dtype).copy()
-    moved = sum(b.buffer in ("x", "g", "out") for b in d.buffers)
+    moved = sum(b.array in LIKE_X for b in d.buffers)
     item = ITEM_BYTES[problem.dtype]
     executed = model.executed(
         d.host_name,

@@ -4,7 +4,7 @@ Outputs are [y] for instances and [y, mean, var] for a batch.
 """
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -19,18 +19,18 @@ class System(Protocol):
     ) -> list[mx.array]: ...
 
 
-def ours(kind: Kind, eps: float = 1e-5, axis: int = -1) -> System:
-    """mlx_welford.batch_norm or mlx_welford.instance_norm."""
+def ours(kind: Kind, eps: float = 1e-5, axis: int = -1, **epilogue: Any) -> System:
+    """mlx_welford.batch_norm or mlx_welford.instance_norm, and an activation or a residual."""
 
     def batch(
         x: mx.array, weight: mx.array | None = None, bias: mx.array | None = None
     ) -> list[mx.array]:
-        return list(mw.batch_norm(x, weight, bias, eps, axis=axis))
+        return list(mw.batch_norm(x, weight, bias, eps, axis=axis, **epilogue))
 
     def instance(
         x: mx.array, weight: mx.array | None = None, bias: mx.array | None = None
     ) -> list[mx.array]:
-        return [mw.instance_norm(x, weight, bias, eps, axis=axis)]
+        return [mw.instance_norm(x, weight, bias, eps, axis=axis, **epilogue)]
 
     return batch if kind == "batch" else instance
 

@@ -19,6 +19,8 @@ from bench_cases import (
     TINY_GROUP_FIRST,
     TINY_INSTANCE,
     TINY_INTERLEAVED,
+    TINY_RELU,
+    TINY_SUM,
 )
 from mlx_welford.bench import implementations, torch_implementations
 from mlx_welford.bench.harness import measure
@@ -35,9 +37,19 @@ from mlx_welford.bench.implementations import (
     PEERS,
     TORCH,
     TORCH_MPS,
+    UNFUSED,
 )
 from mlx_welford.bench.memcpy_baseline import LEAST_SHARE, PAGE, ThreadedCopy
-from mlx_welford.bench.workloads import CASES, GROUPED, GROUPED_SOME, SOME, SWEEP, TARGETS, Case
+from mlx_welford.bench.workloads import (
+    CASES,
+    EPILOGUES,
+    GROUPED,
+    GROUPED_SOME,
+    SOME,
+    SWEEP,
+    TARGETS,
+    Case,
+)
 
 # ---- The memcpy baseline ----
 
@@ -96,14 +108,16 @@ def test_implementations_do_the_same_work(case: Case, mode: str) -> None:
     channels = (case.channels,)
     expected = [case.shape]
     if mode == BOTH:
-        expected += [case.shape, *[channels] * (2 * case.affine)]
+        expected += [case.shape] * (1 + case.residual) + [channels] * (2 * case.affine)
     if mode != EVALUATION and case.norm == "BatchNorm":
         expected += [channels, channels]
 
-    found = outputs(case, "float32", mode)
+    ours = [name for name in (OURS, UNFUSED) if implementations.takes_part(case, name)]
+    found = outputs(case, "float32", mode, [BASELINE, *ours])
     assert [array.shape for array in found[BASELINE]] == expected
     assert np.std(np.array(found[BASELINE][0])) > 0.5
-    assert_same_results(found[OURS], found[BASELINE])
+    for name in ours:
+        assert_same_results(found[name], found[BASELINE])
 
 
 def test_groups_are_in_the_order_of_the_case() -> None:
@@ -125,9 +139,10 @@ def test_who_takes_part() -> None:
     def absent_from(case: Case) -> set[str]:
         return {name for name in PEERS if not implementations.takes_part(case, name)}
 
-    assert absent_from(TINY_GROUP) == set()
-    assert absent_from(TINY_INTERLEAVED) == {TORCH, TORCH_MPS}
-    assert absent_from(TINY_INSTANCE) == absent_from(TINY) == {INSTANCE}
+    assert absent_from(TINY_GROUP) == {UNFUSED}
+    assert absent_from(TINY_INTERLEAVED) == {UNFUSED, TORCH, TORCH_MPS}
+    assert absent_from(TINY_INSTANCE) == absent_from(TINY) == {UNFUSED, INSTANCE}
+    assert absent_from(TINY_RELU) == absent_from(TINY_SUM) == {INSTANCE}
 
 
 def test_compiled_implementations_do_the_same_work() -> None:
@@ -162,14 +177,15 @@ def test_torch_does_the_same_work(case: Case, mode: str) -> None:
             assert array.movedim(1, -1).is_contiguous() or array.is_contiguous()
             array = array.movedim(1, -1)
         np.testing.assert_allclose(left, array.numpy(), rtol=1e-4, atol=1e-4)
-    assert len(theirs) == (1 + 1 + 2 * case.affine if mode == BOTH else 1)
+    gradients_of = 1 + case.residual + 2 * case.affine
+    assert len(theirs) == (1 + gradients_of if mode == BOTH else 1)
 
 
 def test_torch_gets_x_as_it_lies_in_memory() -> None:
     pytest.importorskip("torch", reason="torch is not installed")
     values = np.random.default_rng(0).standard_normal(TINY.shape, dtype=np.float32)
     implementation = torch_implementations.TorchImplementation(TINY, "float32", values, values)
-    x = implementation._x.detach()
+    x = implementation._inputs[0].detach()
     assert x.movedim(1, -1).is_contiguous()
     np.testing.assert_array_equal(x.movedim(1, -1).numpy(), values)
 
@@ -252,7 +268,7 @@ def test_cases() -> None:
 
 
 def test_targets_are_larger_than_caches_and_the_sweep_is_regular() -> None:
-    assert all(4 * case.elements >= 32 * MEBIBYTE for case in TARGETS + GROUPED)
+    assert all(4 * case.elements >= 32 * MEBIBYTE for case in TARGETS + GROUPED + EPILOGUES)
     assert set(SOME) <= {case.name for case in TARGETS}
     assert set(GROUPED_SOME) <= {case.name for case in GROUPED}
     sizes = [4 * case.elements for case in reversed(SWEEP)]

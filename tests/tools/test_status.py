@@ -461,7 +461,7 @@ def test_the_plan_as_a_table(capsys: pytest.CaptureFixture[str]) -> None:
     lines = [line.split() for line in capsys.readouterr().out.splitlines()]
     plans = normalization_plans("batch", (8, 56, 56, 64), given=True)
     for d in plans["forward"]["dispatches"] + plans["backward"]["dispatches"]:
-        start = [d["kernel"], str(d["threadgroups"]), str(d["threads"])]
+        start = [d["pipeline"], str(d["threadgroups"]), str(d["threads"])]
         assert any(line[:3] == start for line in lines), start
 
 

@@ -1,6 +1,7 @@
 """What is compared: mlx.nn and mlx_welford, each also under mx.compile; torch; and a copy.
 
-A GroupNorm is also compared with our InstanceNorm of the same input.
+A GroupNorm is also compared with our InstanceNorm of the same input; a layer with an activation or
+a residual with our layer and MLX's own operations after it.
 """
 
 from collections.abc import Callable, Sequence
@@ -27,12 +28,15 @@ OURS = "mlx_welford"
 OURS_COMPILED = "mlx_welford compiled"
 TORCH = "torch"
 TORCH_MPS = "torch mps"
+UNFUSED = "mlx_welford unfused"
 INSTANCE = "InstanceNorm"
 COPY = "copy"
-PEERS = (BASELINE, COMPILED, OURS, OURS_COMPILED, INSTANCE, TORCH, TORCH_MPS)
+PEERS = (BASELINE, COMPILED, OURS, OURS_COMPILED, UNFUSED, INSTANCE, TORCH, TORCH_MPS)
 OF_MLX_NN = (BASELINE, COMPILED)
 OF_TORCH = (TORCH, TORCH_MPS)
 OF_MLX = (*OF_MLX_NN, OURS, OURS_COMPILED)
+FUSED = (OURS, OURS_COMPILED)
+"""These take the activation and the residual into the layer."""
 
 RESHAPED = "mlx.nn.BatchNorm refuses 5-D input: it gets x as (N, D*H*W, C), which costs nothing"
 MOVED = "mlx.nn wants channels last: it gets a transposed view of x, and its y is viewed back"
@@ -62,6 +66,8 @@ def takes_part(case: Case, implementation: str) -> bool:
     """False where an implementation has no such layer, or says nothing about the case."""
     if implementation == INSTANCE:
         return case.norm == "GroupNorm"
+    if implementation == UNFUSED:
+        return case.has_epilogue
     return not (case.interleaved and implementation in OF_TORCH)
 
 
@@ -97,20 +103,20 @@ def steps(
     """The steps of every implementation in every mode, all on the same input, and the copy.
 
     A step returns every result that a training loop needs: y, in forward+backward the gradients of
-    x, weight and bias (for a given cotangent, so that no loss is timed), and in training the new
-    running statistics.
+    x, residual, weight and bias (for a given cotangent, so that no loss is timed), and in training
+    the new running statistics.
     """
-    x, cotangent = (_values(case, seed) for seed in (0, 1))
-    mlx = MlxImplementations(case, dtype, x, cotangent)
+    inputs = [_values(case, seed) for seed in range(3 if case.residual else 2)]
+    mlx = MlxImplementations(case, dtype, *inputs)
     makers: dict[str, Callable[[str], Step]] = {}
     for name in implementations:
         if name in OF_TORCH:
             device = "mps" if name == TORCH_MPS else "cpu"
-            torch = TorchImplementation(case, dtype, x, cotangent, device=device)
+            torch = TorchImplementation(case, dtype, *inputs, device=device)
             makers[name] = torch.step
         else:
             makers[name] = partial(mlx.step, name)
-    del x, cotangent
+    del inputs
 
     result = {
         (name, mode): make(mode)
@@ -125,43 +131,55 @@ def steps(
 class MlxImplementations:
     """Layers of mlx.nn and ours, all on the same arrays."""
 
-    def __init__(self, case: Case, dtype: str, x: Values, cotangent: Values) -> None:
+    def __init__(
+        self, case: Case, dtype: str, x: Values, cotangent: Values, *residual: Values
+    ) -> None:
         self._case = case
         self._dtype = DTYPES[dtype]
-        self._x = mx.array(x).astype(self._dtype)
-        self._cotangent = mx.array(cotangent).astype(self._dtype)
-        mx.eval(self._x, self._cotangent)
+        self._x, self._cotangent, *self._residual = (
+            mx.array(a).astype(self._dtype) for a in (x, cotangent, *residual)
+        )
+        mx.eval(self._x, self._cotangent, self._residual)
 
     def step(self, name: str, mode: str) -> Step:
         layer = self._layer(name)
         layer.train(mode != EVALUATION)
         view, view_back = _views(self._case) if name in OF_MLX_NN else (_same, _same)
+        activation = self._case.activation
+        activate: View = _same if activation is None else getattr(nn, activation)
 
-        def forward(x: mx.array) -> mx.array:
-            return view_back(layer(view(x)))
+        def forward(x: mx.array, *residual: mx.array) -> mx.array:
+            if name in FUSED:
+                z: mx.array = layer(x, *residual)
+                return z
+            return activate(sum(residual, view_back(layer(view(x)))))
 
-        def evaluate(x: mx.array, _: mx.array) -> list[mx.array]:
-            return [forward(x)]
+        def evaluate(x: mx.array, _: mx.array, *residual: mx.array) -> list[mx.array]:
+            return [forward(x, *residual)]
 
-        def train(x: mx.array, _: mx.array) -> list[mx.array]:
-            return [forward(x), *_running_statistics(layer)]
+        def train(x: mx.array, _: mx.array, *residual: mx.array) -> list[mx.array]:
+            return [forward(x, *residual), *_running_statistics(layer)]
 
-        def train_and_differentiate(x: mx.array, cotangent: mx.array) -> list[mx.array]:
+        def train_and_differentiate(
+            x: mx.array, cotangent: mx.array, *residual: mx.array
+        ) -> list[mx.array]:
             # In this order: that of a layer's attributes differs between classes.
             parameters = {name: layer[name] for name in ("weight", "bias") if name in layer}
 
-            def of_parameters(x: mx.array, *values: mx.array) -> mx.array:
-                layer.update(dict(zip(parameters, values, strict=True)))
-                return forward(x)
+            arrays = [x, *residual]
 
-            outputs, gradients = mx.vjp(of_parameters, [x, *parameters.values()], [cotangent])
+            def of_parameters(*values: mx.array) -> mx.array:
+                layer.update(dict(zip(parameters, values[len(arrays) :], strict=True)))
+                return forward(*values[: len(arrays)])
+
+            outputs, gradients = mx.vjp(of_parameters, [*arrays, *parameters.values()], [cotangent])
             layer.update(parameters)
             return [*outputs, *gradients, *_running_statistics(layer)]
 
         run = {FORWARD: train, BOTH: train_and_differentiate, EVALUATION: evaluate}[mode]
         if name in (COMPILED, OURS_COMPILED):
             run = mx.compile(run, inputs=layer.state, outputs=layer.state)
-        return mlx_step(lambda: run(self._x, self._cotangent))
+        return mlx_step(lambda: run(self._x, self._cotangent, *self._residual))
 
     def copy(self, threads: int) -> Step:
         """The memcpy baseline on the CPU; on a GPU, MLX's own copy."""
@@ -180,7 +198,8 @@ class MlxImplementations:
             layer = getattr(nn, case.norm)(*case.sizes, affine=case.affine, **order)
         else:
             ours = getattr(mw, case.norm)
-            layer = ours(*case.sizes, affine=case.affine, axis=case.axis, **order)
+            options = order | ({"activation": case.activation} if name in FUSED else {})
+            layer = ours(*case.sizes, affine=case.affine, axis=case.axis, **options)
         layer.set_dtype(self._dtype)
         mx.eval(layer.state)
         return layer

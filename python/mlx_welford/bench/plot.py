@@ -20,6 +20,7 @@ from .implementations import (
     OURS_COMPILED,
     TORCH,
     TORCH_MPS,
+    UNFUSED,
 )
 from .results import Report
 
@@ -29,6 +30,7 @@ COLOURS = {
     TORCH: "#c4453c",
     TORCH_MPS: "#e08a50",
     INSTANCE: "#6fa83c",
+    UNFUSED: "#7a5ca8",
     OURS: "#1f6fb4",
     OURS_COMPILED: "#7fb2dc",
     COPY: "#222222",

@@ -39,14 +39,21 @@ class TorchImplementation:
     """
 
     def __init__(
-        self, case: Case, dtype: str, x: Values, cotangent: Values, *, device: str = "cpu"
+        self,
+        case: Case,
+        dtype: str,
+        x: Values,
+        cotangent: Values,
+        *residual: Values,
+        device: str = "cpu",
     ) -> None:
         import torch
 
         self._case = case
         self._dtype: torch.dtype = getattr(torch, dtype)
         self._device = device
-        self._x = self._array(x).requires_grad_()
+        # x, and the residual if there is one
+        self._inputs = [self._array(a).requires_grad_() for a in (x, *residual)]
         self._cotangent = self._array(cotangent)
 
     def step(self, mode: str) -> Step:
@@ -56,13 +63,20 @@ class TorchImplementation:
         layer.train(mode != "evaluation")
         parameters = list(layer.parameters())
 
+        def of_inputs() -> torch.Tensor:
+            x, *residual = self._inputs
+            y = sum(residual, layer(x))
+            if self._case.activation is not None:
+                y = getattr(torch.nn.functional, self._case.activation)(y)
+            return y
+
         def forward() -> object:
             with torch.no_grad():
-                return layer(self._x)
+                return of_inputs()
 
         def train_and_differentiate() -> object:
-            y = layer(self._x)
-            return y, torch.autograd.grad(y, [self._x, *parameters], self._cotangent)
+            y = of_inputs()
+            return y, torch.autograd.grad(y, [*self._inputs, *parameters], self._cotangent)
 
         run: Run = train_and_differentiate if mode == "forward+backward" else forward
         if self._device == "cpu":

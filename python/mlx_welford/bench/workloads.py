@@ -1,7 +1,7 @@
 """The inputs of the comparison, named after the models they come from."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import mlx.core as mx
@@ -28,6 +28,8 @@ class Case:
     large: bool = False  # only when asked for by name: mlx.nn takes minutes and many GB on a CPU
     groups: int = 0  # of a GroupNorm
     interleaved: bool = False  # channel c in group c % groups, as in mlx.nn; else as in torch
+    activation: str | None = None  # what follows the layer
+    residual: bool = False  # added before the activation
 
     @property
     def elements(self) -> int:
@@ -41,6 +43,10 @@ class Case:
     def sizes(self) -> tuple[int, ...]:
         """First arguments of the layer: the same in mlx.nn, torch and mlx_welford."""
         return (self.groups, self.channels) if self.groups else (self.channels,)
+
+    @property
+    def has_epilogue(self) -> bool:
+        return self.activation is not None or self.residual
 
     @property
     def channels_last(self) -> bool:
@@ -167,6 +173,24 @@ GROUPED_SOME = ("sd-unet-64", "sd-unet-64-interleaved", "flux-vae-256")
 SOME = ("resnet50-stem-b16", "byol-projector", "style-256px", "style-512px-nchw")
 """Those of them that are measured in 16 bits and under mx.compile, too."""
 
+
+def followed(case: Case, activation: str, *, residual: bool = False) -> Case:
+    """A case with an activation, or one of the sum with a residual."""
+    name = f"{case.name}-add-{activation}" if residual else f"{case.name}-{activation}"
+    return replace(case, name=name, activation=activation, residual=residual)
+
+
+EPILOGUES = tuple(
+    followed(case, activation, residual=residual)
+    for case in (
+        Case("bn", "ResNet-50, stage 2, batch 32", "BatchNorm", (32, 28, 28, 512)),
+        first("bn-nchw", "ResNet-50, stem, batch 16", "BatchNorm", (16, 64, 112, 112)),
+    )
+    for activation, residual in (("relu", False), ("relu", True), ("silu", False), ("gelu", False))
+)
+"""What follows a BatchNorm in known models; without it they are resnet50-stage2-b32 and
+resnet50-stem-nchw."""
+
 SMALL = (
     Case("cifar-resnet-64kb", "CIFAR ResNet-20, stage 3, batch 4", "BatchNorm", (4, 8, 8, 64)),
     Case("cyclegan-64kb", "CycleGAN 32 px, residual blocks", "InstanceNorm", (1, 8, 8, 256), False),
@@ -185,4 +209,4 @@ SWEEP = tuple(
 )
 """One layer from 1 GB to 64 KB in float32: so the largest finds the memory in one piece."""
 
-CASES = MODELS + TARGETS + GROUPED + SMALL + SWEEP
+CASES = MODELS + TARGETS + GROUPED + EPILOGUES + SMALL + SWEEP

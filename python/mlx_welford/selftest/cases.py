@@ -16,7 +16,9 @@ from mlx_welford._plans import (
     shard_plans,
 )
 
-__all__ = ["CASES", "PATHS", "Case", "coverage"]
+__all__ = ["CASES", "PATHS", "SLOPE", "Case", "coverage"]
+
+SLOPE = 0.1  # of leaky_relu
 
 Operation = Literal[
     "batch", "instance", "evaluation", "moments", "shard", "running", "group", "tile"
@@ -39,6 +41,8 @@ class Case:
     bias: bool = True
     groups: int = 0
     interleaved: bool = False
+    activation: str | None = None
+    residual: bool = False
     wanted: tuple[str, ...] = ("x", "weight", "bias", "statistics")  # gradients
     aligned: bool = True  # if not, x is a view that begins one element into its memory
     mean: float = 0.0  # added to x
@@ -55,6 +59,8 @@ class Case:
             parts.append("weight" if self.weight else "bias" if self.bias else "not affine")
         if self.groups:
             parts.append(f"{self.groups} {'interleaved ' * self.interleaved}groups")
+        parts += [self.activation] if self.activation else []
+        parts += ["residual"] if self.residual else []
         if len(self.wanted) < 4 and self.operation != "shard":
             parts.append(f"grad {','.join(self.wanted)} only")
         parts += [] if self.aligned else ["unaligned"]
@@ -98,6 +104,9 @@ class Case:
             groups=self.groups,
             interleaved=self.interleaved,
             wanted=self.wanted,
+            activation=self.activation,
+            negative_slope=SLOPE,
+            residual=self.residual,
             aligned=self.aligned,
         )
 
@@ -109,40 +118,48 @@ _PATHS = (
     # columns, vectors
     Case("instance", (3, 37, 64)),
     Case("batch", (2, 1100, 64)),
-    Case("evaluation", (3, 11, 64)),
+    Case("evaluation", (3, 11, 64), wanted=("x",)),
     Case("group", (3, 37, 64), groups=4),
     Case("group", (2, 1100, 64), groups=4),
-    Case("tile", (3, 11, 64), groups=4),
+    Case("tile", (3, 11, 64), groups=4, wanted=("x",)),
     Case("moments", (5, 40, 64), axes=(0, 1)),
     # columns, one element at a time
     Case("instance", (3, 37, 5)),
     Case("batch", (2, 1100, 5)),
-    Case("evaluation", (3, 11, 33)),
+    Case("evaluation", (3, 11, 33), wanted=("x",)),
     Case("group", (3, 37, 6), groups=2),
     Case("group", (2, 1100, 6), groups=2, interleaved=True),
-    Case("tile", (3, 11, 33), groups=3, interleaved=True),
+    Case("tile", (3, 11, 33), groups=3, interleaved=True, wanted=("x",)),
     Case("moments", (5, 41, 33), axes=(1,)),
     # rows, vectors
     Case("instance", (3, 7, 129), axis=1),
     Case("batch", (6, 3, 130), axis=1),
-    Case("evaluation", (3, 5, 67), axis=1),
+    Case("evaluation", (3, 5, 67), axis=1, wanted=("x",)),
     Case("group", (3, 6, 129), axis=1, groups=3),
     Case("group", (2, 6, 10001), axis=1, groups=3),
-    Case("tile", (3, 6, 67), axis=1, groups=3, interleaved=True),
+    Case("tile", (3, 6, 67), axis=1, groups=3, interleaved=True, wanted=("x",)),
     Case("moments", (3, 5, 66), axes=(2,)),
     # rows, one element at a time
     Case("instance", (3, 7, 129), axis=1, aligned=False),
     Case("batch", (6, 3, 130), axis=1, aligned=False),
-    Case("evaluation", (3, 5, 67), axis=1, aligned=False),
+    Case("evaluation", (3, 5, 67), axis=1, aligned=False, wanted=("x",)),
     Case("group", (3, 6, 20), axis=1, groups=3, aligned=False),
     Case("group", (3, 6, 4100), axis=1, groups=2, interleaved=True, aligned=False),
-    Case("tile", (3, 6, 67), axis=1, groups=2, aligned=False),
+    Case("tile", (3, 6, 67), axis=1, groups=2, aligned=False, wanted=("x",)),
     Case("moments", (3, 5, 66), axes=(2,), aligned=False),
-    # none
+    # no pattern
+    Case("evaluation", (3, 11, 64)),
     Case("running", (5, 37)),
 )
 
 _SPECIAL = (
+    # all gradients with given statistics, in one sweep
+    Case("tile", (3, 11, 64), groups=4),
+    Case("evaluation", (3, 11, 33), dtype="float16"),
+    Case("tile", (3, 11, 33), groups=3, interleaved=True),
+    Case("evaluation", (3, 5, 67), axis=1, dtype="bfloat16"),
+    Case("tile", (3, 6, 67), axis=1, groups=3, interleaved=True),
+    Case("evaluation", (3, 5, 67), axis=1, aligned=False),
     # a single long row, in many pieces
     Case("instance", (1, 2, 70001), axis=1),
     Case("instance", (1, 2, 70001), axis=1, dtype="bfloat16"),
@@ -171,6 +188,23 @@ _SPECIAL = (
     Case("instance", (3, 9, 50), axis=1, temporary=True, dtype="float16"),
     Case("evaluation", (3, 50, 8), temporary=True, dtype="bfloat16"),
     Case("moments", (3, 50, 8), axes=(1,), temporary=True),
+    # activations and residuals: in one dispatch, in several, with given statistics
+    Case("instance", (3, 37, 64), activation="relu", residual=True),
+    Case("batch", (2, 1100, 64), activation="relu", residual=True, dtype="float16"),
+    Case("evaluation", (3, 11, 64), activation="relu", residual=True, dtype="bfloat16"),
+    Case("instance", (3, 7, 129), axis=1, activation="silu", dtype="float16"),
+    Case("batch", (6, 3, 130), axis=1, activation="silu", dtype="bfloat16"),
+    Case("tile", (3, 11, 64), groups=4, activation="silu"),
+    Case("evaluation", (4, 9, 8), activation="silu", wanted=("x",)),
+    Case("group", (3, 37, 64), groups=4, activation="gelu", residual=True, dtype="bfloat16"),
+    Case("group", (2, 1100, 64), groups=4, activation="gelu", residual=True),
+    Case("evaluation", (3, 5, 67), axis=1, activation="gelu", residual=True, dtype="float16"),
+    Case("instance", (3, 37, 5), activation="leaky_relu"),
+    Case("batch", (6, 3, 130), axis=1, activation="leaky_relu", residual=True, aligned=False),
+    Case("evaluation", (3, 11, 33), activation="leaky_relu", residual=True),
+    Case("batch", (2, 1100, 5), residual=True),
+    Case("batch", (2, 1100, 8), activation="relu", residual=True, temporary=True),
+    Case("instance", (3, 9, 50), axis=1, activation="silu", residual=True, temporary=True),
     # a shard of a batch
     Case("shard", (6, 3, 130), axis=1, bias=False, wanted=("x",), dtype="float16"),
     Case("shard", (2, 1100, 16), mean=1e5, weight=False, bias=False, wanted=("x",)),

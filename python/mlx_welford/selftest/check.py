@@ -4,29 +4,32 @@ import math
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import NamedTuple
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any, NamedTuple
 
 import mlx.core as mx
+from mlx import nn
 
 import mlx_welford as mw
 from mlx_welford._operations import operations
 from mlx_welford._plans import DTYPES
 from mlx_welford._status import strict_shaders
 from mlx_welford.selftest import truth
-from mlx_welford.selftest.cases import Case
-from mlx_welford.selftest.truth import Arguments, Truth
+from mlx_welford.selftest.cases import SLOPE, Case
+from mlx_welford.selftest.truth import Activation, Arguments, Truth
 
 __all__ = ["Outcome", "Result", "Used", "check"]
 
 EPS = 1e-5
 MOMENTUM = 0.3  # of running statistics
 VALUES = 7  # per statistic of theirs
-NARROW = ("y", "grad x", "grad weight", "grad bias", "running_mean", "running_var")
+NARROW = {"y", "grad x", "grad weight", "grad bias", "grad residual", "running_mean", "running_var"}
 TEMPORARY = "the same from temporaries"
 COMPOSED = 8  # times what kernels are allowed: MLX adds up many float32 values one by one
 REPEATS = 20
 REPEATED = "the same bits again"
+KINKED = ("relu", "leaky_relu")  # of the cases' activations those that have a kink, at 0
 _BITS = {2: mx.uint16, 4: mx.uint32}  # an unsigned type of so many bytes
 
 
@@ -167,6 +170,7 @@ def _data(case: Case) -> tuple[Arguments, Arguments]:
             arguments |= {"weight": uniform(0.5, 1.5)} if case.weight else {}
             arguments |= {"bias": normal(channels)} if case.bias else {}
             cotangents["y"] = normal(*case.shape)
+            arguments |= {"residual": 2 * normal(*case.shape)} if case.residual else {}
         arguments = {name: a.astype(dtype) for name, a in arguments.items()}
         cotangents = {name: a.astype(dtype) for name, a in cotangents.items()}
         if case.operation in ("evaluation", "tile"):
@@ -177,6 +181,10 @@ def _data(case: Case) -> tuple[Arguments, Arguments]:
             cotangents |= {"mean": n * normal(*kept), "var": n * normal(*kept)}
         if not case.aligned:
             arguments["x"] = _view(arguments["x"])
+        if case.activation in KINKED:
+            # Rounding may take what is near the kink to its other side
+            p = _truth(replace(case, activation=None), arguments, cotangents).values["y"]
+            cotangents["y"] = mx.where(mx.abs(p) < 1e-3, 0, cotangents["y"])
         mx.eval(arguments, cotangents)
     return arguments, cotangents
 
@@ -213,24 +221,34 @@ def _truth(case: Case, arguments: Arguments, cotangents: Arguments) -> Truth:
     if case.operation == "running":
         return truth.running(arguments, MOMENTUM, VALUES)
     view, channels, statistics = case.view
-    shapes = {"x": view, "y": view}
+    shapes = {"x": view, "y": view, "residual": view}
     shapes |= {name: [view[a] for a in channels] for name in ("weight", "bias")}
     shapes |= {name: [view[a] for a in statistics] for name in ("mean", "var")}
     viewed, seen = (
         {name: a.reshape(shapes[name], stream=mx.cpu) for name, a in given.items()}
         for given in (arguments, cotangents)
     )
+    of_p = _activation(case)
     if case.operation in ("evaluation", "tile"):
-        true = truth.evaluation(viewed, seen, channels, statistics, EPS)
+        true = truth.evaluation(viewed, seen, channels, statistics, EPS, of_p)
     elif case.operation == "shard":
         true = truth.shard(viewed, seen, statistics, EPS)
     else:
-        true = truth.normalization(viewed, seen, channels, statistics, EPS)
+        true = truth.normalization(viewed, seen, channels, statistics, EPS, of_p)
     for name, a in true.values.items():
         of = name.removeprefix("grad ")
         like = arguments["x"] if of == "y" else arguments.get(of)
         true.values[name] = a if like is None else a.reshape(like.shape, stream=mx.cpu)
     return true
+
+
+def _activation(case: Case) -> Activation | None:
+    """mlx.nn's function."""
+    if case.activation is None:
+        return None
+    function: Activation = getattr(nn, case.activation)
+    options = {"negative_slope": SLOPE} if case.activation == "leaky_relu" else {}
+    return partial(function, **options)
 
 
 def _run(case: Case, arguments: Arguments, cotangents: Arguments) -> Arguments:
@@ -251,15 +269,21 @@ def _run(case: Case, arguments: Arguments, cotangents: Arguments) -> Arguments:
         "moments": ["mean", "var"],
     }[case.operation]
     statistics = ("mean", "var") if "statistics" in case.wanted else ()
-    names = [name for name in arguments if name in (*case.wanted, *statistics)]
+    names = [name for name in arguments if name in (*case.wanted, *statistics, "residual")]
+    options: dict[str, Any] = {
+        "activation": case.activation,
+        "negative_slope": SLOPE,
+        "axis": case.axis,
+    }
 
     def f(*values: mx.array) -> list[mx.array]:
         given = {**arguments, **dict(zip(names, values, strict=True))}
         x, weight, bias = given["x"], given.get("weight"), given.get("bias")
+        residual = given.get("residual")
         if case.operation == "moments":
             return list(mw.moments(x, case.axes))
         if case.operation == "instance":
-            return [mw.instance_norm(x, weight, bias, EPS, axis=case.axis)]
+            return [mw.instance_norm(x, weight, bias, EPS, residual=residual, **options)]
         mean, var = given.get("mean"), given.get("var")
         if case.groups:
             y = mw.group_norm(
@@ -271,10 +295,13 @@ def _run(case: Case, arguments: Arguments, cotangents: Arguments) -> Arguments:
                 interleaved=case.interleaved,
                 mean=mean,
                 var=var,
-                axis=case.axis,
+                residual=residual,
+                **options,
             )
             return [y]
-        results = mw.batch_norm(x, weight, bias, EPS, mean=mean, var=var, axis=case.axis)
+        results = mw.batch_norm(
+            x, weight, bias, EPS, mean=mean, var=var, residual=residual, **options
+        )
         return list(results)[: len(outputs)]
 
     values, grads = mx.vjp(f, [arguments[name] for name in names], list(cotangents.values()))

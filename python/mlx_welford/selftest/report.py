@@ -34,7 +34,7 @@ LIMIT = 60_000
 SHORT = 200  # what is longer, or has several lines, is a log
 # What fails everywhere must leave room for the compiler's logs: characters after which cases are
 # told in few words, and characters that the table of pipelines leaves to the logs.
-VERBOSE = 20_000
+VERBOSE = 14_000
 LEFT_TO_LOGS = 15_000
 MOST_LOGS = 12
 
@@ -241,7 +241,7 @@ def _case(report: Report, outcome: Outcome) -> dict[str, Any]:
 
 def _unplanned(plans: Plans, used: Iterable[Used]) -> list[str]:
     """Dispatches that ran and are not in the plan for pipelines that allow as much as the GPU."""
-    planned = {(d["kernel"], d["threadgroups"], d["threads"]) for d in dispatches(plans)}
+    planned = {(d["pipeline"], d["threadgroups"], d["threads"]) for d in dispatches(plans)}
     others = [d for d in used if d not in planned]
     return [f"{d.kernel} {d.threadgroups} x {d.threads}" for d in dict.fromkeys(others)]
 

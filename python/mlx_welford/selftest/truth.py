@@ -9,6 +9,8 @@ float32 accumulation costs, with u = 2^-24:
 - 16 u t for an expression in terms of size t: it has about a dozen roundings.
 - 4 u sqrt(n) t for a sum of n such terms: roundings add up like a random walk.
 - u |mean| for every x - mean: the mean is handed on in float32. It is what remains of large means.
+- Of gradients behind an activation, what is allowed of its argument, where the derivative is taken;
+  and with a residual half a unit in the last place, since the cotangent of y is stored then.
 
 A wrong element, coefficient or count is off by far more: by 1/n of a mean, at the least.
 """
@@ -20,6 +22,7 @@ from dataclasses import dataclass
 import mlx.core as mx
 
 __all__ = [
+    "Activation",
     "Arguments",
     "Truth",
     "error",
@@ -35,8 +38,9 @@ __all__ = [
 
 U = 2.0**-24
 
-Arguments = dict[str, mx.array]  # x, weight, bias, mean, var by name; and the cotangents
+Arguments = dict[str, mx.array]  # x, weight, bias, residual, mean, var by name; and the cotangents
 Function = Callable[..., list[mx.array]]
+Activation = Callable[[mx.array], mx.array]
 
 
 @dataclass
@@ -81,18 +85,19 @@ def normalization(
     channels: list[int],
     statistics: list[int],
     eps: float,
+    activation: Activation | None = None,
 ) -> Truth:
     """Of y, mean and var, and gradients by the names of the arguments.
 
     Weight and bias have the axes ``channels`` of x, mean and var the axes ``statistics``.
     """
-    names: list[str] = [name for name in ("x", "weight", "bias") if name in arguments]
+    names: list[str] = [name for name in ("x", "weight", "bias", "residual") if name in arguments]
     axes = _others(arguments["x"], statistics)
 
     def f(*values: mx.array) -> list[mx.array]:
         given = dict(zip(names, values, strict=True))
         mean, var = _moments(given["x"], axes)
-        y = _apply(given, mean, var, eps, channels)
+        y = _apply(given, mean, var, eps, channels, activation)
         return [y, mean.squeeze(axes), var.squeeze(axes)]
 
     with mx.stream(mx.cpu):
@@ -106,13 +111,16 @@ def normalization(
         shift = U * largest(mean * r)  # of x - mean, in standard deviations
         through = (sizes.g_mean + 2 * sizes.g_var * largest(d)) / n
         passed = sizes.g * sizes.weight * sizes.slope * max(1.0, sizes.normal)
+        of_y = 16 * U * (sizes.weight * sizes.normal + sizes.added) + shift * sizes.weight
+        of_g = _of_cotangent(arguments, activation, of_y)
         accumulation = {
-            "y": 16 * U * (sizes.weight * sizes.normal + sizes.bias) + shift * sizes.weight,
+            "y": of_y,
             "mean": 4 * U * largest(d),
             "var": 16 * U * largest(var),
-            "grad x": (16 * U + 2 * shift) * (passed + through),
-            "grad weight": (4 * U + shift) * math.sqrt(per_channel) * sizes.g * sizes.normal,
-            "grad bias": 4 * U * math.sqrt(per_channel) * sizes.g,
+            "grad x": (16 * U + 2 * shift + of_g) * (passed + through),
+            "grad weight": (4 * U + shift + of_g) * math.sqrt(per_channel) * sizes.g * sizes.normal,
+            "grad bias": (4 * U + of_g) * math.sqrt(per_channel) * sizes.g,
+            "grad residual": (16 * U + of_g) * sizes.g,
         }
     return Truth(_named(["y", "mean", "var"], outputs, names, grads), accumulation)
 
@@ -123,15 +131,17 @@ def evaluation(
     channels: list[int],
     statistics: list[int],
     eps: float,
+    activation: Activation | None = None,
 ) -> Truth:
     """Of y with given statistics, and gradients by the names of the arguments."""
-    names: list[str] = [n for n in ("x", "weight", "bias", "mean", "var") if n in arguments]
+    possible = ("x", "weight", "bias", "mean", "var", "residual")
+    names: list[str] = [name for name in possible if name in arguments]
     ndim = arguments["x"].ndim
 
     def f(*values: mx.array) -> list[mx.array]:
         given = dict(zip(names, values, strict=True))
         mean, var = (_along(given[n], statistics, ndim) for n in ("mean", "var"))
-        return [_apply(given, mean, var, eps, channels)]
+        return [_apply(given, mean, var, eps, channels, activation)]
 
     with mx.stream(mx.cpu):
         outputs, grads = _differentiate(f, [arguments[n] for n in names], cotangents)
@@ -142,14 +152,18 @@ def evaluation(
         of_statistic = _count(normal, _others(normal, statistics))
         sizes = _Sizes(arguments, cotangents, normal=largest(normal), slope=largest(r))
         passed = sizes.g * sizes.weight * sizes.slope
-        sums = 4 * U * math.sqrt(n)
+        of_y = 16 * U * (sizes.weight * sizes.normal + sizes.added)
+        of_g = _of_cotangent(arguments, activation, of_y)
+        sums = (4 * U + of_g) * math.sqrt(n)
+        of_statistics = (4 * U + of_g) * math.sqrt(of_statistic) * passed
         accumulation = {
-            "y": 16 * U * (sizes.weight * sizes.normal + sizes.bias),
-            "grad x": 16 * U * passed,
+            "y": of_y,
+            "grad x": (16 * U + of_g) * passed,
             "grad weight": sums * sizes.g * sizes.normal,
             "grad bias": sums * sizes.g,
-            "grad mean": 4 * U * math.sqrt(of_statistic) * passed,
-            "grad var": 4 * U * math.sqrt(of_statistic) * passed * sizes.normal * sizes.slope,
+            "grad mean": of_statistics,
+            "grad var": of_statistics * sizes.normal * sizes.slope,
+            "grad residual": (16 * U + of_g) * sizes.g,
         }
     return Truth(_named(["y"], outputs, names, grads), accumulation)
 
@@ -225,12 +239,20 @@ class _Sizes:
         self, arguments: Arguments, cotangents: Arguments, *, normal: float, slope: float
     ) -> None:
         self.weight = largest(arguments["weight"]) if "weight" in arguments else 1.0
-        self.bias = largest(arguments["bias"]) if "bias" in arguments else 0.0
+        self.added = sum(largest(arguments[n]) for n in ("bias", "residual") if n in arguments)
         self.g = largest(cotangents["y"])
         self.g_mean = largest(cotangents["mean"]) if "mean" in cotangents else 0.0
         self.g_var = largest(cotangents["var"]) if "var" in cotangents else 0.0
         self.normal = normal  # of (x - mean) / sqrt(var + eps)
         self.slope = slope  # of 1 / sqrt(var + eps)
+
+
+def _of_cotangent(arguments: Arguments, activation: Activation | None, of_y: float) -> float:
+    """The allowed error of the cotangent of y, as a share of the largest cotangent."""
+    if activation is None:
+        return 0.0
+    stored = ulp(1.0, arguments["x"].dtype) / 2 if "residual" in arguments else 0.0
+    return of_y + stored
 
 
 def _moments(x: mx.array, axes: list[int]) -> tuple[mx.array, mx.array]:
@@ -242,7 +264,12 @@ def _moments(x: mx.array, axes: list[int]) -> tuple[mx.array, mx.array]:
 
 
 def _apply(
-    given: Arguments, mean: mx.array, var: mx.array, eps: float, channels: list[int]
+    given: Arguments,
+    mean: mx.array,
+    var: mx.array,
+    eps: float,
+    channels: list[int],
+    activation: Activation | None,
 ) -> mx.array:
     x = given["x"]
     y = (x - mean) / mx.sqrt(var + eps)
@@ -250,7 +277,9 @@ def _apply(
         y = y * _along(given["weight"], channels, x.ndim)
     if "bias" in given:
         y = y + _along(given["bias"], channels, x.ndim)
-    return y
+    if "residual" in given:
+        y = y + given["residual"]
+    return y if activation is None else activation(y)
 
 
 def _differentiate(
