@@ -47,7 +47,7 @@ DIST ?= dist
 # What wheels are made of: this checkout, or an unpacked source distribution.
 SOURCE ?= .
 
-.PHONY: help build demo test test-quick test-nightly test-macos sanitize mutants bench lint format docs \
+.PHONY: help build demo gallery test test-quick test-nightly test-macos sanitize mutants bench lint format docs \
 	sdist wheels wheel-macos wheel-aarch64 try-mlx cuda cuda-pack clean force
 .DEFAULT_GOAL := help
 
@@ -87,6 +87,9 @@ $(VENV)/package.stamp: $(SOURCES) $(VENV)/sources.txt $(VENV)/requirements.stamp
 demo: build ## train a small network with both libraries, then compare their speed
 	$(PY) examples/train_digits.py
 	$(PY) -m mlx_welford bench --quick
+
+gallery: build ## run the examples, make docs/gallery.md of what they print and draw: EXAMPLES="train_digits"
+	$(PY) docs/gallery_page.py $(EXAMPLES)
 
 # A file's tests stay in one process, so that its fixtures are made once. Slow files come first
 # (tests/conftest.py). JOBS=0 runs all in one process, as a debugger needs.

@@ -6,8 +6,9 @@ the network gets:
 
     ResNet(nn.BatchNorm)            ResNet(mw.BatchNorm)
 
-Prints test accuracy, losses, median step time and peak memory of both. Exits with status 1 if an
-accuracy is below 97 % or the two differ by more than one point.
+Prints test accuracy, losses, median step time and peak memory of both. `--output FILE` draws the
+loss curves. Exits with status 1 if an accuracy is below 97 % or the two differ by more than one
+point.
 """
 
 import argparse
@@ -24,8 +25,10 @@ import mlx.optimizers as optim
 import mlx_welford as mw
 import numpy as np
 import numpy.typing as npt
+from comparison import progress
+from matplotlib.figure import Figure
+from rich import box
 from rich.console import Console
-from rich.progress import track
 from rich.table import Table
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
@@ -167,7 +170,7 @@ def train(
     loss_and_grad = nn.value_and_grad(model, loss)
     losses, seconds, peaks = [], [], []
     model.train()
-    for _ in track(range(epochs), label, console=Console(stderr=True)):
+    for _ in progress(range(epochs), label):
         for images, labels in train_set.batches(batch_size, shuffle):
             mx.eval(images, labels)
             mx.reset_peak_memory()
@@ -214,8 +217,8 @@ def problems(trainings: dict[str, Training]) -> list[str]:
 
 
 def table(trainings: dict[str, Training]) -> Table:
-    result = Table(title="ResNet on scikit-learn's digits: BatchNorm from")
-    result.add_column("")
+    result = Table(box=box.MARKDOWN)
+    result.add_column("the same training")
     for name in trainings:
         result.add_column(name, justify="right")
     rows: dict[str, Callable[[Training], str]] = {
@@ -227,8 +230,18 @@ def table(trainings: dict[str, Training]) -> Table:
     }
     for name, cell in rows.items():
         result.add_row(name, *map(cell, trainings.values()))
-    result.caption = f"largest difference of the loss curves: {loss_difference(trainings):.2g}"
     return result
+
+
+def picture(trainings: dict[str, Training]) -> Figure:
+    """Both loss curves, the second dashed, since they mostly coincide."""
+    figure = Figure(figsize=(6, 3), layout="constrained", dpi=100)
+    panel = figure.subplots()
+    for (name, training), line in zip(trainings.items(), ("-", "--"), strict=True):
+        panel.plot(training.losses, line, label=name)
+    panel.set(xlabel="step", ylabel="loss", xmargin=0)
+    panel.legend()
+    return figure
 
 
 def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -240,6 +253,7 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--width", type=int, default=12, help="channels of the first stage")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=Path, metavar="FILE", help="write everything measured here")
+    parser.add_argument("--output", type=Path, metavar="FILE", help="draw the loss curves here")
     return parser.parse_args(argv)
 
 
@@ -261,6 +275,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     console = Console()
     console.print(table(trainings))
+    console.print(f"largest difference of the loss curves: {loss_difference(trainings):.2g}")
+    if options.output:
+        picture(trainings).savefig(options.output)
     if options.json:
         report = {name: asdict(training) for name, training in trainings.items()}
         options.json.write_text(json.dumps(report, indent=1) + "\n")

@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import matplotlib.image
 import mlx.core as mx
 import mlx.nn as nn
 import mlx_welford as mw
@@ -121,7 +122,9 @@ def test_main_fails_on_low_accuracy_and_writes_json(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = tmp_path / "digits.json"
+    drawn = tmp_path / "digits.png"
     options = ["--epochs", "1", "--width", "2", "--batch-size", "256", "--json", str(path)]
+    options += ["--output", str(drawn)]
     assert train_digits.main(options) == 1
     printed = capsys.readouterr().out
     for text in ("test accuracy", "median step", "peak memory", "largest difference", "FAILED"):
@@ -129,3 +132,7 @@ def test_main_fails_on_low_accuracy_and_writes_json(
     report = json.loads(path.read_text())
     assert report.keys() == {"mlx.nn", "mlx_welford"}
     assert len(report["mlx_welford"]["losses"]) == 1347 // 256
+    shown = matplotlib.image.imread(drawn)[..., :3]
+    assert shown.shape == (300, 600, 3)
+    for colour in ([0x1F, 0x77, 0xB4], [0xFF, 0x7F, 0x0E]):  # of both curves
+        assert (abs(shown * 255 - colour).max(-1) < 8).any()
