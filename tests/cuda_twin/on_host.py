@@ -12,7 +12,9 @@ from plans import shaders
 from .host_driver import HostDriver, struct_bytes
 from .shaders import shader_program
 
-driver = HostDriver(shader_program(), shaders(), struct_bytes())
+# Asked for as the commands ask for it, which makes it the same program: it knows those that the
+# commands specialise.
+driver = HostDriver(shader_program("sm_90"), shaders(), struct_bytes())
 
 
 def __getattr__(name: str) -> Any:
