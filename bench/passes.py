@@ -1,11 +1,11 @@
 """What the epilogue saves in known models, counted: python -m bench.passes prints the table.
 
 Of every normalisation with the activation and the addition that follow it: how often arrays of the
-size of its input are read and written, once with separate operations and once in one (the counts
-that tests/gpu/test_traffic.py finds in the shaders). Beside it, the share of a step that the
-separate operations have on a machine that does nothing but move those bytes, at the bandwidth, and
-compute the convolutions, at the peak: a roofline, not a measurement. Real convolutions are slower
-than the peak, and other layers take time, so the real share is smaller.
+size of its input are read and written, once with separate operations and once in one (as the launch
+plans say, which tests/gpu/test_traffic.py compares with the shaders). Beside it, the share of a
+step that the separate operations have on a machine that does nothing but move those bytes, at the
+bandwidth, and compute the convolutions, at the peak: a roofline, not a measurement. Real
+convolutions are slower than the peak, and other layers take time, so the real share is smaller.
 """
 
 from __future__ import annotations
@@ -13,15 +13,36 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 
-# Reads and writes of a normalisation (two passes), an activation and an addition of their own.
-NORM = {"forward": 3, "backward": 5}
+from mlx_welford._plans import normalization_plans, traffic
+
+
+def in_one(activation: bool, addition: bool) -> dict[str, int]:
+    """Reads and writes of a layer that is too large for one dispatch, in its launch plans."""
+    forward, both = (
+        traffic(
+            normalization_plans(
+                "batch",
+                (32, 112, 112, 64),
+                wanted=wanted,
+                activation="relu" if activation else None,
+                residual=addition,
+            ),
+            x_bytes=1,
+        )
+        for wanted in ((), ("x", "weight", "bias"))
+    )
+    return {"forward": forward, "backward": both - forward}
+
+
+# Of a normalisation, an activation and an addition of their own.
+NORM = in_one(activation=False, addition=False)
 ACTIVATION = {"forward": 2, "backward": 3}
 ADDITION = {"forward": 3, "backward": 0}
 # In one, by activation and addition.
 FUSED = {
     (False, False): NORM,
-    (True, False): {"forward": 3, "backward": 5},
-    (True, True): {"forward": 4, "backward": 7},
+    (True, False): in_one(activation=True, addition=False),
+    (True, True): in_one(activation=True, addition=True),
 }
 
 # An Apple M2 Max: GB/s from selftest/chips.py, float32 TFLOP/s as Apple states for its GPU.

@@ -217,7 +217,7 @@ Arrays KernelPrimitive::vjp(const Arrays& primals, const Arrays& cotangents,
   if (gradient.epilogue.active() || !only_residual) {
     found = compute(stream(), gradient, std::move(known));
   }
-  if (!gradient.epilogue.needs_auxiliary()) {
+  if (!gradient.epilogue.stores_g()) {
     found.set(kGradResidual, g);  // if there is a residual
   }
   Arrays gradients;

@@ -57,9 +57,9 @@ struct Epilogue {
         return false;
     }
   }
-  /// Whether a gradient must have z or the residual. It then stores the cotangent of y, which is
-  /// that of the residual.
-  bool needs_auxiliary() const { return active() && auxiliary != Auxiliary::none; }
+  /// Whether a gradient stores the cotangent of y, which is that of the residual. It then needs z
+  /// or the residual.
+  bool stores_g() const { return active() && auxiliary != Auxiliary::none; }
 };
 
 /// Which gradients are asked for; the others are not computed.

@@ -36,7 +36,7 @@ Signature signature_of(const Attributes& a) {
     case Operation::normalize_gradient: {
       // The cotangent of y, where it is stored, is read again with x: grad x must not take its
       // memory.
-      const bool stores_g = a.epilogue.needs_auxiliary();
+      const bool stores_g = a.epilogue.stores_g();
       const Operand grad_x = stores_g ? Operand{kOut, Per::element, a.wanted.x, {kX}}
                                       : Operand{kOut, Per::element, a.wanted.x, {kG, kX}};
       return {"WelfordNormalizeGradient",

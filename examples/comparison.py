@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -20,6 +20,8 @@ from rich import box
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
+
+T = TypeVar("T")
 
 BASELINE = "mlx.nn"
 VARIANTS: dict[str, Callable[[nn.Module], nn.Module]] = {
@@ -87,16 +89,20 @@ def largest_distance(steps: Steps, baseline: Steps) -> float:
 
 
 def table(compared: dict[str, Steps]) -> Table:
-    """In Markdown when printed."""
-    result = Table(box=box.MARKDOWN)
-    result.add_column("the same training steps")
-    for name in compared:
-        result.add_column(name, justify="right")
     rows: dict[str, Callable[[Steps], str]] = {
         "median time": lambda s: f"{1e3 * statistics.median(s.seconds):.1f} ms",
         "memory": lambda s: f"{statistics.median(s.memory) / 2**20:.1f} MiB",
         "loss, distance": lambda s: f"{largest_distance(s, compared[BASELINE]):.1g}",
     }
+    return in_columns("the same training steps", compared, rows)
+
+
+def in_columns(title: str, compared: dict[str, T], rows: dict[str, Callable[[T], str]]) -> Table:
+    """A column for each that is compared; in Markdown when printed."""
+    result = Table(box=box.MARKDOWN)
+    result.add_column(title)
+    for name in compared:
+        result.add_column(name, justify="right")
     for name, cell in rows.items():
         result.add_row(name, *map(cell, compared.values()))
     return result

@@ -25,9 +25,8 @@ import mlx.optimizers as optim
 import mlx_welford as mw
 import numpy as np
 import numpy.typing as npt
-from comparison import progress
+from comparison import in_columns, progress
 from matplotlib.figure import Figure
-from rich import box
 from rich.console import Console
 from rich.table import Table
 from sklearn.datasets import load_digits
@@ -217,10 +216,6 @@ def problems(trainings: dict[str, Training]) -> list[str]:
 
 
 def table(trainings: dict[str, Training]) -> Table:
-    result = Table(box=box.MARKDOWN)
-    result.add_column("the same training")
-    for name in trainings:
-        result.add_column(name, justify="right")
     rows: dict[str, Callable[[Training], str]] = {
         "test accuracy": lambda t: f"{t.accuracy:.2%}",
         "loss at the first step": lambda t: f"{t.losses[0]:.6f}",
@@ -228,9 +223,7 @@ def table(trainings: dict[str, Training]) -> Table:
         "median step": lambda t: f"{t.step_ms:.1f} ms",
         "peak memory of a step": lambda t: f"{t.peak_bytes / 2**20:.1f} MiB",
     }
-    for name, cell in rows.items():
-        result.add_row(name, *map(cell, trainings.values()))
-    return result
+    return in_columns("the same training", trainings, rows)
 
 
 def picture(trainings: dict[str, Training]) -> Figure:

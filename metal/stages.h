@@ -162,6 +162,18 @@ inline void store_given_gradient(GradientArrays<T> a, const thread MapX* y, cons
   E::store(a.grad_x, at, E::pack(v));
 }
 
+/// What the function constants ask of a vector besides its sums: g of h, and grad x.
+template <typename T, int V, int S>
+inline void finish_vector(GradientArrays<T> a, const thread MapX* y, const thread float* vx,
+                          const thread float* auxiliary, thread float* vg, int at) {
+  if (active()) {
+    make_cotangent<T, V, S>(a, y, vx, auxiliary, vg, at);
+  }
+  if (writes_gradient) {
+    store_given_gradient<T, V, S>(a, y, vg, at);
+  }
+}
+
 /// Sums of a thread's elements, of each of its S statistics, about their means; and what else the
 /// function constants ask for: g, and the gradient with given statistics. `sums` false: that alone.
 template <typename T, int V, int S, bool sums>
@@ -201,13 +213,8 @@ inline void find_sums(GradientArrays<T> a, Walk w, const thread MapX* y, thread 
     for (int r = 0; r < 2; ++r) {
       WELFORD_UNROLL
       for (int k = 0; k < loads; ++k) {
-        const uint at = (i + r * loads + k) * w.step;
-        if (active()) {
-          make_cotangent<T, V, S>(a, y, &vx[r][k], &auxiliary[r][k], &vg[r][k], at);
-        }
-        if (writes_gradient) {
-          store_given_gradient<T, V, S>(a, y, &vg[r][k], at);
-        }
+        finish_vector<T, V, S>(a, y, &vx[r][k], &auxiliary[r][k], &vg[r][k],
+                               (i + r * loads + k) * w.step);
       }
     }
     WELFORD_UNROLL
@@ -229,12 +236,7 @@ inline void find_sums(GradientArrays<T> a, Walk w, const thread MapX* y, thread 
     if (stores_g()) {
       E::unpack(E::load(a.auxiliary, at), auxiliary);
     }
-    if (active()) {
-      make_cotangent<T, V, S>(a, y, vx, auxiliary, vg, at);
-    }
-    if (writes_gradient) {
-      store_given_gradient<T, V, S>(a, y, vg, at);
-    }
+    finish_vector<T, V, S>(a, y, vx, auxiliary, vg, at);
     WELFORD_UNROLL
     for (int c = 0; sums && c < V; ++c) {
       sum_g[c] += vg[c];
@@ -245,12 +247,7 @@ inline void find_sums(GradientArrays<T> a, Walk w, const thread MapX* y, thread 
     float edge_x = needs_x ? float(a.x[w.edge]) : 0.0f;
     float edge_g = float(a.h[w.edge]);
     float auxiliary = stores_g() ? float(a.auxiliary[w.edge]) : 0.0f;
-    if (active()) {
-      make_cotangent<T, 1, 1>(a, y, &edge_x, &auxiliary, &edge_g, w.edge);
-    }
-    if (writes_gradient) {
-      store_given_gradient<T, 1, 1>(a, y, &edge_g, w.edge);
-    }
+    finish_vector<T, 1, 1>(a, y, &edge_x, &auxiliary, &edge_g, w.edge);
     sum_g[0] += edge_g;
     sum_gd[0] += edge_g * (edge_x - y[0].mean);
   }

@@ -319,19 +319,21 @@ struct GradientInputs {
   }
 };
 
-/// The coefficients of y, as vectors over the columns of a strip.
+/// The coefficients of y, as vectors over the columns of a strip; the means alone if not `whole`.
 struct ForwardCoefficients {
   std::vector<float> mean, slope, shift;
 
-  ForwardCoefficients(const GradientInputs& in, const Slots& slots, int64_t first,
-                      int64_t columns) {
-    for (std::vector<float>* v : {&mean, &slope, &shift}) {
-      v->reserve(columns);
-    }
+  ForwardCoefficients(const GradientInputs& in, const Slots& slots, int64_t first, int64_t columns,
+                      bool whole) {
+    mean.reserve(columns);
+    slope.reserve(whole ? columns : 0);
+    shift.reserve(whole ? columns : 0);
     for (Slot slot = slots.at(first); slot.index < first + columns; slot = slots.next(slot)) {
       mean.push_back(in.mean[slot.statistic]);
-      slope.push_back(in.weight[slot.channel] * in.rstd(slot));
-      shift.push_back(in.bias[slot.channel]);
+      if (whole) {
+        slope.push_back(in.weight[slot.channel] * in.rstd(slot));
+        shift.push_back(in.bias[slot.channel]);
+      }
     }
   }
 };
@@ -352,7 +354,7 @@ void normalize_gradient(const Problem& problem, BoundArrays& a) {
   // With given statistics grad x is scale * g alone. Where there is a sweep it writes that, too.
   Stages stages;
   const bool sums_wanted = wanted.statistics || parameters || (wanted.x && !problem.given);
-  const bool stores_g = epilogue.needs_auxiliary();
+  const bool stores_g = epilogue.stores_g();
   const bool sweeps = sums_wanted || epilogue.active();
   const bool sweep_writes_x = sweeps && wanted.x && problem.given;
   if (sweeps) {
@@ -373,9 +375,12 @@ void normalize_gradient(const Problem& problem, BoundArrays& a) {
                           .g = at(stores_g, kGradResidual, e),
                           .grad_x = at(sweep_writes_x, kOut, e)};
       std::optional<ForwardCoefficients> of_slots;
-      if (in.grouped || sweep_writes_x || epilogue.needs_y()) {
-        of_slots.emplace(in, slots, first, strip.columns());
+      const bool whole = sweep_writes_x || epilogue.needs_y();
+      if (in.grouped || whole) {
+        of_slots.emplace(in, slots, first, strip.columns(), whole);
         sweep.mean = of_slots->mean.data();
+      }
+      if (whole) {
         sweep.slope = of_slots->slope.data();
         sweep.shift = of_slots->shift.data();
       }

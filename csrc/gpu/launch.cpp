@@ -377,10 +377,11 @@ class Planner {
         return unused(kResidual);
     }
   }
-  Binding grad_residual() const { return stores_g() ? out(kGradResidual) : unused(kGradResidual); }
+  Binding grad_residual() const {
+    return p_.epilogue.stores_g() ? out(kGradResidual) : unused(kGradResidual);
+  }
   static Binding grad_x(const Constants& c) { return c.gradient ? out(kOut) : unused(kOut); }
 
-  bool stores_g() const { return p_.epilogue.needs_auxiliary(); }
   Constants constants(bool gradient = false) const {
     return {p_.epilogue.activation, p_.epilogue.auxiliary, gradient};
   }
@@ -444,7 +445,7 @@ class Planner {
   void input_gradient_from(BufferIndex sums) {
     sweep(Kernel::input_gradient, second_pass(p_, access_, limits_),
           {in(kX),
-           {kG, stores_g() ? kGradResidual : kG, false},
+           {kG, p_.epilogue.stores_g() ? kGradResidual : kG, false},
            in(kMean),
            in(kVar),
            weight(),
@@ -453,7 +454,7 @@ class Planner {
            in(kGradMean),
            in(kGradVar),
            out(kOut)},
-          stores_g() ? Constants{} : constants());
+          p_.epilogue.stores_g() ? Constants{} : constants());
   }
 
   const Problem& p_;

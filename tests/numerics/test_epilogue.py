@@ -10,7 +10,7 @@ import mlx_welford as mw
 import numpy as np
 import pytest
 from epilogue import ACTIVATIONS, NAMES, Case, Problem, backward, forward
-from mlx_welford._operations import operations
+from mlx_welford.selftest.check import Used, recording
 from problems import DTYPES, HALVES
 from reference import Array, directional, moments_backward, reduction_axes
 from tolerance import Comparison, assert_error, assert_same_bits, assert_within, ulp, wide
@@ -338,15 +338,13 @@ def test_float64(norm: str, activation: str, residual: bool) -> None:
 
 def dispatched(
     compute: Callable[[], dict[str, mx.array]],
-) -> tuple[dict[str, mx.array], list[list[int]]]:
+) -> tuple[dict[str, mx.array], list[tuple[int, int]]]:
     """What it computes, and the threadgroups and threads of the shaders' dispatches, if any."""
-    operations.record_dispatches(True)
-    try:
+    used: list[Used] = []
+    with recording(used):
         results = compute()
         mx.eval(results)
-        return results, [shape for _, *shape in operations.take_recorded_dispatches()]
-    finally:
-        operations.record_dispatches(False)
+    return results, [(d.threadgroups, d.threads) for d in used]
 
 
 @pytest.mark.kernels("MLX differentiates its own operations otherwise")

@@ -289,20 +289,14 @@ class Problem(groups.Problem):
         result: mx.array = getattr(nn, name)(p, **options)
         return result
 
-    def _their_norm(
-        self,
-        x: mx.array,
-        weight: mx.array | None = None,
-        bias: mx.array | None = None,
-        mean: mx.array | None = None,
-        var: mx.array | None = None,
-    ) -> mx.array:
+    def _their_norm(self, **inputs: Any) -> mx.array:
         case = self.case
         if case.statistics != "batch":
-            return super().theirs(x, weight, bias, mean, var)
-        if mean is None or var is None:
+            return super().theirs(**inputs)
+        x, weight, bias = inputs["x"], inputs.get("weight"), inputs.get("bias")
+        if not case.given:
             return systems.baseline("batch", case.eps, case.axis)(x, weight, bias)[0]
-        mean, var = mean.astype(x.dtype), var.astype(x.dtype)
+        mean, var = (inputs[name].astype(x.dtype) for name in ("mean", "var"))
         return systems.evaluation_baseline(x, weight, bias, mean, var, eps=case.eps, axis=case.axis)
 
     def gradients(self, system: Any, names: Sequence[str] = NAMES) -> dict[str, mx.array]:

@@ -19,7 +19,7 @@ from mlx_welford.selftest import truth
 from mlx_welford.selftest.cases import SLOPE, Case
 from mlx_welford.selftest.truth import Activation, Arguments, Truth
 
-__all__ = ["Outcome", "Result", "Used", "check"]
+__all__ = ["Outcome", "Result", "Used", "check", "recording"]
 
 EPS = 1e-5
 MOMENTUM = 0.3  # of running statistics
@@ -87,7 +87,7 @@ def check(case: Case, repeats: int = REPEATS) -> Outcome:
     used: list[Used] = []
     try:
         with strict_shaders():
-            with _recording(used):
+            with recording(used):
                 got = _run(case, arguments, cotangents)
                 mx.eval(got)
                 mx.synchronize()
@@ -117,7 +117,7 @@ def check(case: Case, repeats: int = REPEATS) -> Outcome:
 
 
 @contextmanager
-def _recording(used: list[Used]) -> Iterator[None]:
+def recording(used: list[Used]) -> Iterator[None]:
     """Adds the dispatches that run in here."""
     operations.record_dispatches(True)
     try:
