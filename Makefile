@@ -92,9 +92,12 @@ gallery: build ## run the examples, make docs/gallery.md of what they print and 
 	$(PY) docs/gallery_page.py $(EXAMPLES)
 
 # A file's tests stay in one process, so that its fixtures are made once. Slow files come first
-# (tests/conftest.py). JOBS=0 runs all in one process, as a debugger needs.
+# (tests/conftest.py). JOBS=0 runs all in one process, as a debugger needs. A test that hangs ends its
+# process and fails, by name.
 JOBS ?= auto
-PYTEST = $(PY) -m pytest --numprocesses $(JOBS) --dist loadfile --no-loadscope-reorder
+SECONDS_PER_TEST ?= 1200
+PYTEST = $(PY) -m pytest --numprocesses $(JOBS) --dist loadfile --no-loadscope-reorder \
+	--timeout $(SECONDS_PER_TEST) --timeout-method thread
 # Unless tests are selected or the profile is quick, also without the extension (docs/testing.md).
 FALLBACK_PROFILE := quick
 test: build ## run the tests: PYTEST_ARGS="-k moments -x" JOBS=auto

@@ -6,12 +6,14 @@ What ranks would send each other is put together here, so that there can be a th
 import re
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
+from functools import partial
 
 import mlx.core as mx
 import mlx_welford as mw
 import numpy as np
 import pytest
 import reference
+from evaluation import error_of
 from graphs import nodes
 from memory import active
 from mlx_welford._operations import operations
@@ -155,21 +157,19 @@ def message(channels: int, kind: float = MARK, count: int = 3) -> mx.array:
     return mx.array([[kind, channels, 0, count], *([[3.0, 1.0, 0.0, 2.0]] * channels)])
 
 
-def error_of(messages: Sequence[mx.array], rank: int) -> str:
-    with pytest.raises(RuntimeError) as error:
-        mx.eval(
-            operations.merge_ranks(mx.concatenate(list(messages)), len(messages), rank, "Layer")
-        )
-    return str(error.value)
+def disagreement(messages: Sequence[mx.array], rank: int) -> str:
+    whole = mx.concatenate(list(messages))
+    mx.eval(whole)
+    return error_of(partial(operations.merge_ranks, whole, len(messages), rank, "Layer"))
 
 
 @pytest.mark.since("0.32.1", "an exception while MLX evaluated on the CPU ended the process")
 def test_what_ranks_disagree_about_is_said() -> None:
-    assert error_of([message(2), message(2, MARK + 1)], 0) == (
+    assert disagreement([message(2), message(2, MARK + 1)], 0) == (
         "[Layer] The ranks disagree: rank 0 has 2 channels of float32, rank 1 has 2 channels of "
         "float16."
     )
-    assert error_of([message(2), message(2), message(2, MARK + 2)], 2) == (
+    assert disagreement([message(2), message(2), message(2, MARK + 2)], 2) == (
         "[Layer] The ranks disagree: rank 2 has 2 channels of bfloat16, rank 0 has 2 channels of "
         "float32."
     )
@@ -178,7 +178,7 @@ def test_what_ranks_disagree_about_is_said() -> None:
 @pytest.mark.since("0.32.1", "an exception while MLX evaluated on the CPU ended the process")
 @pytest.mark.parametrize("kind", [0.0, 1.5, MARK + 0.5, MARK + 4, MARK - 1, np.nan, np.inf])
 def test_what_is_no_message(kind: float) -> None:
-    assert error_of([message(2), message(2, kind)], 0) == (
+    assert disagreement([message(2), message(2, kind)], 0) == (
         "[Layer] The ranks disagree: rank 0 has 2 channels of float32, rank 1 sent something else. "
         "Do all ranks run the same layers in the same order?"
     )
@@ -186,7 +186,7 @@ def test_what_is_no_message(kind: float) -> None:
 
 @pytest.mark.since("0.32.1", "an exception while MLX evaluated on the CPU ended the process")
 def test_one_value_in_all() -> None:
-    assert error_of([message(2, count=0), message(2, count=1)], 0) == (
+    assert disagreement([message(2, count=0), message(2, count=1)], 0) == (
         "[Layer] expected more than one value per channel in training, but all ranks together have "
         "one."
     )
@@ -194,7 +194,7 @@ def test_one_value_in_all() -> None:
 
 @pytest.mark.since("0.32.1", "an exception while MLX evaluated on the CPU ended the process")
 def test_computing_goes_on_after_an_error() -> None:
-    error_of([message(2), message(2, 0.0)], 0)
+    disagreement([message(2), message(2, 0.0)], 0)
     assert merged(mx.ones((4, 2)), [2, 4])[0].tolist() == [1, 1]
 
 
