@@ -84,6 +84,10 @@ CASES = {
         Case("relu, residual", (12, 6, 9), "empty", axis=1, activation="relu", residual=True),
         Case("silu, torch", (12, 5, 7), axis=1, torch=True, activation="silu"),
         Case("silu, residual", (12, 5, 7), "unequal", activation="silu", residual=True),
+        Case("relu, float16", (12, 9, 8), "unequal", dtype="float16", activation="relu"),
+        Case("residual, bfloat16", (12, 9, 8), "empty", dtype="bfloat16", residual=True),
+        Case("both, float16", (12, 9, 8), dtype="float16", activation="silu", residual=True),
+        Case("both, compiled", (12, 5, 7), compiled=True, activation="relu", residual=True),
         Case("handed bias", (12, 5, 7), "unequal", handed=3.0, activation="relu"),
         Case("silu, no parameters", (12, 5, 7), affine=False, activation="silu", residual=True),
     )
