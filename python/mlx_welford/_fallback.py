@@ -39,7 +39,7 @@ def moments(x: array, *, axes: Axes, stream: Stream = None) -> Arrays:
 
 
 def partial_moments(x: array, *, axes: Axes, stream: Stream = None) -> Arrays:
-    """(..., 4): m, mean rounded, mean less that, sum((x - mean)^2). Zeros if there are no values."""
+    """(..., 4): m, mean rounded, mean less that, sum((x - mean)^2). Zeros of no values."""
     wide = _wide(x, stream)
     count = wide.count(axes)
     divisor = count.apply(mx.maximum, count.constant(1))

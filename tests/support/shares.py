@@ -170,6 +170,29 @@ def results(case: Case, layer: nn.Module, part: slice) -> Results:
     return {name: wide(a).astype(np.float64) for name, a in named.items()}
 
 
+DERIVATIVES = ("unequal", "relu, residual", "silu, residual")
+
+
+def derivatives(case: Case, layer: nn.Module, part: slice) -> Results:
+    """Second derivatives and forward mode. The bias is that of the layer."""
+    whole = data(case)
+    x, gy, residual = whole.x[part], whole.gy[part], whole.residual[part]
+
+    def y(x: mx.array, weight: mx.array, residual: mx.array) -> mx.array:
+        layer.update({"weight": weight})
+        z: mx.array = layer(x, residual) if case.residual else layer(x)
+        return z
+
+    def penalty(x: mx.array, weight: mx.array, gy: mx.array, residual: mx.array) -> mx.array:
+        _, (gx,) = mx.vjp(lambda x: y(x, weight, residual), [x], [gy])
+        return mx.square(gx).sum()
+
+    of = mx.grad(penalty, argnums=(0, 1, 2, 3))(x, whole.weight, gy, residual)
+    _, (tangent,) = mx.jvp(lambda x: y(x, whole.weight, residual), [x], [gy])
+    named = dict(zip(("x", "weight", "gy", "residual"), of, strict=True)) | {"tangent": tangent}
+    return {name: wide(a) for name, a in named.items()}
+
+
 # ---- A network -----------------------------------------------------------------------------------
 
 TRAINING_STEPS = 20
