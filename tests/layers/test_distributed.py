@@ -20,6 +20,7 @@ import pytest
 import reference
 import shares
 from conftest import chosen, shaders
+from mlx_welford._operations import operations
 from problems import DTYPES
 from ranks import TESTS, Ended, assert_all_succeeded, run_ranks
 from reference import Array
@@ -191,7 +192,8 @@ def together(saved: Results, case: Case) -> dict[str, Array]:
 def test_as_one_process_with_the_whole_batch(saved: Results, case: Case) -> None:
     """The largest error is at most twice that of one process, and one unit in the last place.
 
-    A unit for each rank, where a sum over ranks adds up what each has rounded.
+    A unit for each rank, where a sum over ranks adds up what each has rounded. Without kernels one
+    more, since the statistics are merged in float32.
     """
     found = together(saved, case)
     terms = magnitudes(case)
@@ -199,6 +201,7 @@ def test_as_one_process_with_the_whole_batch(saved: Results, case: Case) -> None
         theirs = largest(alone(case)[name] - true)
         dtype = mx.float32 if name.startswith("running") else DTYPES[case.dtype]
         units = saved.ranks if name in ("weight", "bias") else 1
+        units += operations.backend() == "composed"
         size = max(largest(true), terms.get(name, 0.0))
         allowed = 2 * theirs + units * ulp(size, dtype)
         assert found[name].shape == true.shape
