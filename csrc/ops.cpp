@@ -83,7 +83,7 @@ Epilogue epilogue_of(const EpilogueOptions& options, const Caller& caller) {
   const Activation a = check_activation(options.activation, options.negative_slope, caller);
   // Where it is not used it should not tell nodes apart.
   const double slope = a == Activation::leaky_relu ? options.negative_slope : 0;
-  return {.activation = a, .negative_slope = static_cast<float>(slope)};
+  return {.activation = a, .negative_slope = slope};
 }
 
 }  // namespace
