@@ -25,13 +25,14 @@ from mlx_welford.bench.implementations import (
     OF_MLX,
     OURS,
     TORCH,
+    UNFUSED,
 )
 from mlx_welford.bench.results import Report, Row
 from mlx_welford.bench.settings import TUNED
 
 from . import macs, plots
 from .plots import MEBIBYTE, Reports, in_folder
-from .suite import COLD, GROUPS, RESULTS, SUFFIXES
+from .suite import COLD, FOLLOWED, GROUPS, RESULTS, SUFFIXES
 
 NAMES = (BASELINE, TORCH, INSTANCE, OURS)
 
@@ -181,6 +182,24 @@ def compiled(reports: Reports) -> str:
     return _markdown(header, body)
 
 
+def followed(reports: Reports) -> str:
+    """Milliseconds of layers with an activation and a residual, and of ours with nothing behind."""
+    report = reports["followed"]
+    of_epilogues = report.only(implementation=UNFUSED).rows
+    plain = {
+        (row.shape, row.mode): row
+        for row in report.only(implementation=OURS).rows
+        if row.case not in {row.case for row in of_epilogues}
+    }
+    body = []
+    for row in of_epilogues:
+        found = [_find(report, row.case, row.mode, name) for name in FOLLOWED]
+        times = [_milliseconds(f) for f in (*found, plain.get((row.shape, row.mode)))]
+        body.append([row.case, _shape(row), row.mode, *times])
+    header = ["case", "x", "mode", *(f"{name}, ms" for name in FOLLOWED), "nothing behind, ms"]
+    return _markdown(header, body)
+
+
 def memory(reports: Reports) -> str:
     """Peak above the inputs in forward+backward, in sizes of x."""
     names = [name for name, setting in _columns(reports, "cases") if setting == TUNED]
@@ -311,6 +330,7 @@ SECTIONS = _sections(
         "ratios": (ratios, CASES),
         EVALUATION: (of_mode(EVALUATION), CASES),
         "small": (small, CASES),
+        "followed": (followed, ("followed",)),
         "sizes": (sizes, ("sizes-tuned", "sizes-as-found")),
         "cold": (cold, ("cold-mlx_welford",)),
     },

@@ -24,9 +24,20 @@ from mlx_welford.bench.implementations import (
     OF_MLX,
     OURS,
     TORCH,
+    UNFUSED,
 )
 from mlx_welford.bench.settings import AS_FOUND, SETTINGS, TUNED
-from mlx_welford.bench.workloads import GROUPED, GROUPED_SOME, SMALL, SOME, SWEEP, TARGETS, Case
+from mlx_welford.bench.workloads import (
+    EPILOGUES,
+    GROUPED,
+    GROUPED_SOME,
+    SMALL,
+    SOME,
+    SWEEP,
+    TARGETS,
+    WITHOUT_EPILOGUE,
+    Case,
+)
 
 RESULTS = Path(__file__).parents[1] / "build" / "bench"
 
@@ -35,6 +46,7 @@ GROUPS = "groups/"  # folder of the results of GroupNorm
 
 COLD_CASE = "resnet50-stage1"
 COLD = (BASELINE, COMPILED, TORCH, OURS)
+FOLLOWED = (BASELINE, COMPILED, UNFUSED, OURS)
 SCALED = (2**24, 2**26, 2**28)  # bytes, for which threads are varied
 
 
@@ -85,7 +97,7 @@ def jobs() -> list[Job]:
                 implementations=names,
             ),
         ]
-    return [*result, *_compiled(), *_fewer_threads(), *_cold()]
+    return [*result, *_followed(), *_compiled(), *_fewer_threads(), *_cold()]
 
 
 def _cases(
@@ -111,6 +123,12 @@ def _cases(
         dtypes=("float16", "bfloat16"),
     )
     return [whole, halves]
+
+
+def _followed() -> list[Job]:
+    """Layers with an activation and a residual, beside the same without."""
+    cases = [*_names(EPILOGUES), *WITHOUT_EPILOGUE]
+    return [Job("followed", cases, 0.1, TUNED, implementations=FOLLOWED)]
 
 
 def _compiled() -> list[Job]:

@@ -81,6 +81,20 @@ NB_MODULE(_ext, m) {
       "running_mean"_a, "running_var"_a, "mean"_a, "var"_a, "momentum"_a, "count"_a, "caller"_a);
 
   m.def(
+      "given_gradients",
+      [](const mx::array& x, const mx::array& z, const mx::array& h, const mx::array& mean,
+         const mx::array& var, const std::optional<mx::array>& weight,
+         const std::optional<mx::array>& bias, const std::optional<mx::array>& residual, double eps,
+         const std::string& caller, int axis, const std::optional<std::string>& activation,
+         double negative_slope) {
+        return mw::given_gradients(x, z, h, mean, var, weight, bias, residual, eps, axis,
+                                   {activation, negative_slope}, {caller});
+      },
+      "x"_a, "z"_a, "h"_a, "mean"_a, "var"_a, "weight"_a.none(), "bias"_a.none(),
+      "residual"_a.none(), "eps"_a, "caller"_a, "axis"_a = -1, "activation"_a.none() = nb::none(),
+      "negative_slope"_a = 0.0);
+
+  m.def(
       "input_gradient",
       [](const mx::array& x, const mx::array& g, const mx::array& mean, const mx::array& var,
          const std::optional<mx::array>& weight, double eps, const mx::array& grad_mean,

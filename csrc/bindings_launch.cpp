@@ -217,7 +217,7 @@ void bind_launch(nb::module_& m) {
                                .epilogue = {.activation = check_activation(
                                                 activation, negative_slope, {"launch_plan"}),
                                             .auxiliary = auxiliary_of(auxiliary),
-                                            .negative_slope = static_cast<float>(negative_slope)},
+                                            .negative_slope = negative_slope},
                                .wanted = {wanted[0], wanted[1], wanted[2], wanted[3]}},
                               found(find_element(element)),
                               *geometry,

@@ -40,8 +40,7 @@ void bind_rules(nb::module_& m) {
       "output_decides",
       [](const std::string& activation, double negative_slope) {
         const Activation found = check_activation(activation, negative_slope, {"output_decides"});
-        return Epilogue{.activation = found, .negative_slope = static_cast<float>(negative_slope)}
-            .output_decides();
+        return Epilogue{.activation = found, .negative_slope = negative_slope}.output_decides();
       },
       nb::arg("activation"), nb::arg("negative_slope"),
       "Whether a gradient reads the output in place of the residual.");

@@ -83,7 +83,7 @@ Epilogue epilogue_of(const EpilogueOptions& options, const Caller& caller) {
   const Activation a = check_activation(options.activation, options.negative_slope, caller);
   // Where it is not used it should not tell nodes apart.
   const double slope = a == Activation::leaky_relu ? options.negative_slope : 0;
-  return {.activation = a, .negative_slope = static_cast<float>(slope)};
+  return {.activation = a, .negative_slope = slope};
 }
 
 }  // namespace
@@ -160,6 +160,35 @@ std::tuple<array, array, array> normalize(
                                        {kResidual, residual}});
   array z = moved ? mx::moveaxis(outputs[kOut], -1, home, s) : outputs[kOut];
   return {z, mean ? *mean : outputs[kMean], var ? *var : outputs[kVar]};
+}
+
+std::vector<array> given_gradients(const array& x, const array& z, const array& h,
+                                   const array& mean, const array& var,
+                                   const std::optional<array>& weight,
+                                   const std::optional<array>& bias,
+                                   const std::optional<array>& residual, double eps, int axis,
+                                   const EpilogueOptions& options, const Caller& caller) {
+  const int channel_axis = check_input(argument(x), axis, Statistics::given, 0, caller);
+  Epilogue epilogue = epilogue_of(options, caller);
+  epilogue.auxiliary = residual ? Auxiliary::residual : Auxiliary::none;
+  KernelPrimitive forward(
+      mx::to_stream({}), {{.operation = Operation::normalize,
+                           .eps = eps,
+                           .given = true,
+                           .has_weight = weight.has_value(),
+                           .has_bias = bias.has_value(),
+                           .epilogue = epilogue},
+                          reduced_axes(static_cast<int>(x.ndim()), channel_axis, Statistics::given),
+                          channel_axis});
+  std::vector<array> inputs{x, mean, var};
+  for (const auto& parameter : {weight, bias, residual}) {
+    if (parameter) {
+      inputs.push_back(*parameter);
+    }
+  }
+  std::vector<int> all_but_x(inputs.size() - 1);
+  std::iota(all_but_x.begin(), all_but_x.end(), 1);
+  return forward.vjp(inputs, {h}, all_but_x, {z});
 }
 
 array input_gradient(const array& x, const array& g, const array& mean, const array& var,

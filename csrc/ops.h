@@ -36,6 +36,16 @@ std::tuple<array, array, array> normalize(
     const std::optional<array>& residual, int axis, Statistics statistics, const Groups& groups,
     const EpilogueOptions& epilogue, const Caller& caller, mlx::core::StreamOrDevice s = {});
 
+/// The gradients of `normalize` with the given statistics of a batch, by mean, var and those of
+/// weight, bias and residual that there are. `z` is what it returned, and `h` the cotangent of z.
+/// Arguments have the dtypes that `normalize` casts to.
+std::vector<array> given_gradients(const array& x, const array& z, const array& h,
+                                   const array& mean, const array& var,
+                                   const std::optional<array>& weight,
+                                   const std::optional<array>& bias,
+                                   const std::optional<array>& residual, double eps, int axis,
+                                   const EpilogueOptions& epilogue, const Caller& caller);
+
 /// The gradient with respect to x of `normalize` with given statistics that depend on x, as those
 /// of a batch do of which x is a shard. `grad_mean` and `grad_var` (C) are the cotangents of the
 /// statistics, divided by the number of values per statistic. `g` is the cotangent of z without a

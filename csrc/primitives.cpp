@@ -39,7 +39,7 @@ FallbackCall KernelPrimitive::fallback_call(const Arrays& inputs) {
   if (a.epilogue.active()) {
     call.arguments.emplace_back("activation",
                                 kActivationNames[static_cast<size_t>(a.epilogue.activation)]);
-    call.arguments.emplace_back("negative_slope", double{a.epilogue.negative_slope});
+    call.arguments.emplace_back("negative_slope", a.epilogue.negative_slope);
   }
   if (left_to_compiler(inputs)) {
     call.arguments.emplace_back("differentiated", false);

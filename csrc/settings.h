@@ -37,7 +37,7 @@ struct Groups {
 struct Epilogue {
   Activation activation = Activation::none;
   Auxiliary auxiliary = Auxiliary::none;
-  float negative_slope = 0;  // of leaky_relu
+  double negative_slope = 0;  // of leaky_relu
 
   bool operator==(const Epilogue&) const = default;
 

@@ -34,8 +34,7 @@ Signature signature_of(const Attributes& a) {
                {kMean, Per::statistic, !a.given},
                {kVar, Per::statistic, !a.given}}};
     case Operation::normalize_gradient: {
-      // The cotangent of y, where it is stored, is read again with x: grad x must not take its
-      // memory.
+      // A stored cotangent of y takes the memory of that of z, which grad x then leaves to it.
       const bool stores_g = a.epilogue.stores_g();
       const Operand grad_x = stores_g ? Operand{kOut, Per::element, a.wanted.x, {kX}}
                                       : Operand{kOut, Per::element, a.wanted.x, {kG, kX}};

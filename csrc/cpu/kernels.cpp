@@ -143,8 +143,8 @@ void apply(const void* x, const void* second, Panel panel, Coefficients of,
            const Epilogue& epilogue, void* out, bool past_caches) {
   with_constant(epilogue.activation, [&](auto activation) {
     apply_to_panels<Pass<activation>::template Map>(
-        static_cast<const T*>(x), static_cast<const T*>(second), panel, of, epilogue.negative_slope,
-        static_cast<T*>(out), past_caches);
+        static_cast<const T*>(x), static_cast<const T*>(second), panel, of,
+        static_cast<float>(epilogue.negative_slope), static_cast<T*>(out), past_caches);
   });
 }
 

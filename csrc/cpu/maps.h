@@ -89,7 +89,8 @@ struct Cotangent {
   const float* shift;
   T* g;
   T* grad_x;
-  Epilogue epilogue;
+  Auxiliary kind;  // of what `auxiliary` is
+  float negative_slope;
 
   Cotangent(const GradientSweep& s, const Epilogue& e, int64_t element, int64_t column)
       : x(static_cast<const T*>(s.x) + element),
@@ -100,7 +101,8 @@ struct Cotangent {
         shift(behind(s.shift, column)),
         g(behind(static_cast<T*>(s.g), element)),
         grad_x(behind(static_cast<T*>(s.grad_x), element)),
-        epilogue(e) {}
+        kind(e.auxiliary),
+        negative_slope(static_cast<float>(e.negative_slope)) {}
 
   /// g where x - mean is d. load, store and coefficient take the pointers above, at any place.
   template <typename V, typename Load, typename Store, typename Coefficient>
@@ -108,12 +110,12 @@ struct Cotangent {
                                                      const Coefficient& coefficient) const {
     V found = load(h);
     if constexpr (activation != Activation::none) {
-      if (epilogue.auxiliary == Auxiliary::output) {
-        found *= derivative_at_output<V>(activation, load(auxiliary), epilogue.negative_slope);
+      if (kind == Auxiliary::output) {
+        found *= derivative_at_output<V>(activation, load(auxiliary), negative_slope);
       } else {
         const V y = multiply_add(coefficient(slope), d, coefficient(shift));
-        const V p = epilogue.auxiliary == Auxiliary::residual ? y + load(auxiliary) : y;
-        found *= derivative<V>(activation, p, epilogue.negative_slope);
+        const V p = kind == Auxiliary::residual ? y + load(auxiliary) : y;
+        found *= derivative<V>(activation, p, negative_slope);
       }
       if (g != nullptr) {
         found = rounded<T>(found);

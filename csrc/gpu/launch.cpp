@@ -92,7 +92,7 @@ Sweep describe(const Problem& p) {
                        ? 1.0f
                        : static_cast<float>(g.count() * slots.members),
           .eps = static_cast<float>(p.eps),
-          .negative_slope = p.epilogue.negative_slope,
+          .negative_slope = static_cast<float>(p.epilogue.negative_slope),
           .grouping = grouping_of(slots),
           .run = 0,  // see arrange
           .jump = 0};

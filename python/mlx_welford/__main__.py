@@ -12,6 +12,7 @@ import mlx.core as mx
 
 from mlx_welford import selftest
 from mlx_welford._command_line import add_layer_options
+from mlx_welford._operations import operations
 from mlx_welford._plans import DTYPES, normalization_plans
 from mlx_welford._status import describe, describe_plans, status
 
@@ -45,6 +46,13 @@ def _parser() -> argparse.ArgumentParser:
         help="with weight and bias (default), or without",
     )
     command.add_argument("--evaluation", action="store_true", help="with given statistics")
+    command.add_argument("--activation", choices=operations.activations(), help="what follows")
+    command.add_argument(
+        "--negative-slope", type=float, default=0.01, help="of leaky_relu (default: 0.01)"
+    )
+    command.add_argument(
+        "--residual", action="store_true", help="with a residual, added before the activation"
+    )
     command.add_argument("--json", action="store_true", help="print JSON")
 
     about = "every path of the launch plan against float64, then times against mlx.nn"
@@ -94,6 +102,9 @@ def _status(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int
             given=options.evaluation,
             groups=options.groups,
             interleaved=options.interleaved,
+            activation=options.activation,
+            negative_slope=options.negative_slope,
+            residual=options.residual,
         )
     except ValueError as error:
         parser.error(str(error))

@@ -153,6 +153,44 @@ def next_running_statistics(
     return found["next_mean"], found["next_var"]
 
 
+def given_gradients(
+    x: array,
+    z: array,
+    h: array,
+    mean: array,
+    var: array,
+    weight: array | None,
+    bias: array | None,
+    residual: array | None,
+    eps: float,
+    caller: str,
+    axis: int = -1,
+    activation: str | None = None,
+    negative_slope: float = 0.0,
+) -> list[array]:
+    """The gradients of a shard but that of x, as csrc/ops.h says."""
+    channel_axis, axes = _axes_of_batch(x, caller, axis)
+    reads_z = residual is not None and activation and output_decides(activation, negative_slope)
+    found = _fallback.normalize_gradient(
+        x,
+        mean,
+        var,
+        h,
+        weight=weight,
+        bias=bias,
+        residual=None if reads_z else residual,
+        z=z if reads_z else None,
+        axes=axes,
+        channel_axis=channel_axis,
+        eps=eps,
+        activation=activation,
+        negative_slope=negative_slope,
+    )
+    found.setdefault("grad_residual", h)  # without an activation
+    named = {"mean": mean, "var": var, "weight": weight, "bias": bias, "residual": residual}
+    return [found[f"grad_{name}"] for name, a in named.items() if a is not None]
+
+
 def input_gradient(
     x: array,
     g: array,

@@ -129,8 +129,14 @@ class _Synchronized:
         outputs = function([a.astype(dtype) for a in (x, *given.values())])
         return cast(tuple[mx.array, mx.array, mx.array, mx.array], outputs)
 
-    def _normalize(self, x: mx.array, mean: mx.array, var: mx.array, *others: mx.array) -> mx.array:
+    def _forward(self, arguments: list[mx.array]) -> tuple[mx.array, ...]:
+        x, *others = arguments
         given = dict(zip(self.names, others, strict=True))
+        message = operations.rank_moments(x, self.caller, self.axis, self.channels)
+        messages = mx.distributed.all_gather(message, group=self.group)
+        mean, var, count = operations.merge_ranks(
+            messages, self.group.size(), self.group.rank(), self.caller
+        )
         z, _, _ = operations.normalize(
             x,
             given.get("weight"),
@@ -144,16 +150,7 @@ class _Synchronized:
             residual=given.get("residual"),
             **self.epilogue,
         )
-        return z
-
-    def _forward(self, arguments: list[mx.array]) -> tuple[mx.array, ...]:
-        x, *others = arguments
-        message = operations.rank_moments(x, self.caller, self.axis, self.channels)
-        messages = mx.distributed.all_gather(message, group=self.group)
-        mean, var, count = operations.merge_ranks(
-            messages, self.group.size(), self.group.rank(), self.caller
-        )
-        return self._normalize(x, mean, var, *others), mean, var, count
+        return z, mean, var, count
 
     def _backward(
         self,
@@ -163,11 +160,23 @@ class _Synchronized:
     ) -> list[mx.array]:
         x, *others = primals
         of_z, *of_statistics, _ = cotangents
-        _, mean, var, count = outputs
+        z, mean, var, count = outputs
+        given = dict(zip(self.names, others, strict=True))
 
         # One pass over x and the cotangent gives all sums, and the gradient of the residual.
-        _, found = mx.vjp(
-            lambda *arguments: self._normalize(x, *arguments), [mean, var, *others], [of_z]
+        found = operations.given_gradients(
+            x,
+            z,
+            of_z,
+            mean,
+            var,
+            given.get("weight"),
+            given.get("bias"),
+            given.get("residual"),
+            self.eps,
+            self.caller,
+            self.axis,
+            **self.epilogue,
         )
         through_statistics, of_others = found[:2], found[2:]
 
@@ -175,7 +184,6 @@ class _Synchronized:
         own = [a + b for a, b in zip(through_statistics, of_statistics, strict=True)]
         everyone = _sum_over_ranks(mx.concatenate(own), self.group) / count
         grad_mean, grad_var = mx.split(everyone, 2)
-        given = dict(zip(self.names, others, strict=True))
         if "residual" in given:  # whose gradient is the cotangent of y
             g, epilogue = of_others[-1], Epilogue()
         else:

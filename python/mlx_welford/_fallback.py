@@ -39,17 +39,16 @@ def moments(x: array, *, axes: Axes, stream: Stream = None) -> Arrays:
 
 
 def partial_moments(x: array, *, axes: Axes, stream: Stream = None) -> Arrays:
-    """(..., 4): m, mean rounded, mean less that, sum((x - mean)^2)."""
+    """(..., 4): m, mean rounded, mean less that, sum((x - mean)^2). Zeros of no values."""
     wide = _wide(x, stream)
-    rounded = wide.mean(axes, keepdims=True).finite_or_nan()
+    count = wide.count(axes)
+    divisor = count.apply(mx.maximum, count.constant(1))
+    rounded = (wide / divisor).sum(axes, keepdims=True).finite_or_nan()
     from_rounded = wide - rounded
-    tail = from_rounded.mean(axes, keepdims=True)
+    tail = from_rounded.sum(axes, keepdims=True) / divisor
     m2 = (from_rounded - tail).apply(mx.square).sum(axes, keepdims=True)
-    count = m2.apply(mx.zeros_like) + wide.count(axes)
-    parts = [part.array for part in (count, rounded, tail, m2)]
+    parts = [part.array for part in (m2.apply(mx.zeros_like) + count, rounded, tail, m2)]
     result = _Array(mx.stack(parts, -1, stream=stream), stream)
-    none = count.expand([-1]).apply(mx.equal, count.constant(0))
-    result = none.apply(mx.where, result.constant(0), result)  # zeros, in place of 0 / 0
     return {"moments": result.squeeze(axes).array}
 
 

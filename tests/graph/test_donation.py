@@ -1,5 +1,9 @@
 """Buffers are reused only where nobody looks: values never depend on who else holds an array."""
 
+from dataclasses import replace
+from itertools import combinations
+
+import epilogue
 import mlx.core as mx
 import mlx_welford as mw
 import numpy as np
@@ -125,6 +129,75 @@ def test_one_array_as_x_and_cotangent(kind: Kind) -> None:
     _, (same,) = mx.vjp(lambda x: [system(x)[0]], [x], [x])
     _, (apart,) = mx.vjp(lambda x: [system(x)[0]], [x], [copy])
     assert_same_bits(same, apart, "grad x")
+
+
+# With a residual: z takes the place of x or of the residual; its gradient, which is stored, that of
+# the cotangent h of z, or that of z itself, where z is read.
+
+FIRST, LAST = (4, 6, 33), (4, 33, 6)
+EPILOGUES = [
+    replace(case, activation=activation, residual=True)
+    for case in (
+        epilogue.Case(LAST, 6, statistics="batch"),
+        epilogue.Case(FIRST, 6, axis=1, dtype="float16", statistics="batch"),
+        epilogue.Case(LAST, 6, dtype="bfloat16", given=True, statistics="batch"),
+        epilogue.Case(LAST, 6, dtype="float16", statistics="instance"),
+        epilogue.Case(FIRST, 6, axis=1, statistics="instance"),
+        epilogue.Case(LAST, 3),
+        epilogue.Case(FIRST, 3, axis=1, given=True),
+    )
+    for activation in ("relu", "silu", None)
+]
+epilogues = pytest.mark.parametrize("case", EPILOGUES, ids=str)
+
+
+def step(problem: epilogue.Problem, **arrays: mx.array) -> list[mx.array]:
+    """z and its gradients, of the arrays x, residual and h."""
+    h = arrays.pop("h")
+    others = {name: a for name, a in problem.inputs.items() if name not in arrays}
+    outputs, gradients = mx.vjp(
+        lambda *values: [problem.ours(**others, **dict(zip(arrays, values, strict=True)))],
+        list(arrays.values()),
+        [h],
+    )
+    return [*outputs, *gradients]
+
+
+@epilogues
+def test_temporaries_with_a_residual(case: epilogue.Case) -> None:
+    problem = epilogue.Problem(case)
+    held = {"x": problem.inputs["x"], "residual": problem.inputs["residual"], "h": problem.gy}
+    before = {name: bits(a) for name, a in held.items()}
+    kept = step(problem, **held)
+    mx.eval(kept)
+    expected = [bits(a) for a in kept]
+    for wanted in (slice(3), slice(1), slice(1, 3)):
+        for n in range(4):
+            for temporary in combinations(held, n):
+                arrays = {name: a * 1 if name in temporary else a for name, a in held.items()}
+                results = step(problem, **arrays)[wanted]
+                del arrays
+                mx.eval(results)
+                for a, b in zip(results, expected[wanted], strict=True):
+                    np.testing.assert_array_equal(bits(a), b, err_msg=str(temporary))
+    for name, a in held.items():
+        np.testing.assert_array_equal(bits(a), before[name], err_msg=name)
+
+
+@epilogues
+@pytest.mark.parametrize("same", [("x", "residual"), ("x", "h"), ("residual", "h")], ids=str)
+def test_one_array_in_two_places(case: epilogue.Case, same: tuple[str, str]) -> None:
+    """The input of a block is often its residual."""
+    problem = epilogue.Problem(case)
+    arrays = {"x": problem.inputs["x"], "residual": problem.inputs["residual"], "h": problem.gy}
+    arrays[same[1]] = arrays[same[0]]
+    apart = step(problem, **{name: a * 1 for name, a in arrays.items()})
+    mx.eval(apart)
+    arrays[same[0]] = arrays[same[1]] = arrays[same[0]] * 1
+    together = step(problem, **arrays)
+    del arrays
+    for a, b in zip(together, apart, strict=True):
+        assert_same_bits(a, b)
 
 
 def test_one_array_as_weight_and_bias() -> None:

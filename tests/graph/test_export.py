@@ -12,7 +12,8 @@ from tolerance import assert_within, wide
 
 
 def outputs(x: mx.array) -> tuple[mx.array, ...]:
-    return instance_norm(x, axis=1), *batch_norm(x), *moments(x, (0, 2))
+    fused = batch_norm(x, activation="silu", residual=x)[0]
+    return instance_norm(x, axis=1), *batch_norm(x), fused, *moments(x, (0, 2))
 
 
 def test_an_exported_function_gives_the_same(tmp_path: Path) -> None:
@@ -37,6 +38,7 @@ def gradient(x: mx.array) -> mx.array:
         ("WelfordNormalize", lambda x: instance_norm(x, axis=1)),
         ("WelfordNormalize", lambda x: instance_norm(mx.exp(x), x[0, 0], x[0, 1])),
         ("WelfordNormalize", gradient),
+        ("WelfordNormalize", lambda x: instance_norm(x, activation="relu", residual=mx.exp(x))),
         ("WelfordNormalize", lambda x: mw.BatchNorm(7)(x)),
         ("WelfordNormalize", lambda x: mw.BatchNorm(7).eval()(x)),
         ("WelfordMoments", lambda x: moments(x, 0)[1]),

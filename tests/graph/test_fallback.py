@@ -18,7 +18,7 @@ OPERATIONS = """
     def calls(dtype):
         rng = np.random.default_rng(0)
         wide = mx.float64 if dtype == mx.float64 else mx.float32
-        x, g = (mx.array(rng.normal(3, 2, (4, 5, 6)), dtype) for _ in range(2))
+        x, g, r = (mx.array(rng.normal(3, 2, (4, 5, 6)), dtype) for _ in range(3))
         mean, var, by_mean, by_var = (mx.array(rng.uniform(1, 2, 5), wide) for _ in range(4))
         weight, bias = (mx.array(rng.normal(size=5), dtype) for _ in range(2))
         update = mx.array([0.9, 0.1, 1.5], wide)
@@ -33,6 +33,14 @@ OPERATIONS = """
         yield "normalize_gradient", [x, mean, var, g, by_mean, by_var, weight], affine
         yield "normalize_gradient", [x, mean, var, g, None, None, weight], affine
         yield "input_gradient", [x, mean, var, g, by_mean, by_var, weight], affine
+        for name in ("relu", "relu6", "leaky_relu", "silu", "gelu", "gelu_approx", "hardswish"):
+            fused = dict(**affine, activation=name, negative_slope=0.1)
+            own, given = [x, mean, var, g, by_mean, by_var], [x, mean, var, g, None, None]
+            yield "normalize", [x, None, None, weight, bias, r], fused
+            yield "normalize_gradient", [*own, weight, bias], fused
+            yield "normalize_gradient", [*own, weight, bias, r], fused
+            yield "normalize_gradient", [*given, weight, None, None, r], fused  # r stands for z
+            yield "input_gradient", [*own, weight, bias], fused
         yield "running_statistics", [weight, weight, mean, var, update], {}
         yield "merge_ranks", [message], dict(ranks=2)
 

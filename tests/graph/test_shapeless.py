@@ -6,9 +6,9 @@ with others, among them some in which axes have length 1, or 0, or no longer hav
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from itertools import product
+from itertools import cycle, product
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -84,56 +84,79 @@ def drawn(axis: int) -> Callable[[Shape], list[mx.array]]:
     return arguments
 
 
-def batch(axis: int) -> Function:
-    def outputs_and_gradients(
-        x: mx.array, g: mx.array, weight: mx.array, bias: mx.array
-    ) -> list[mx.array]:
+class Epilogue(NamedTuple):
+    activation: str | None = None
+    residual: bool = False
+
+
+def normalized(
+    kind: str, axis: int, arguments: dict[str, Any], activation: str | None
+) -> list[mx.array]:
+    if kind == "instance":
+        return [mw.instance_norm(**arguments, axis=axis, activation=activation)]
+    outputs = list(mw.batch_norm(**arguments, axis=axis, activation=activation))
+    return outputs if kind == "batch" else outputs[:1]
+
+
+def by_name(
+    kind: str, epilogue: Epilogue, x: mx.array, g: mx.array, weight: mx.array, bias: mx.array
+) -> dict[str, mx.array]:
+    """The arguments of a normalisation. The cotangent serves as the residual, too."""
+    arguments = {"x": x, "weight": weight, "bias": bias}
+    if kind == "evaluation":
+        arguments |= {"mean": bias, "var": weight**2}
+    return arguments | ({"residual": g} if epilogue.residual else {})
+
+
+def outputs(kind: str, axis: int, epilogue: Epilogue) -> Function:
+    return lambda *drawn: normalized(kind, axis, by_name(kind, epilogue, *drawn), epilogue[0])
+
+
+def outputs_and_gradients(kind: str, axis: int, epilogue: Epilogue) -> Function:
+    def function(x: mx.array, g: mx.array, weight: mx.array, bias: mx.array) -> list[mx.array]:
+        arguments = by_name(kind, epilogue, x, g, weight, bias)
         y, gradients = mx.vjp(
-            lambda *a: list(mw.batch_norm(*a, axis=axis)), [x, weight, bias], [g, weight, bias]
+            lambda *values: normalized(
+                kind, axis, dict(zip(arguments, values, strict=True)), epilogue.activation
+            ),
+            list(arguments.values()),
+            [g, weight, bias] if kind == "batch" else [g],
         )
         return [*y, *gradients]
 
-    return outputs_and_gradients
+    return function
 
 
-def instance(axis: int) -> Function:
-    def outputs_and_gradients(
-        x: mx.array, g: mx.array, weight: mx.array, bias: mx.array
-    ) -> list[mx.array]:
-        y, gradients = mx.vjp(lambda *a: [mw.instance_norm(*a, axis=axis)], [x, weight, bias], [g])
-        return [*y, *gradients]
-
-    return outputs_and_gradients
-
-
-def evaluation(axis: int) -> Function:
-    def outputs_and_gradients(
-        x: mx.array, g: mx.array, weight: mx.array, bias: mx.array
-    ) -> list[mx.array]:
-        def y(
-            x: mx.array, weight: mx.array, bias: mx.array, mean: mx.array, var: mx.array
-        ) -> list[mx.array]:
-            return [mw.batch_norm(x, weight, bias, mean=mean, var=var, axis=axis)[0]]
-
-        outputs, gradients = mx.vjp(y, [x, weight, bias, bias, weight**2], [g])
-        return [*outputs, *gradients]
-
-    return outputs_and_gradients
-
-
-KINDS = {"batch": batch, "instance": instance, "evaluation": evaluation}
+KINDS = ("batch", "instance", "evaluation")
 PLACES = [
-    (kind, ndim, axis)
+    (kind, ndim, axis, Epilogue())
     for kind in KINDS
     for ndim in LENGTHS
     for axis in range(ndim)
     if kind != "instance" or (ndim > 2 and axis > 0)
 ]
+PLACES += [
+    (kind, ndim, axis, epilogue)
+    for (kind, ndim, axis, _), epilogue in zip(
+        PLACES,
+        cycle(
+            [
+                Epilogue("relu", residual=True),
+                Epilogue("silu"),
+                Epilogue("gelu", residual=True),
+                Epilogue("leaky_relu"),
+                Epilogue(residual=True),
+            ]
+        ),
+        strict=False,
+    )
+]
+places = pytest.mark.parametrize(("kind", "ndim", "axis", "epilogue"), PLACES, ids=str)
 
 
-@pytest.mark.parametrize(("kind", "ndim", "axis"), PLACES)
-def test_outputs_and_gradients(kind: str, ndim: int, axis: int) -> None:
-    check(KINDS[kind](axis), drawn(axis), ndim)
+@places
+def test_outputs_and_gradients(kind: str, ndim: int, axis: int, epilogue: Epilogue) -> None:
+    check(outputs_and_gradients(kind, axis, epilogue), drawn(axis), ndim)
 
 
 @pytest.mark.parametrize(
@@ -188,6 +211,7 @@ LAYERS: dict[str, Callable[[], mw.BatchNorm | mw.InstanceNorm]] = {
     "batch": lambda: mw.BatchNorm(4),
     "batch, averaged": lambda: mw.BatchNorm(4, momentum=None),
     "batch, channels first": lambda: mw.BatchNorm(4, axis=1),
+    "batch, relu": lambda: mw.BatchNorm(4, activation="relu"),
     "instance": lambda: mw.InstanceNorm(4, track_running_stats=True),
     "instance, averaged": lambda: mw.InstanceNorm(4, momentum=None, track_running_stats=True),
 }
@@ -257,6 +281,18 @@ def test_vectors_that_do_not_fit_a_later_shape_are_an_error() -> None:
 
 
 @pytest.mark.kernels("they check shapes of later calls")
+def test_a_residual_that_does_not_fit_a_later_shape_is_an_error() -> None:
+    compiled = mx.compile(
+        lambda x, residual: mw.instance_norm(x, residual=residual, activation="relu"),
+        shapeless=True,
+    )
+    x = mx.ones((2, 3, 4))
+    mx.eval(compiled(x, x))
+    with pytest.raises(ValueError, match=r"^\[WelfordNormalize\] .* \(2,3,4\)\.$"):
+        compiled(mx.ones((2, 30, 4)), x)
+
+
+@pytest.mark.kernels("they check shapes of later calls")
 def test_a_cotangent_that_does_not_fit_a_later_shape_is_an_error() -> None:
     def gradient(x: mx.array, g: mx.array) -> mx.array:
         return mx.vjp(lambda x: [mw.instance_norm(x)], [x], [g])[1][0]
@@ -296,23 +332,17 @@ def exported(
     return result
 
 
-@pytest.mark.parametrize(("kind", "ndim", "axis"), PLACES)
-def test_exported_outputs(kind: str, ndim: int, axis: int, tmp_path: Path) -> None:
-    arguments = drawn(axis)
-
-    def outputs(x: mx.array, _: mx.array, weight: mx.array, bias: mx.array) -> list[mx.array]:
-        if kind == "instance":
-            return [mw.instance_norm(x, weight, bias, axis=axis)]
-        if kind == "batch":
-            return list(mw.batch_norm(x, weight, bias, axis=axis))
-        return [mw.batch_norm(x, weight, bias, mean=bias, var=weight**2, axis=axis)[0]]
-
+@places
+def test_exported_outputs(
+    kind: str, ndim: int, axis: int, epilogue: Epilogue, tmp_path: Path
+) -> None:
+    function, arguments = outputs(kind, axis, epilogue), drawn(axis)
     later = [*shapes(ndim), longest(LENGTHS[ndim]), WITHOUT_BATCH[ndim]]
     for first in (LENGTHS[ndim], (1,) * ndim, WITHOUT_BATCH[ndim]):
-        imported = exported(outputs, arguments(first), tmp_path / "outputs.mlxfn")
+        imported = exported(function, arguments(first), tmp_path / "outputs.mlxfn")
         for shape in later:
             assert_same(
-                imported(*arguments(shape)), outputs(*arguments(shape)), f"{first} -> {shape}"
+                imported(*arguments(shape)), function(*arguments(shape)), f"{first} -> {shape}"
             )
 
 
@@ -328,10 +358,12 @@ def test_exported_moments(axes: tuple[int, ...], tmp_path: Path) -> None:
             assert_same(imported(x), moments(x), f"{first} -> {shape}")
 
 
-@pytest.mark.parametrize(("kind", "ndim", "axis"), PLACES)
-def test_exported_gradients(kind: str, ndim: int, axis: int, tmp_path: Path) -> None:
+@places
+def test_exported_gradients(
+    kind: str, ndim: int, axis: int, epilogue: Epilogue, tmp_path: Path
+) -> None:
     """Between shapes without axes of length 1: MLX's own derivatives go no further."""
-    function, arguments = KINDS[kind](axis), drawn(axis)
+    function, arguments = outputs_and_gradients(kind, axis, epilogue), drawn(axis)
     imported = exported(function, arguments(LENGTHS[ndim]), tmp_path / "gradients.mlxfn")
     for shape in (LENGTHS[ndim], longest(LENGTHS[ndim])):
         assert_same(imported(*arguments(shape)), function(*arguments(shape)), shape)

@@ -276,16 +276,21 @@ def test_critic_with_a_gradient_penalty_learns_as_with_mlx_nn() -> None:
 # checkpoint
 
 
+@pytest.mark.parametrize("residual", [False, True])
+@pytest.mark.parametrize("activation", [None, "relu", "gelu"])
 @pytest.mark.parametrize("kind", KINDS)
-def test_checkpoint_gives_the_same_gradients(kind: Kind) -> None:
+def test_checkpoint_gives_the_same_gradients(
+    kind: Kind, activation: str | None, residual: bool
+) -> None:
     problem = Problem(Case(kind, (3, 9, 5)))
-    system = systems.ours(kind)
 
-    def loss(x: mx.array, weight: mx.array, bias: mx.array) -> mx.array:
-        return (system(x, weight, bias)[0] ** 3).sum()
+    def loss(x: mx.array, weight: mx.array, bias: mx.array, r: mx.array) -> mx.array:
+        epilogue: dict[str, Any] = {"activation": activation, "residual": r if residual else None}
+        return (systems.ours(kind, **epilogue)(x, weight, bias)[0] ** 3).sum()
 
-    plain = mx.grad(loss, argnums=(0, 1, 2))(*problem.inputs.values())
-    again = mx.grad(mx.checkpoint(loss), argnums=(0, 1, 2))(*problem.inputs.values())
+    inputs = [*problem.inputs.values(), problem.gy]
+    plain = mx.grad(loss, argnums=(0, 1, 2, 3))(*inputs)
+    again = mx.grad(mx.checkpoint(loss), argnums=(0, 1, 2, 3))(*inputs)
     for a, b in zip(again, plain, strict=True):
         assert_same_bits(a, b)
 

@@ -20,6 +20,7 @@ import pytest
 import reference
 import shares
 from conftest import chosen, shaders
+from mlx_welford._operations import operations
 from problems import DTYPES
 from ranks import TESTS, Ended, assert_all_succeeded, run_ranks
 from reference import Array
@@ -191,7 +192,8 @@ def together(saved: Results, case: Case) -> dict[str, Array]:
 def test_as_one_process_with_the_whole_batch(saved: Results, case: Case) -> None:
     """The largest error is at most twice that of one process, and one unit in the last place.
 
-    A unit for each rank, where a sum over ranks adds up what each has rounded.
+    A unit for each rank, where a sum over ranks adds up what each has rounded. Without kernels one
+    more, since the statistics are merged in float32.
     """
     found = together(saved, case)
     terms = magnitudes(case)
@@ -199,6 +201,7 @@ def test_as_one_process_with_the_whole_batch(saved: Results, case: Case) -> None
         theirs = largest(alone(case)[name] - true)
         dtype = mx.float32 if name.startswith("running") else DTYPES[case.dtype]
         units = saved.ranks if name in ("weight", "bias") else 1
+        units += operations.backend() == "composed"
         size = max(largest(true), terms.get(name, 0.0))
         allowed = 2 * theirs + units * ulp(size, dtype)
         assert found[name].shape == true.shape
@@ -238,16 +241,40 @@ def test_ranks_have_different_means() -> None:
 # ---- Derivatives that layers rarely see ----------------------------------------------------------
 
 
+def derivatives(saved: Results, name: str) -> dict[str, Array]:
+    """Those of the whole batch, of a case."""
+    by_rank = [
+        {of.split("/")[1]: a for of, a in arrays.items() if of.startswith(f"{name}/")}
+        for arrays in saved.of("derivatives")
+    ]
+    return {
+        of: np.sum([arrays[of] for arrays in by_rank], axis=0)
+        if of == "weight"
+        else np.concatenate([arrays[of] for arrays in by_rank])
+        for of in by_rank[0]
+    }
+
+
 def test_second_derivatives(saved: Results) -> None:
     """Of the sum over the ranks of sum(gx^2): the gradient of the sum of all ranks' losses."""
     case = CASES["unequal"]
     x, gy, weight, *_ = (wide(a) for a in shares.data(case))
-    by_rank = saved.of("derivatives")
+    found = derivatives(saved, "unequal")
     true = reference.gradient_penalty("batch", x, weight, EPS, case.axis, gy)
     for name, expected in (("x", true.x), ("gy", true.gy), ("weight", true.weight)):
-        parts = [results[name] for results in by_rank]
-        found = sum(parts) if name == "weight" else np.concatenate(parts)
-        np.testing.assert_allclose(found, expected, rtol=0, atol=2e-5 * largest(expected))
+        np.testing.assert_allclose(found[name], expected, rtol=0, atol=2e-5 * largest(expected))
+
+
+@pytest.mark.parametrize("name", shares.DERIVATIVES)
+def test_derivatives_are_those_of_one_process(saved: Results, name: str) -> None:
+    case = CASES[name]
+    layer = mw.BatchNorm(case.channels, axis=case.axis, activation=case.activation)
+    alone = shares.derivatives(case, layer, slice(None))
+    found = derivatives(saved, name)
+    assert found.keys() == alone.keys()
+    for of, expected in alone.items():
+        atol = 2e-5 * largest(expected)
+        np.testing.assert_allclose(found[of], expected, rtol=0, atol=atol, err_msg=of)
 
 
 def test_forward_mode(saved: Results) -> None:
@@ -257,8 +284,8 @@ def test_forward_mode(saved: Results) -> None:
         lambda x: reference.forward("batch", x, weight, None, EPS, case.axis).y, [x], [gy]
     )
     # The layer's own bias is zero, its weight is that of the case.
-    found = np.concatenate([results["tangent"] for results in saved.of("derivatives")])
-    np.testing.assert_allclose(found, expected, rtol=0, atol=2e-5 * largest(expected))
+    tangent = derivatives(saved, "unequal")["tangent"]
+    np.testing.assert_allclose(tangent, expected, rtol=0, atol=2e-5 * largest(expected))
 
 
 # ---- What is sent, and what is read --------------------------------------------------------------
@@ -292,8 +319,12 @@ def test_evaluation_sends_nothing(saved: Results) -> None:
 
 
 @pytest.mark.kernels("their nodes in MLX's graph")
-def test_as_few_passes_as_without(saved: Results) -> None:
-    """The operations that read x, whose traffic test_traffic.py counts: 2R + 1W and 4R + 1W."""
+@pytest.mark.parametrize("name", ["layer", "fused layer", "fused sum"])
+def test_as_few_passes_as_without(saved: Results, name: str) -> None:
+    """The operations that read x, whose traffic test_traffic.py counts: 2R + 1W and 4R + 1W.
+
+    Or with relu and a residual 3R + 1W and 5R + 2W.
+    """
     if saved.ranks == 1:
         expected = {"WelfordNormalize": 1, "WelfordNormalizeGradient": 1}
     else:
@@ -304,7 +335,7 @@ def test_as_few_passes_as_without(saved: Results) -> None:
             "WelfordNormalizeGradient": 1,  # 2R, without that of x
             "WelfordInputGradient": 1,  # 2R + 1W
         }
-    nodes = graph(saved, "layer")
+    nodes = graph(saved, name)
     assert {kind: n for kind, n in nodes.items() if kind.startswith("Welford") and n} == expected
 
 

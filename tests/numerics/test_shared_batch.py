@@ -137,6 +137,18 @@ def test_the_composed_definition() -> None:
         np.testing.assert_allclose(wide(ours), wide(theirs), rtol=1e-6)
 
 
+@pytest.mark.parametrize("axis", [1, -1])
+def test_forward_mode_with_empty_parts(axis: int) -> None:
+    """As if they were not there."""
+    x, tangent = batch((6, 5, 4), "float32"), batch((6, 4, 5), "float32").swapaxes(1, 2)
+
+    def statistics(ends: Sequence[int]) -> list[mx.array]:
+        return mx.jvp(lambda x: list(merged(x, ends, axis)[:2]), [x], [tangent])[1]
+
+    for found, expected in zip(statistics([0, 2, 2, 6]), statistics([2, 6]), strict=True):
+        assert_within(found, wide(expected), mx.float32, ulps=4)
+
+
 def test_nothing_anywhere_is_nan() -> None:
     mean, var, count = merged(mx.zeros((0, 4)), [0, 0])
     assert count.item() == 0

@@ -44,6 +44,13 @@ VARIANTS: dict[str, dict[str, Any]] = {
     | {"weight": X[:, :4, 0], "bias": BIAS[:4]},
     "given of groups": {"x": X[:, :4], "statistics": INSTANCE, "groups": 2, "mean": X[:, :2, 0]}
     | {"var": X[:, :2, 1], "weight": None, "bias": None},
+    "followed": {"statistics": BATCH, "activation": "silu", "residual": 1 - X},
+    "half, followed": {"x": HALF, "statistics": BATCH, "activation": "leaky_relu"}
+    | {"weight": None, "bias": None, "negative_slope": 0.3},
+}
+GIVEN: dict[str, Any] = {
+    **{"x": X, "z": X - 1.2, "h": X + 1, "mean": MEAN, "var": VAR, "weight": WEIGHT},
+    **{"bias": BIAS, "residual": None, "eps": 1e-5, "caller": "L", "axis": 1},
 }
 CALLS: dict[str, tuple[str, dict[str, Any]]] = {
     "channels": ("count_channels", {"x": X, "axis": 1, "statistics": BATCH, "caller": "L"}),
@@ -79,11 +86,25 @@ CALLS: dict[str, tuple[str, dict[str, Any]]] = {
             "caller": "L",
         },
     ),
-    "input gradient": (
-        "input_gradient",
-        {"x": X, "g": X + 1, "mean": MEAN, "var": VAR, "weight": WEIGHT, "eps": 1e-5}
-        | {"grad_mean": BIAS, "grad_var": WEIGHT, "caller": "L", "axis": 1},
-    ),
+    **{
+        f"input gradient{name}": (
+            "input_gradient",
+            {"x": X, "g": X + 1, "mean": MEAN, "var": VAR, "weight": WEIGHT, "eps": 1e-5}
+            | {"grad_mean": BIAS, "grad_var": WEIGHT, "caller": "L", "axis": 1}
+            | options,
+        )
+        for name, options in {"": {}, ", followed": {"bias": BIAS, "activation": "gelu"}}.items()
+    },
+    "given gradients": ("given_gradients", GIVEN),
+    "given gradients, relu": ("given_gradients", GIVEN | {"bias": None, "activation": "relu"}),
+    "given gradients, residual": ("given_gradients", GIVEN | {"residual": 1 - X}),
+    **{
+        f"given gradients, {name} and residual": (
+            "given_gradients",
+            GIVEN | {"residual": 1 - X, "activation": name},
+        )
+        for name in ("relu", "silu")
+    },
 }
 
 
@@ -92,7 +113,7 @@ def call(module: Any, function: str, arguments: dict[str, Any]) -> list[Any]:
     if "statistics" in arguments:
         arguments = arguments | {"statistics": arguments["statistics"][whose]}
     found = getattr(module, function)(**arguments)
-    return list(found) if isinstance(found, tuple) else [found]
+    return list(found) if isinstance(found, tuple | list) else [found]
 
 
 def test_it_has_all_functions_that_the_package_calls() -> None:

@@ -21,7 +21,6 @@ from mlx_welford._operations import operations
 from mlx_welford.compat import torch as compat
 from reference import Array
 from shares import CASES, Case, Network, Results, share
-from tolerance import wide
 from trees import leaves
 
 GROUP = mx.distributed.init()
@@ -71,24 +70,14 @@ def training() -> dict[str, Array]:
 
 
 def derivatives() -> dict[str, Array]:
-    """Second derivatives and forward mode of the case `unequal`."""
-    case = CASES["unequal"]
-    whole = shares.data(case)
-    part = share(case.division, RANKS, RANK)
-    x, gy = whole.x[part], whole.gy[part]
-
-    def y(x: mx.array, weight: mx.array) -> mx.array:
-        layer = mw.SyncBatchNorm(case.channels)
-        layer.weight = weight
-        return layer(x)
-
-    def penalty(x: mx.array, weight: mx.array, gy: mx.array) -> mx.array:
-        return mx.square(mx.vjp(lambda x: y(x, weight), [x], [gy])[1][0]).sum()
-
-    of_x, of_weight, of_gy = mx.grad(penalty, argnums=(0, 1, 2))(x, whole.weight, gy)
-    _, (tangent,) = mx.jvp(lambda x: y(x, whole.weight), [x], [gy])
-    found = {"x": of_x, "weight": of_weight, "gy": of_gy, "tangent": tangent}
-    return {name: wide(a) for name, a in found.items()}
+    """Second derivatives and forward mode."""
+    found: dict[str, Array] = {}
+    for name in shares.DERIVATIVES:
+        case = CASES[name]
+        part = share(case.division, RANKS, RANK)
+        of_case = shares.derivatives(case, layer_of(case), part)
+        found |= {f"{name}/{of}": a for of, a in of_case.items()}
+    return found
 
 
 # ---- Graphs --------------------------------------------------------------------------------------
@@ -111,6 +100,17 @@ def counted(network: nn.Module, x: mx.array, *, training: bool = True) -> Counte
     return found
 
 
+class Sum(nn.Module):
+    """relu(norm(x) + 2 x)"""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.norm = mw.SyncBatchNorm(8, activation="relu")
+
+    def __call__(self, x: mx.array) -> mx.array:
+        return self.norm(x, x * 2)
+
+
 def graphs() -> dict[str, Array]:
     """Numbers of nodes, as arrays."""
     network = Network(mw.SyncBatchNorm)
@@ -121,6 +121,8 @@ def graphs() -> dict[str, Array]:
         "training": counted(network, x),
         "evaluation": counted(network, x, training=False),
         "layer": counted(mw.SyncBatchNorm(8), x),
+        "fused layer": counted(mw.SyncBatchNorm(8, activation="relu"), x),
+        "fused sum": counted(Sum(), x),
     }
     kinds = sorted(set().union(*found.values()))
     table = {

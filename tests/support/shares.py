@@ -84,6 +84,10 @@ CASES = {
         Case("relu, residual", (12, 6, 9), "empty", axis=1, activation="relu", residual=True),
         Case("silu, torch", (12, 5, 7), axis=1, torch=True, activation="silu"),
         Case("silu, residual", (12, 5, 7), "unequal", activation="silu", residual=True),
+        Case("relu, float16", (12, 9, 8), "unequal", dtype="float16", activation="relu"),
+        Case("residual, bfloat16", (12, 9, 8), "empty", dtype="bfloat16", residual=True),
+        Case("both, float16", (12, 9, 8), dtype="float16", activation="silu", residual=True),
+        Case("both, compiled", (12, 5, 7), compiled=True, activation="relu", residual=True),
         Case("handed bias", (12, 5, 7), "unequal", handed=3.0, activation="relu"),
         Case("silu, no parameters", (12, 5, 7), affine=False, activation="silu", residual=True),
     )
@@ -164,6 +168,29 @@ def results(case: Case, layer: nn.Module, part: slice) -> Results:
     layer.eval()
     named["evaluation"] = output(*inputs)
     return {name: wide(a).astype(np.float64) for name, a in named.items()}
+
+
+DERIVATIVES = ("unequal", "relu, residual", "silu, residual")
+
+
+def derivatives(case: Case, layer: nn.Module, part: slice) -> Results:
+    """Second derivatives and forward mode. The bias is that of the layer."""
+    whole = data(case)
+    x, gy, residual = whole.x[part], whole.gy[part], whole.residual[part]
+
+    def y(x: mx.array, weight: mx.array, residual: mx.array) -> mx.array:
+        layer.update({"weight": weight})
+        z: mx.array = layer(x, residual) if case.residual else layer(x)
+        return z
+
+    def penalty(x: mx.array, weight: mx.array, gy: mx.array, residual: mx.array) -> mx.array:
+        _, (gx,) = mx.vjp(lambda x: y(x, weight, residual), [x], [gy])
+        return mx.square(gx).sum()
+
+    of = mx.grad(penalty, argnums=(0, 1, 2, 3))(x, whole.weight, gy, residual)
+    _, (tangent,) = mx.jvp(lambda x: y(x, whole.weight, residual), [x], [gy])
+    named = dict(zip(("x", "weight", "gy", "residual"), of, strict=True)) | {"tangent": tangent}
+    return {name: wide(a) for name, a in named.items()}
 
 
 # ---- A network -----------------------------------------------------------------------------------

@@ -11,10 +11,18 @@ import pytest
 from bench_cases import MEASURED, MEBIBYTE, X_BYTES, described, samples
 from mlx_welford.bench import compare, results, settings
 from mlx_welford.bench.environment import environment
-from mlx_welford.bench.implementations import BASELINE, BOTH, EVALUATION, FORWARD, INSTANCE, OURS
+from mlx_welford.bench.implementations import (
+    BASELINE,
+    BOTH,
+    EVALUATION,
+    FORWARD,
+    INSTANCE,
+    OURS,
+    UNFUSED,
+)
 from mlx_welford.bench.results import Report
 from mlx_welford.bench.settings import AS_FOUND, TUNED
-from mlx_welford.bench.workloads import CASES, Case
+from mlx_welford.bench.workloads import CASES, EPILOGUES, WITHOUT_EPILOGUE, Case, followed
 
 from bench import plots, report, suite
 from bench.plots import Reports
@@ -32,6 +40,13 @@ def test_jobs_measure_what_the_report_needs(tmp_path: Path) -> None:
         ]
         assert parsed.setting == job.setting
         assert parsed.json == tmp_path / f"{job.name}.json"
+
+
+def test_every_layer_with_something_behind_it_has_one_without() -> None:
+    without = [case for case in CASES if case.name in WITHOUT_EPILOGUE]
+    assert not any(case.has_epilogue for case in without)
+    shapes = [(case.shape, case.axis) for case in without]
+    assert set(shapes) == {(case.shape, case.axis) for case in EPILOGUES}
 
 
 def test_threads_are_powers_of_two_below_the_cores(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -107,6 +122,17 @@ def made_up_reports() -> dict[str, Report]:
         ]
         return Report(described(setting), rows)
 
+    def of_followed() -> Report:
+        unfused = {(UNFUSED, FORWARD): samples(4.0), (UNFUSED, BOTH): samples(9.0)}
+        rows = [
+            *results.rows(
+                followed(LARGE_CASES[0], "relu"), "float32", MEASURED | unfused, modes[:2]
+            ),
+            *results.rows(LARGE_CASES[0], "float32", MEASURED, modes[:2]),
+            *results.rows(LARGE_CASES[1], "float32", MEASURED, modes[:2]),
+        ]
+        return Report(described(TUNED), rows)
+
     reports = {}
     for setting in (TUNED, AS_FOUND):
         suffix = setting.replace(" ", "-")
@@ -118,6 +144,7 @@ def made_up_reports() -> dict[str, Report]:
         reports[f"{GROUPS}halves-{suffix}"] = of_groups(["float16", "bfloat16"], setting)
     reports[f"{GROUPS}compiled"] = of_groups(["float32"], TUNED)
     reports["compiled"] = of(LARGE_CASES[:1], ["float32"], TUNED, 2)
+    reports["followed"] = of_followed()
     reports["threads-1"] = of(LARGE_CASES, ["float32"], TUNED, 1)
     reports["cold-mlx_welford"] = of(LARGE_CASES[:1], ["float32"], AS_FOUND, 2)
     return reports
@@ -171,6 +198,15 @@ def test_tables_tell_the_figures() -> None:
     assert lines_of("small", reports)[2] == [*("little", FORWARD, "12000", "1500", "12000", "1500")]
     halves = lines_of("halves", reports)[2]
     assert halves == ["one", FORWARD, "float16", "16.0", "2.00", "16.0", "2.00", "1.00"]
+    assert lines_of("followed", reports) == [
+        [
+            *("case", "x", "mode", "mlx.nn, ms", "mlx.nn compiled, ms", "mlx_welford unfused, ms"),
+            *("mlx_welford, ms", "nothing behind, ms"),
+        ],
+        ["---"] * 8,
+        ["one-relu", "8192x64", FORWARD, "12", "", "4.00", "1.50", "1.50"],
+        ["one-relu", "8192x64", BOTH, "36", "", "9.00", "4.50", "4.50"],
+    ]
     compiled = ["one", FORWARD, "12", "", "1.50"]
     assert lines_of("compiled", reports)[2][:5] == compiled
     assert lines_of("cold", reports)[2] == [OURS, "3.0", "1.5"]

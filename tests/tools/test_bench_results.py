@@ -69,6 +69,19 @@ def test_bandwidth_is_traffic_by_time() -> None:
     assert forward[COPY].gigabytes_per_second == pytest.approx(2 * x_bytes / 0.75e-3 / 1e9)
 
 
+@pytest.mark.parametrize(
+    ("activation", "residual", "forward", "backward", "evaluation"),
+    [("silu", False, 3, 5, 2), (None, True, 4, 5, 3), ("relu", True, 4, 7, 3)],
+)
+def test_what_follows_counts(
+    activation: str | None, residual: bool, forward: int, backward: int, evaluation: int
+) -> None:
+    """In the layer, as docs/kernels.md says."""
+    case = Case("large", "", "BatchNorm", (65536, 64), activation=activation, residual=residual)
+    found = [results.moved_bytes(case, "float32", mode) for mode in (FORWARD, BACKWARD, EVALUATION)]
+    assert found == [4 * case.elements * n for n in (forward, backward, evaluation)]
+
+
 def test_json_round_trip(tmp_path: Path) -> None:
     written = Report(described(), rows_of(TINY) + rows_of(TINY_3D), ("torch: not installed",))
     written.write(tmp_path / "folder" / "figures.json")

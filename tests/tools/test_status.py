@@ -466,8 +466,31 @@ def test_the_plan_as_a_table(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 @pytest.mark.parametrize(
+    ("arguments", "options"),
+    [
+        ("--activation gelu", {"activation": "gelu"}),
+        ("--residual", {"residual": True}),
+        ("--activation relu --residual", {"activation": "relu", "residual": True}),
+        (
+            "--activation leaky_relu --negative-slope -0.5 --residual",
+            {"activation": "leaky_relu", "negative_slope": -0.5, "residual": True},
+        ),
+    ],
+)
+def test_the_plan_of_a_layer_and_what_follows(
+    capsys: pytest.CaptureFixture[str], arguments: str, options: dict[str, Any]
+) -> None:
+    assert main(["status", "--json", "--shape", "8,56,56,64", *arguments.split()]) == 0
+    printed = json.loads(capsys.readouterr().out)["plans"]
+    assert printed == normalization_plans("batch", (8, 56, 56, 64), **options)
+    assert printed != normalization_plans("batch", (8, 56, 56, 64))
+
+
+@pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        (["--shape", "2,4", "--activation", "tanh"], "invalid choice: 'tanh'"),
+        (["--shape", "2,4", "--negative-slope", "nan"], "'negative_slope' must be finite"),
         (["--shape", "2,3,4", "--axis", "7"], "'axis' must be in [-3, 2] but got 7"),
         (["--shape", "2,x"], "invalid _shape value"),
         (["--shape", "2,4", "--dtype", "float64"], "invalid choice"),

@@ -107,6 +107,8 @@ def moved_bytes(case: Case, dtype: str, mode: str) -> int:
         groups=case.groups,
         interleaved=case.interleaved,
         wanted=("x", "weight", "bias") if mode == BOTH else (),
+        activation=case.activation,
+        residual=case.residual,
     )
     return traffic(plans, case.elements * DTYPES[dtype].size)
 

@@ -188,8 +188,10 @@ EPILOGUES = tuple(
     )
     for activation, residual in (("relu", False), ("relu", True), ("silu", False), ("gelu", False))
 )
-"""What follows a BatchNorm in known models; without it they are resnet50-stage2-b32 and
-resnet50-stem-nchw."""
+"""What follows a BatchNorm in known models."""
+
+WITHOUT_EPILOGUE = ("resnet50-stage2-b32", "resnet50-stem-nchw")
+"""The same layers with nothing behind them."""
 
 SMALL = (
     Case("cifar-resnet-64kb", "CIFAR ResNet-20, stage 3, batch 4", "BatchNorm", (4, 8, 8, 64)),
