@@ -183,10 +183,10 @@ def compiled(reports: Reports) -> str:
 
 
 def followed(reports: Reports) -> str:
-    """Milliseconds of layers with an activation and a residual, and of ours with nothing behind."""
+    """Milliseconds of layers with an activation and a residual, and of ours alone."""
     report = reports["followed"]
     of_epilogues = report.only(implementation=UNFUSED).rows
-    plain = {
+    alone = {
         (row.shape, row.mode): row
         for row in report.only(implementation=OURS).rows
         if row.case not in {row.case for row in of_epilogues}
@@ -194,9 +194,9 @@ def followed(reports: Reports) -> str:
     body = []
     for row in of_epilogues:
         found = [_find(report, row.case, row.mode, name) for name in FOLLOWED]
-        times = [_milliseconds(f) for f in (*found, plain.get((row.shape, row.mode)))]
+        times = [_milliseconds(f) for f in (*found, alone.get((row.shape, row.mode)))]
         body.append([row.case, _shape(row), row.mode, *times])
-    header = ["case", "x", "mode", *(f"{name}, ms" for name in FOLLOWED), "nothing behind, ms"]
+    header = ["case", "x", "mode", *(f"{name}, ms" for name in FOLLOWED), "BatchNorm alone, ms"]
     return _markdown(header, body)
 
 

@@ -126,7 +126,7 @@ def _cases(
 
 
 def _followed() -> list[Job]:
-    """Layers with an activation and a residual, beside the same without."""
+    """Layers with an activation and a residual, and the same layers alone."""
     cases = [*_names(EPILOGUES), *WITHOUT_EPILOGUE]
     return [Job("followed", cases, 0.1, TUNED, implementations=FOLLOWED)]
 

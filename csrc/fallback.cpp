@@ -18,8 +18,7 @@ namespace mlx_welford {
 namespace mx = mlx::core;
 namespace nb = nanobind;
 
-Arrays FallbackPrimitive::fallback(const Arrays& inputs) {
-  const FallbackCall call = fallback_call(inputs);
+Arrays FallbackPrimitive::fallback(const FallbackCall& call) {
   nb::gil_scoped_acquire gil;
   nb::dict arguments;
   for (const auto& [name, value] : call.arguments) {

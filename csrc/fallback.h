@@ -30,8 +30,7 @@ class FallbackPrimitive : public mlx::core::Primitive {
   using Primitive::Primitive;
 
   virtual FallbackCall fallback_call(const Arrays& inputs) = 0;
-  /// Takes the GIL, which evaluation runs without.
-  Arrays fallback(const Arrays& inputs);
+  Arrays fallback(const Arrays& inputs) { return fallback(fallback_call(inputs)); }
 
   /// False if the fallback must take the place of this primitive for these inputs.
   virtual bool can_evaluate(const Arrays& inputs) = 0;
@@ -46,6 +45,8 @@ class FallbackPrimitive : public mlx::core::Primitive {
                                            const std::vector<int>& axes) override;
 
  protected:
+  /// Takes the GIL, which evaluation runs without.
+  Arrays fallback(const FallbackCall& call);
   /// Computes the outputs by the fallback, within the evaluation of this primitive.
   void evaluate_fallback(const Arrays& inputs, Arrays& outputs);
 };

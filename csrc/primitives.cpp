@@ -5,6 +5,7 @@
 #include <limits>
 #include <sstream>
 #include <stdexcept>
+#include <string_view>
 
 #include "backend.h"
 #include "memory.h"
@@ -41,9 +42,6 @@ FallbackCall KernelPrimitive::fallback_call(const Arrays& inputs) {
                                 kActivationNames[static_cast<size_t>(a.epilogue.activation)]);
     call.arguments.emplace_back("negative_slope", a.epilogue.negative_slope);
   }
-  if (left_to_compiler(inputs)) {
-    call.arguments.emplace_back("differentiated", false);
-  }
   for (const Operand& output : signature_.outputs) {
     call.outputs.push_back(kBufferNames[output.buffer]);
   }
@@ -52,33 +50,39 @@ FallbackCall KernelPrimitive::fallback_call(const Arrays& inputs) {
 
 namespace {
 
-/// Number of MLX's operations, one after another, in which the fallback normalises an element with
-/// given statistics.
-int steps(const Attributes& a, mx::Dtype dtype) {
-  constexpr int of_activation[] = {0, 1, 2, 2, 2, 5, 11, 5};
-  static_assert(std::size(of_activation) == std::size(kActivationNames));
-  const bool is_added = a.epilogue.auxiliary == Auxiliary::residual;
-  const bool is_cast = dtype != mx::float32;  // and back
-  return 4 + is_added + of_activation[static_cast<size_t>(a.epilogue.activation)] + 2 * is_cast;
+/// The most operations, one after another, that make `a` of the first input. Negative if none do.
+/// Without StopGradient, which mx.compile removes.
+int steps(const array& a, const Arrays& inputs) {
+  const auto input =
+      std::find_if(inputs.begin(), inputs.end(), [&](const array& i) { return i.id() == a.id(); });
+  if (input != inputs.end()) {
+    return input == inputs.begin() ? 0 : -1;
+  }
+  int most = -1;
+  for (const array& operand : a.inputs()) {
+    most = std::max(most, steps(operand, inputs));
+  }
+  const bool counts = most >= 0 && std::string_view(a.primitive().name()) != "StopGradient";
+  return most + counts;
 }
 
 }  // namespace
 
-/// With given statistics a normalisation is elementwise. A kernel takes as few passes as what
-/// mx.compile makes of the fallback, but the latter takes in what is around it. On the CPU kernels
-/// are faster by more than that.
-bool KernelPrimitive::left_to_compiler(const Arrays& inputs) {
+std::optional<Arrays> KernelPrimitive::left_to_compiler(const Arrays& inputs) {
   constexpr int fused = 11;  // steps that MLX's compiler makes one kernel of
   const Attributes& a = attributes_;
-  return a.operation == Operation::normalize && a.given && a.groups.number == 0 &&
-         steps(a, inputs[0].dtype()) <= fused && has_shaders(stream()) && only_compiled(inputs);
+  if (a.operation != Operation::normalize || !a.given || a.groups.number > 0 ||
+      !has_shaders(stream()) || !only_compiled(inputs)) {
+    return std::nullopt;
+  }
+  FallbackCall call = fallback_call(inputs);
+  call.arguments.emplace_back("differentiated", false);
+  Arrays outputs = fallback(call);
+  return steps(outputs[0], inputs) <= fused ? std::optional(std::move(outputs)) : std::nullopt;
 }
 
 bool KernelPrimitive::can_evaluate(const Arrays& inputs) {
   if (uses_fallback() || !has_elements(inputs[0].dtype())) {
-    return false;
-  }
-  if (left_to_compiler(inputs)) {
     return false;
   }
   for (size_t i = 1; i < inputs.size(); ++i) {
@@ -234,9 +238,10 @@ BoundArrays compute(mx::Stream s, Attributes attributes, BoundArrays inputs) {
   for (const Operand& operand : primitive->signature().inputs) {
     in_order.push_back(std::move(inputs[operand.buffer]));
   }
+  const auto compiled = primitive->left_to_compiler(in_order);
   BoundArrays outputs;
-  bind_operands(primitive->signature().outputs, outputs_of(primitive, std::move(in_order)),
-                outputs);
+  bind_operands(primitive->signature().outputs,
+                compiled ? *compiled : outputs_of(primitive, std::move(in_order)), outputs);
   return outputs;
 }
 

@@ -46,7 +46,9 @@ def _parser() -> argparse.ArgumentParser:
         help="with weight and bias (default), or without",
     )
     command.add_argument("--evaluation", action="store_true", help="with given statistics")
-    command.add_argument("--activation", choices=operations.activations(), help="what follows")
+    command.add_argument(
+        "--activation", choices=operations.activations(), help="activation after the layer"
+    )
     command.add_argument(
         "--negative-slope", type=float, default=0.01, help="of leaky_relu (default: 0.01)"
     )

@@ -116,10 +116,13 @@ def test_as_few_passes_as_mlx_nn(name: str, dtype: mx.Dtype, backend: str) -> No
     np.testing.assert_allclose(wide(ours), expected, rtol=0, atol=8 * units)
 
 
+@pytest.mark.parametrize("shapeless", [False, True])
 @pytest.mark.parametrize("dtype", [mx.float32, mx.float16], ids=str)
 @pytest.mark.parametrize("added", [True, False])
 @pytest.mark.parametrize("activation", ACTIVATIONS)
-def test_a_fused_layer(activation: str, added: bool, dtype: mx.Dtype, backend: str) -> None:
+def test_a_fused_layer(
+    activation: str, added: bool, dtype: mx.Dtype, shapeless: bool, backend: str
+) -> None:
     """As many passes as the layers of mlx.nn one after another, and not more than needed."""
     if backend == "cpu":
         pytest.skip("the CPU keeps its kernels, which are faster than what its compiler makes")
@@ -135,7 +138,7 @@ def test_a_fused_layer(activation: str, added: bool, dtype: mx.Dtype, backend: s
         z: mx.array = fused(x, r if added else None)
         return z
 
-    compiled = [mx.compile(f)(*inputs) for f in (ours, theirs)]
+    compiled = [mx.compile(f, shapeless=shapeless)(*inputs) for f in (ours, theirs)]
     counted, of_mlx_nn = (passes([z], inputs) for z in compiled)
     assert counted.accesses == 2 + added <= of_mlx_nn.accesses
     if dtype == mx.float32:

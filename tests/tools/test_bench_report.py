@@ -42,7 +42,7 @@ def test_jobs_measure_what_the_report_needs(tmp_path: Path) -> None:
         assert parsed.json == tmp_path / f"{job.name}.json"
 
 
-def test_every_layer_with_something_behind_it_has_one_without() -> None:
+def test_every_layer_with_an_epilogue_is_also_measured_alone() -> None:
     without = [case for case in CASES if case.name in WITHOUT_EPILOGUE]
     assert not any(case.has_epilogue for case in without)
     shapes = [(case.shape, case.axis) for case in without]
@@ -201,7 +201,7 @@ def test_tables_tell_the_figures() -> None:
     assert lines_of("followed", reports) == [
         [
             *("case", "x", "mode", "mlx.nn, ms", "mlx.nn compiled, ms", "mlx_welford unfused, ms"),
-            *("mlx_welford, ms", "nothing behind, ms"),
+            *("mlx_welford, ms", "BatchNorm alone, ms"),
         ],
         ["---"] * 8,
         ["one-relu", "8192x64", FORWARD, "12", "", "4.00", "1.50", "1.50"],

@@ -191,7 +191,7 @@ EPILOGUES = tuple(
 """What follows a BatchNorm in known models."""
 
 WITHOUT_EPILOGUE = ("resnet50-stage2-b32", "resnet50-stem-nchw")
-"""The same layers with nothing behind them."""
+"""The same layers alone."""
 
 SMALL = (
     Case("cifar-resnet-64kb", "CIFAR ResNet-20, stage 3, batch 4", "BatchNorm", (4, 8, 8, 64)),
