@@ -45,6 +45,7 @@ def replace_blocks(root: list[Any], also: Mapping[type[Module], Make]) -> list[R
             vars(block)["_edits"] = before.changed()
         else:
             now = f"replaced by {type(made).__name__}"
+            _give_mode(made, block)
             vars(made)["_stands_for"] = block
         rows.append((paths.get(id(block), ""), was, now))
         return made
@@ -58,9 +59,14 @@ def given_back(module: Module) -> Module:
     for edit in reversed(vars(module).pop("_edits", [])):
         edit.undo()
     block: Module = vars(module).pop("_stands_for", module)
-    if block.training != module.training:
-        block.train(module.training)
+    _give_mode(block, module)
     return block
+
+
+def _give_mode(module: Module, other: Module) -> None:
+    """Puts a module into the mode of another, but for layers that were set apart from the rest."""
+    if module.training != other.training:
+        module.train(other.training)
 
 
 def swap(container: Any, change: Callable[[Module], Any], *, inner_first: bool = False) -> None:
