@@ -73,8 +73,8 @@ def accelerate(
     nested ones. An activation behind a normalisation becomes an option of it, and an
     ``nn.Identity`` keeps its place, so that names and indices of parameters stay. A convolution
     before a ``BatchNorm`` or an ``InstanceNorm`` no longer adds its bias, which the normalisation
-    takes as a shift of the mean. The bias stays a parameter of the convolution. Other models tell
-    with ``also`` what their blocks compute (docs/fusing.md).
+    takes as a shift of the mean. The bias stays a parameter of the convolution. For other models,
+    ``also`` says what their blocks compute (docs/fusing.md).
 
     Args:
         model: The model, or a single layer.
@@ -116,7 +116,7 @@ accelerated=True)
 
 
 def _change_classes(model: Module) -> list[Row]:
-    """Turns the layers of mlx.nn into those of this package, and says what became of each."""
+    """Turns layers of mlx.nn into this package's, and returns a row of the table for each."""
     rows: list[Row] = []
     for path, layer in named_layers(model):
         if not isinstance(layer, tuple(_FAST)) or isinstance(layer, _Normalization):
@@ -168,7 +168,7 @@ def restore(model: Module) -> Module:
         if isinstance(layer, _Normalization) and layer._accelerated is not None:
             frozen = layer._no_grad  # with the running statistics; mlx.nn adds them only once
             original, settings = layer._accelerated
-            if layer.momentum is None:  # and a counter: mlx.nn has neither
+            if layer.momentum is None:  # an average with a counter; mlx.nn has neither
                 if "momentum" in settings:
                     layer.momentum = settings["momentum"]
                 layer.pop(_COUNTER, None)
