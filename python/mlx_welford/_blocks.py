@@ -1,4 +1,4 @@
-"""Blocks of a model that a function of the caller edits or replaces, and the way back."""
+"""Editing and replacing blocks of a model by functions of the caller, and undoing it."""
 
 from __future__ import annotations
 
@@ -15,8 +15,7 @@ from mlx_welford._fusing import Row, named_layers
 __all__ = ["Make", "calls", "given_back", "replace_blocks", "swap"]
 
 Make = Callable[[Any], Module | None]
-"""Returns what has to be in the place of a block: the same block edited, another module, or None to
-leave it as it is."""
+"""Returns the same block, edited; another module to put in its place; or None to leave it."""
 
 
 def replace_blocks(root: list[Any], also: Mapping[type[Module], Make]) -> list[Row]:
@@ -45,6 +44,7 @@ def replace_blocks(root: list[Any], also: Mapping[type[Module], Make]) -> list[R
             vars(block)["_edits"] = before.changed()
         else:
             now = f"replaced by {type(made).__name__}"
+            _give_mode(made, block)
             vars(made)["_stands_for"] = block
         rows.append((paths.get(id(block), ""), was, now))
         return made
@@ -58,9 +58,14 @@ def given_back(module: Module) -> Module:
     for edit in reversed(vars(module).pop("_edits", [])):
         edit.undo()
     block: Module = vars(module).pop("_stands_for", module)
-    if block.training != module.training:
-        block.train(module.training)
+    _give_mode(block, module)
     return block
+
+
+def _give_mode(module: Module, other: Module) -> None:
+    """Puts a module into the mode of another; if it is in that mode, its layers keep theirs."""
+    if module.training != other.training:
+        module.train(other.training)
 
 
 def swap(container: Any, change: Callable[[Module], Any], *, inner_first: bool = False) -> None:
@@ -68,7 +73,7 @@ def swap(container: Any, change: Callable[[Module], Any], *, inner_first: bool =
 
     A module in several places is changed once.
     """
-    changed: dict[int, tuple[Module, Any]] = {}  # with the module, so that no id is used again
+    changed: dict[int, tuple[Module, Any]] = {}  # holds the module, so that its id is not reused
 
     def visit(container: Any) -> None:
         items = container.items() if isinstance(container, dict) else enumerate(container)
@@ -99,12 +104,12 @@ class _Missing:
 
 
 class _Edit(NamedTuple):
-    """How a module, a list or a dictionary of a block was before it was changed."""
+    """The state of a module, list or dictionary of a block before it was changed."""
 
     owner: Any
-    of_vars: bool  # the attributes of a module that are not in its dictionary
+    of_vars: bool  # True for vars(module), False for the module as a dictionary
     kind: type
-    before: dict[Any, Any]  # what was changed alone, since the rest may be trained on
+    before: dict[Any, Any]  # only what was changed, since the rest may be trained on
     order: list[Any]
 
     def undo(self) -> None:
@@ -130,7 +135,7 @@ class _State:
         ]
 
     def changed(self) -> list[_Edit]:
-        """What is different now."""
+        """An edit for everything that is different now."""
         edits = []
         for owner, of_vars, kind, before in self.containers:
             now = dict(_items(owner, of_vars))
@@ -154,7 +159,7 @@ def _containers(owner: Any, seen: set[int]) -> Iterator[tuple[Any, bool]]:
 
 
 def _items(owner: Any, of_vars: bool) -> Iterator[tuple[Any, Any]]:
-    """Sets are copied: those of frozen names are changed in place."""
+    """Copies sets, because freeze() changes the set of frozen names in place."""
     if of_vars:
         owner = vars(owner)
     items = enumerate(owner) if isinstance(owner, list) else owner.items()
@@ -169,10 +174,10 @@ def _differ(now: dict[Any, Any], before: dict[Any, Any], key: Any) -> bool:
 
 
 def calls(block: Module, name: str) -> int:
-    """How often the ``__call__`` of a block calls its attribute; 0 where there is no source."""
+    """Number of calls of an attribute in a block's ``__call__``; 0 if there is no source."""
     try:
         code = ast.parse(textwrap.dedent(inspect.getsource(type(block).__call__)))
-    except (OSError, TypeError, SyntaxError):  # as of code in a text of another language
+    except (OSError, TypeError, SyntaxError):  # not from a file, or not Python
         return 0
     return sum(
         isinstance(node, ast.Call)

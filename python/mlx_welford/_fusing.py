@@ -28,7 +28,7 @@ __all__ = [
 ]
 
 Row = tuple[str, str, str]
-"""Of the table that accelerate prints: a path, what was there, what is there now."""
+"""A row of the table that accelerate prints: path, what was there, what is there now."""
 
 _MODULES: dict[type, str] = {
     nn.ReLU: "relu",
@@ -66,15 +66,15 @@ def _leaky(slope: Any) -> Epilogue | None:
 
 
 class Identity(nn.Identity):
-    """In the place of an activation that a normalisation computes.
+    """Takes the place of an activation that a normalisation computes.
 
-    Should that normalisation cease to do so, as when it is restored without the rest of its model,
-    the activation is called here again.
+    If the normalisation no longer does so, for instance because it alone was restored, the
+    activation is called here again.
     """
 
     def __init__(self, activation: Any, norm: Any, epilogue: Epilogue) -> None:
         super().__init__()
-        # Not setattr: they would become children of this module.
+        # Not setattr: the two modules would become children of this one.
         vars(self).update(_activation=activation, _norm=norm, _slope=norm.negative_slope)
         if isinstance(activation, Module):
             self.train(activation.training)
@@ -88,7 +88,7 @@ class Identity(nn.Identity):
         return z
 
     def undone(self) -> Any:
-        """The activation, which the normalisation no longer computes."""
+        """Takes the activation back from the normalisation, and returns it."""
         if isinstance(self._norm, _Normalization):
             self._norm.activation, self._norm.negative_slope = None, self._slope
         if isinstance(self._activation, Module):
@@ -97,7 +97,7 @@ class Identity(nn.Identity):
 
 
 def unfused(module: Module) -> Any:
-    """What has to take the place of a module where nothing is fused: mostly the module itself."""
+    """What takes the place of a module when fusing is undone: mostly the module itself."""
     if isinstance(module, Identity):
         return module.undone()
     if type(module) in CONVOLUTIONS.values():
@@ -137,7 +137,7 @@ class _Step(NamedTuple):
 
     @property
     def kind(self) -> str:
-        """For the table."""
+        """Name of the callable, for the table."""
         layer = self.layer
         named = layer if hasattr(layer, "__name__") else type(layer)
         name = named.__name__
@@ -145,9 +145,9 @@ class _Step(NamedTuple):
 
 
 def fuse_sequentials(model: Module) -> list[Row]:
-    """Fuses what follows one another in every nn.Sequential of a model, and says what became of it.
+    """Fuses neighbours in every nn.Sequential of a model, and returns rows for the table.
 
-    An nn.Sequential in another one continues it, unless it is in several places.
+    A nested nn.Sequential counts as part of the outer one, unless it is in several places.
     """
     uses = _uses(model)
     rows: list[Row] = []
@@ -183,7 +183,7 @@ def _is_sequential(module: object) -> bool:
 
 
 def _uses(model: Module) -> Counter[int]:
-    """In how many places of a model each module is, by id."""
+    """Number of places of a model that hold each module, by id."""
     uses: Counter[int] = Counter()
 
     def visit(container: Any) -> None:
@@ -201,7 +201,7 @@ def _uses(model: Module) -> Counter[int]:
 
 
 def _fuse_pair(first: _Step, second: _Step, uses: Counter[int]) -> list[Row]:
-    """Fuses two callables, the second of which is called with the result of the first."""
+    """Fuses two callables. The second is called with the result of the first."""
     shared = [step.path for step in (first, second) if uses[id(step.layer)] > 1]
     convolution, norm, activation = first.layer, first.layer, second.layer
     if type(convolution) in CONVOLUTIONS and "bias" in convolution and is_ours(second.layer):

@@ -2,10 +2,10 @@
 
 A constant per channel before a normalisation moves the mean and nothing else. A convolution of MLX
 adds its bias in a pass of its own, which reads and writes the whole array. The convolutions here
-return the sum together with its terms. MLX evaluates only what is used. So where a normalisation
-takes the terms, nobody computes the sum, and whatever else gets the array has the sum as always.
+return the sum together with its terms. MLX evaluates only what is used. So if a normalisation takes
+the terms, the sum is never computed, and anything else that gets the array has the sum as always.
 
-Layers need not know each other for that: either may be replaced, copied or called alone.
+The two layers need not know each other: either may be replaced, copied or called alone.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ __all__ = ["CONVOLUTIONS", "BiasedArray"]
 
 
 class BiasedArray(mx.array):
-    """x + bias, with x and the bias (C) at hand as ``terms``. The channels are on the last axis."""
+    """x + bias, which also holds ``terms``: x with channels on the last axis, and the bias (C)."""
 
     terms: tuple[mx.array, mx.array] | None = None
 
@@ -53,7 +53,7 @@ class _Convolution(Module):
 
     def __call__(self, x: mx.array) -> mx.array:
         kind = self._namesake
-        without: Module = kind.__new__(kind)  # a bias; otherwise the same
+        without: Module = kind.__new__(kind)  # the same convolution without its bias
         vars(without).update(vars(self))
         dict.update(without, {name: value for name, value in self.items() if name != "bias"})
         y: mx.array = kind.__call__(without, x)
@@ -94,4 +94,4 @@ CONVOLUTIONS: dict[type[Module], type[_Convolution]] = {
     kind._namesake: kind
     for kind in (Conv1d, Conv2d, Conv3d, ConvTranspose1d, ConvTranspose2d, ConvTranspose3d)
 }
-"""The classes here by those of mlx.nn."""
+"""Maps classes of mlx.nn to the classes here."""

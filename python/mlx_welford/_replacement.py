@@ -73,8 +73,8 @@ def accelerate(
     nested ones. An activation behind a normalisation becomes an option of it, and an
     ``nn.Identity`` keeps its place, so that names and indices of parameters stay. A convolution
     before a ``BatchNorm`` or an ``InstanceNorm`` no longer adds its bias, which the normalisation
-    takes as a shift of the mean. The bias stays a parameter of the convolution. Other models tell
-    with ``also`` what their blocks compute (docs/fusing.md).
+    takes as a shift of the mean. The bias stays a parameter of the convolution. For other models,
+    ``also`` says what their blocks compute (docs/fusing.md).
 
     Args:
         model: The model, or a single layer.
@@ -116,7 +116,7 @@ accelerated=True)
 
 
 def _change_classes(model: Module) -> list[Row]:
-    """Turns the layers of mlx.nn into those of this package, and says what became of each."""
+    """Turns layers of mlx.nn into this package's, and returns a row of the table for each."""
     rows: list[Row] = []
     for path, layer in named_layers(model):
         if not isinstance(layer, tuple(_FAST)) or isinstance(layer, _Normalization):
@@ -168,7 +168,7 @@ def restore(model: Module) -> Module:
         if isinstance(layer, _Normalization) and layer._accelerated is not None:
             frozen = layer._no_grad  # with the running statistics; mlx.nn adds them only once
             original, settings = layer._accelerated
-            if layer.momentum is None:  # and a counter: mlx.nn has neither
+            if layer.momentum is None:  # an average with a counter; mlx.nn has neither
                 if "momentum" in settings:
                     layer.momentum = settings["momentum"]
                 layer.pop(_COUNTER, None)
@@ -182,20 +182,21 @@ def restore(model: Module) -> Module:
 
 
 def fuse_block(
-    block: Module, norm: str = "bn", activation: str = "act", convolution: str = "conv"
+    block: Module, norm: str = "bn", activation: str | None = "act", convolution: str = "conv"
 ) -> Module | None:
-    """Fuses a block that computes ``self.act(self.bn(self.conv(x)))``, or without the convolution.
+    """Fuses a block that computes ``self.act(self.bn(self.conv(x)))``, or a part of that.
 
     The normalisation takes the activation, whose attribute becomes an ``nn.Identity``. It also
-    takes the bias of the convolution, if the block has one. What the block computes is told by
-    nothing but its code: the activation must get the result of the normalisation, and nothing else
-    may get it. For :func:`accelerate`: ``also={Block: mw.fuse_block}``, with other names
+    takes the bias of the convolution, if there is one. Only the code of the block shows what it
+    computes, so you must know: the activation must get the result of the normalisation, and nothing
+    else may get it. For :func:`accelerate`: ``also={Block: mw.fuse_block}``, with other names
     ``also={Block: functools.partial(mw.fuse_block, norm="norm")}``.
 
     Args:
         block: The block. :func:`restore` undoes what becomes of it.
         norm: The attribute with the normalisation, of ``mlx.nn`` or of this package.
-        activation: The attribute with the activation, a module or a function.
+        activation: The attribute with the activation, a module or a function. ``None`` hands over
+            the bias alone.
         convolution: The attribute with the convolution; one that the block does not have is
             ignored.
 
@@ -222,7 +223,7 @@ def fuse_block(
         ('silu', Identity())
     """
     kind = type(block).__name__
-    for name in (norm, activation):
+    for name in filter(None, (norm, activation)):
         if not hasattr(block, name):
             raise ValueError(f"[fuse_block] {kind} has no attribute '{name}'.")
         if calls(block, name) > 1:
@@ -232,7 +233,7 @@ def fuse_block(
     others = [name for name, value in block.items() if value is layer and name != norm]
     if others:
         raise ValueError(f"[fuse_block] '{norm}' and '{others[0]}' of {kind} are one layer.")
-    function = getattr(block, activation)
+    function = activation and getattr(block, activation)
     epilogue = epilogue_of(function)
     hands_over = type(before) in CONVOLUTIONS and "bias" in before
     if isinstance(layer, Module) and (epilogue is not None or hands_over):
@@ -241,7 +242,7 @@ def fuse_block(
         return None
     hands_over = hands_over and takes_bias(layer)
     epilogue = epilogue if layer.activation is None else None
-    if epilogue is not None:
+    if activation is not None and epilogue is not None:
         setattr(block, activation, Identity(function, layer, epilogue))
     if hands_over:
         before.__class__ = CONVOLUTIONS[type(before)]

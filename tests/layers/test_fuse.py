@@ -590,6 +590,35 @@ def test_a_block(kind: Any, activation: Any, training: bool) -> None:
     assert fused.act is before.get(".act", before.get("[act]"))
 
 
+class Residual(nn.Module):
+    """leaky_relu(bn(conv(x)) + x), with the activation in the code"""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.conv = nn.Conv2d(3, 3, 3, padding=1)
+        self.bn: Any = nn.BatchNorm(3)
+
+    def __call__(self, x: mx.array) -> mx.array:
+        z: mx.array = nn.leaky_relu(self.bn(self.conv(x)) + x)
+        return z
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_a_block_without_an_activation_hands_over_its_bias(training: bool) -> None:
+    plain, fused = (randomised(Residual()).train(training) for _ in range(2))
+    before = everything(fused)
+    same_block: Any = mw.fuse_block(fused, activation=None)
+    assert same_block is fused
+    assert isinstance(fused.conv(x()), BiasedArray)
+    assert fused.bn.activation is None
+    got, expected = step(fused, x()), step(plain, x())
+    if training:
+        expected["grad of conv.bias"] = mx.zeros((3,))
+    assert_close(got, expected)
+    if not training:
+        assert same(everything(mw.restore(fused)), before)
+
+
 def test_blocks_with_nothing_to_fuse() -> None:
     class Mish(Block):
         def __init__(self) -> None:
@@ -695,6 +724,23 @@ def test_blocks_that_are_replaced(clone: Any) -> None:
         assert type(each.tied.conv) is nn.Conv2d
     assert list(map(id, model.blocks)) == list(map(id, blocks))
     assert not any(block.training for block in model.modules())
+
+
+def test_what_replaces_a_block_has_its_mode() -> None:
+    model, plain = randomised(Net()).eval(), mw.accelerate(randomised(Net())).eval()
+    mw.accelerate(model, also={Block: Other})
+    assert not any(module.training for module in model.modules())
+    assert_close({"z": model(x())}, {"z": plain(x())})
+    assert not any(module.training for module in mw.restore(model).modules())
+
+
+def test_what_replaces_a_block_in_training_keeps_frozen_layers() -> None:
+    model = randomised(Net())
+    model.blocks[0].bn.eval()
+    before = everything(model)
+    mw.accelerate(model, also={Block: Other})
+    assert not model.blocks[0].inner.layers[1].training
+    assert same(everything(mw.restore(model)), before)
 
 
 def test_a_model_that_is_a_block_itself() -> None:
