@@ -356,7 +356,7 @@ class _Layout:
     def parameter(self, a: array) -> _Array:
         """A weight or a bias, (C) or (N, C), to broadcast along x."""
         # Cast behind the expansion, which mx.compile does not fuse with anything.
-        expanded = mx.expand_dims(self._unflattened(a, -1), self.shared, stream=self.stream)
+        expanded = _expand(self._unflattened(a, -1), self.shared, self.stream)
         return _wide(expanded, self.stream)
 
     def sums(self, a: _Array) -> _Array:
@@ -408,7 +408,7 @@ class _Array:
         return self.array.astype(dtype, stream=self.stream)
 
     def expand(self, axes: Axes) -> _Array:
-        return self.apply(mx.expand_dims, axes)
+        return _Array(_expand(self.array, axes, self.stream), self.stream)
 
     def squeeze(self, axes: Axes) -> _Array:
         return self.apply(mx.squeeze, axes)
@@ -475,6 +475,15 @@ def _wide(a: array, stream: Stream) -> _Array:
 
 
 # ---- Shapes --------------------------------------------------------------------------------------
+
+
+def _expand(a: array, axes: Axes, stream: Stream) -> array:
+    """``mx.expand_dims`` an axis at a time: of several, its vmap miscounts those that come before
+    the mapped axis (MLX 0.32.4, ExpandDims::vmap)."""
+    for axis in sorted(axes):
+        a = mx.expand_dims(a, axis, stream=stream)
+    return a
+
 
 _SAMPLE = array([1.0, 2.0])
 
