@@ -595,6 +595,48 @@ inline void merge_groups(constant Sweep& sweep, Walk w, Place p, thread M* value
   }
 }
 
+/// The moments of a thread's slots, or of their groups, from the elements in its registers. Every
+/// thread of the threadgroup must come here.
+template <typename T, int V, typename A, int S>
+inline void find_whole_moments(constant Sweep& sweep, Kept<T, V> kept, Walk w, Place p,
+                               thread Moments* found, threadgroup Moments* entries) {
+  find_moments<T, V, S>(kept, w, found);
+  merge_along<Moments, S, true>(found, p, entries);
+  if (A::grouped) {
+    merge_groups<Moments, S>(sweep, w, p, found, entries);
+  }
+}
+
+/// mean and var of x, by the arithmetic of fused_normalize.
+template <typename T, int V, typename A>
+[[kernel]] void fused_moments(constant Sweep& sweep [[buffer(kParameters)]],
+                              const device T* x [[buffer(kX)]],
+                              device float* mean [[buffer(kMean)]],
+                              device float* var [[buffer(kVar)]],
+                              uint group [[threadgroup_position_in_grid]],
+                              uint groups [[threadgroups_per_grid]],
+                              uint thread_index [[thread_position_in_threadgroup]]) {
+  enum { S = A::template Statistics<V>::count };
+  threadgroup Moments entries[kEntries];
+  const Place p = A::place(sweep, thread_index);
+  const Walk w = A::template walk<V>(sweep, A::locate(sweep, group, groups, false), p);
+  Moments found[S];
+  find_whole_moments<T, V, A, S>(sweep, keep<T, V>(x + w.first, w), w, p, found, entries);
+  if (w.inside && p.along == 0) {
+    const float per_value = 1.0f / sweep.count;
+    Slot slot = A::slot_at(sweep, w.slot);
+    WELFORD_UNROLL
+    for (int i = 0; i < S; ++i) {
+      if (A::leads(sweep, p, slot)) {
+        const Moments of_x = finalized(found[i]);
+        mean[slot.statistic] = of_x.mean;
+        var[slot.statistic] = of_x.m2 * per_value;
+      }
+      slot = A::next(sweep, slot);
+    }
+  }
+}
+
 /// mean, var and z of x: every element is read once, and kept in registers in between.
 template <typename T, int V, typename A>
 [[kernel]] void fused_normalize(
@@ -610,11 +652,7 @@ template <typename T, int V, typename A>
   const Walk w = A::template walk<V>(sweep, A::locate(sweep, group, groups, false), p);
   const Kept<T, V> kept = keep<T, V>(x + w.first, w);
   Moments found[S];
-  find_moments<T, V, S>(kept, w, found);
-  merge_along<Moments, S, true>(found, p, entries);
-  if (A::grouped) {
-    merge_groups<Moments, S>(sweep, w, p, found, entries);
-  }
+  find_whole_moments<T, V, A, S>(sweep, kept, w, p, found, entries);
   if (w.inside) {
     const float per_value = 1.0f / sweep.count;  // before the stores, or each would need its own
     MapToOutput f[S];

@@ -247,6 +247,16 @@ class Planner {
 
  private:
   void moments() {
+    if (p_.groups.number > 0) {  // to the bit what fused_normalize finds
+      if (auto shape = fused(p_, access_, limits_, Fused::forward)) {
+        sweep(Kernel::fused_moments, *shape, {in(kX), out(kMean), out(kVar)});
+        return;
+      }
+    }
+    first_moments();
+  }
+
+  void first_moments() {
     const Shape shape = first_pass(p_, access_, limits_);
     const int64_t parts = parts_of(shape);
     if (parts == 1 && !grouped()) {
@@ -281,7 +291,7 @@ class Planner {
               constants());
         return;
       }
-      moments();
+      first_moments();
     }
     sweep(Kernel::normalize_input, second_pass(p_, access_, limits_),
           {in(kX), in(kMean), in(kVar), weight(), bias(), auxiliary(), out(kOut)}, constants());

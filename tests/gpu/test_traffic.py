@@ -456,6 +456,16 @@ def test_groups_that_a_threadgroup_holds_are_read_once(problem: Problem, dtype: 
     assert whole == {"x": (1, 0), "g": (1, 0), "out": (0, 1)}
 
 
+@every_dtype
+@every_group
+def test_moments_of_groups_read_once(problem: Problem, dtype: str) -> None:
+    """x as it is: no copy in the order of the groups."""
+    p = replace(problem, operation="moments", dtype=dtype, weight=False, bias=False)
+    assert passes(p)[1] == {"x": (1, 0)}
+    p = replace(p, operation="moments_gradient")
+    assert passes(p) == (["moments_gradient"], {"x": (1, 0), "out": (0, 1)})
+
+
 def test_few_groups_are_merged_by_many_threadgroups() -> None:
     """For 64 x 64 positions of 320 channels, in 32 groups: 10 members in each piece."""
     for interleaved, groups in ((False, 32), (True, 8)):
