@@ -48,6 +48,9 @@ SIZES = [
     (2, 2, 2050, 2),
 ]
 LARGE = [(1, 65537, 6, 2), (64, 33, 24, 4), (2, 6, 40000, 32)]
+# Plans of every kind: one dispatch, of single elements, or of vectors in both orders; two passes; a
+# reduction that threadgroups share.
+PLANS = [(2, 9, 6, 3), (2, 33, 32, 16), (2, 1030, 24, 8), (1, 40000, 6, 2)]
 
 spread = pytest.mark.pairwise(
     ("backend", "sizes", "layout", "interleaved"),
@@ -264,7 +267,7 @@ def test_nan_stays_in_its_group(interleaved: bool) -> None:
 
 @ORDERS
 @BOTH_LAYOUTS
-@pytest.mark.parametrize("sizes", [(2, 33, 8, 2), (2, 1025, 32, 4), (1, 5, 2048, 8)], ids=str)
+@pytest.mark.parametrize("sizes", [*PLANS, (1, 5, 2048, 8)], ids=str)
 def test_mean_1e5_in_float32(
     sizes: tuple[int, int, int, int], layout: Callable[..., Case], interleaved: bool
 ) -> None:
@@ -279,9 +282,12 @@ def test_mean_1e5_in_float32(
 
 @ORDERS
 @BOTH_LAYOUTS
-def test_large_values_in_float16(layout: Callable[..., Case], interleaved: bool) -> None:
+@pytest.mark.parametrize("sizes", [*PLANS, (4, 1025, 6, 2)], ids=str)
+def test_large_values_in_float16(
+    sizes: tuple[int, int, int, int], layout: Callable[..., Case], interleaved: bool
+) -> None:
     """+-512: the variance, 262144, is no float16; y, +-1, is."""
-    case = layout(4, 1025, 6, 2, interleaved=interleaved, dtype="float16")
+    case = layout(*sizes, interleaved=interleaved, dtype="float16")
     signs = np.random.default_rng(5).choice([-512.0, 512.0], case.shape)
     problem = Problem(case, signs)
     y, truth = problem.ours(**problem.inputs), problem.forward()
@@ -305,11 +311,6 @@ def test_given_statistics_are_not_rounded_to_the_type_of_x(dtype: str) -> None:
 # Tiles
 
 
-# (N, S, C, G). The plan makes of them: one dispatch, of single elements, or of vectors in both
-# orders; two passes; and a reduction that threadgroups share.
-TILED = [(2, 9, 6, 3), (2, 33, 32, 16), (2, 1030, 24, 8), (1, 40000, 6, 2)]
-
-
 @pytest.mark.pairwise(
     ("backend", "sizes", "layout", "interleaved", "dtype"),
     ("backend", "sizes", "epilogue", "dtype"),
@@ -320,7 +321,7 @@ TILED = [(2, 9, 6, 3), (2, 33, 32, 16), (2, 1030, 24, 8), (1, 40000, 6, 2)]
 @pytest.mark.parametrize("affine", ["plain", "channel", "instance"])
 @ORDERS
 @BOTH_LAYOUTS
-@pytest.mark.parametrize("sizes", TILED, ids=str)
+@pytest.mark.parametrize("sizes", PLANS, ids=str)
 def test_tiles_with_the_moments_of_the_whole_are_the_whole(
     sizes: tuple[int, int, int, int],
     layout: Callable[..., Case],
