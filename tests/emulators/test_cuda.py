@@ -253,6 +253,20 @@ def test_two_groups_of_every_fused_kernel_with_an_epilogue_fit_a_core(epilogue: 
 
 
 @needs_nvrtc
+def test_no_kernel_needs_more_registers_than_apple_has() -> None:
+    """The one for which NVRTC takes 132 if it may spills nothing with 112."""
+    p = Problem("normalize_gradient", (1, 2, 8, 16), "bfloat16", 16, wanted="x", groups=2)
+    (d,) = replace(p, activation="silu").plan().dispatches
+    constants = tuple((index, value) for index, value in d.constants.items() if value)
+    for registers in (None, 112):
+        found = compile_program(
+            _ext.shader_source, [d.instantiation], registers=registers, constants=constants
+        ).resources[d.host_name]
+        assert found.registers == registers or found.registers > APPLE_MOST_REGISTERS
+        assert found.spill_bytes == found.stack_bytes == 0
+
+
+@needs_nvrtc
 def test_plans_are_for_as_many_threads_as_registers_allow(program: Program) -> None:
     """As csrc/gpu/compilation.cpp asks its pipelines, where a plan takes more for granted."""
     tuning = {"core_registers": 1 << 20, "fused_groups": 1}
