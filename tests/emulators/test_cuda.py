@@ -254,9 +254,9 @@ def test_two_groups_of_every_fused_kernel_with_an_epilogue_fit_a_core(epilogue: 
 
 @needs_nvrtc
 def test_no_kernel_needs_more_registers_than_apple_has() -> None:
-    """The one for which NVRTC takes 132 if it may spills nothing with 112."""
+    """The one for which NVRTC takes 133 if it may spills nothing with 112."""
     p = Problem("normalize_gradient", (1, 2, 8, 16), "bfloat16", 16, wanted="x", groups=2)
-    (d,) = replace(p, activation="silu").plan().dispatches
+    (d,) = replace(p, activation="gelu").plan().dispatches
     constants = tuple((index, value) for index, value in d.constants.items() if value)
     for registers in (None, 112):
         found = compile_program(
