@@ -302,8 +302,7 @@ struct GroupedColumns : Grouped<Columns> {
   }
 };
 
-/// Of neighbouring members; or `run` rows side by side, and as many of each other member `jump` rows
-/// behind them.
+/// Rows of whole groups: members one after another, or `run` rows of each, `jump` rows apart.
 struct GroupedRows : Grouped<Rows> {
   template <int V>
   static Walk walk(constant Sweep& sweep, Piece at, Place p) {

@@ -262,6 +262,7 @@ class Planner {
     first_moments();
   }
 
+  /// Moments by a sweep, and a merge if there are several parts.
   void first_moments() {
     const Shape shape = first_pass(p_, access_, limits_);
     const int64_t parts = parts_of(shape);
