@@ -40,7 +40,7 @@ struct FusedRegisters {
 /// residual stays in registers from its load to the store of z, and the derivative of an activation
 /// needs some of its own. Groups count a residual forward even if there is none, so that all plans
 /// of a problem find the same statistics to the bit. Apple's compiler has not been run, and may
-/// decide otherwise: it gives a thread no more than 128. tests/emulators/test_cuda.py measures them.
+/// decide otherwise: a thread has at most 128. tests/emulators/test_cuda.py measures them again.
 constexpr FusedRegisters kFusedRegisters[] = {
     {Fused::forward, true, false, 1, 48, 48},   {Fused::forward, true, false, 4, 69, 73},
     {Fused::forward, true, false, 8, 80, 96},   {Fused::forward, false, false, 1, 44, 45},
