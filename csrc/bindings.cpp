@@ -67,6 +67,13 @@ NB_MODULE(_ext, m) {
       "x"_a, "axes"_a, "keepdims"_a = false, "stream"_a = nb::none());
 
   m.def(
+      "group_moments",
+      [](const mx::array& x, int groups, bool interleaved, int axis, mx::StreamOrDevice s) {
+        return mw::group_moments(x, {groups, interleaved}, axis, {"group_moments"}, s);
+      },
+      "x"_a, "groups"_a, "interleaved"_a = false, "axis"_a = -1, "stream"_a = nb::none());
+
+  m.def(
       "size_of", [](const mx::array& x) { return mw::size_of(x); }, "x"_a,
       "The number of elements; an array while MLX traces for any shape.");
 

@@ -79,6 +79,31 @@ std::vector<int> order_of(const array& x, const std::vector<int>& axes,
   return axis_order(traced_for_any_shape(x, s) ? no_ones : x.shape(), axes, last, of_groups);
 }
 
+/// How kernels take an array whose channels are on `channel_axis`: as it is if the channels are
+/// first or last, else with the channels moved to the end.
+struct Arrangement {
+  Arrangement(const array& x, int channel_axis, Statistics statistics, const Groups& groups,
+              mx::Stream s)
+      : channel_axis(channel_axis),
+        axes(reduced_axes(static_cast<int>(x.ndim()), channel_axis, statistics)),
+        order(order_of(x, axes, {channel_axis}, s, groups.number > 0)),
+        moved(!std::is_sorted(order.begin(), order.end())) {
+    if (moved) {
+      this->channel_axis = static_cast<int>(x.ndim()) - 1;
+      axes = reduced_axes(static_cast<int>(x.ndim()), this->channel_axis, statistics);
+    }
+  }
+
+  array operator()(const array& a, mx::Stream s) const {
+    return moved ? mx::transpose(a, order, s) : a;
+  }
+
+  int channel_axis;
+  std::vector<int> axes;
+  std::vector<int> order;
+  bool moved;
+};
+
 Epilogue epilogue_of(const EpilogueOptions& options, const Caller& caller) {
   const Activation a = check_activation(options.activation, options.negative_slope, caller);
   // Where it is not used it should not tell nodes apart.
@@ -98,7 +123,7 @@ std::tuple<array, array, array> normalize(
     double eps, const std::optional<array>& mean_, const std::optional<array>& var_,
     const std::optional<array>& residual_, int axis, Statistics statistics, const Groups& groups,
     const EpilogueOptions& options, const Caller& caller, mx::StreamOrDevice s_) {
-  int channel_axis =
+  const int channel_axis =
       check_normalize(argument(x_), argument(weight_), argument(bias_), argument(mean_),
                       argument(var_), argument(residual_), axis, statistics, groups.number, caller);
   Epilogue epilogue = epilogue_of(options, caller);
@@ -114,7 +139,7 @@ std::tuple<array, array, array> normalize(
     }
   }
   const mx::Dtype dtype = mx::result_type(typed);
-  array x = cast(x_, dtype, s);
+  const array x = cast(x_, dtype, s);
   auto weight = cast(weight_, dtype, s);
   auto bias = cast(bias_, dtype, s);
   auto residual = cast(residual_, dtype, s);
@@ -127,19 +152,9 @@ std::tuple<array, array, array> normalize(
   auto mean = cast(mean_, statistics_dtype(dtype), s);
   auto var = cast(var_, statistics_dtype(dtype), s);
 
-  const int ndim = static_cast<int>(x.ndim());
-  // Kernels read channels first or last; channels on another axis are moved to the end and back.
-  auto axes = reduced_axes(ndim, channel_axis, statistics);
-  const auto order = order_of(x, axes, {channel_axis}, s, groups.number > 0);
-  const bool moved = !std::is_sorted(order.begin(), order.end());
-  const int home = channel_axis;
-  if (moved) {
-    x = mx::transpose(x, order, s);
-    if (residual) {
-      residual = mx::transpose(*residual, order, s);
-    }
-    channel_axis = ndim - 1;
-    axes = reduced_axes(ndim, channel_axis, statistics);
+  const Arrangement arrange(x, channel_axis, statistics, groups, s);
+  if (residual) {
+    residual = arrange(*residual, s);
   }
   const BoundArrays outputs = compute(s,
                                       {{.operation = Operation::normalize,
@@ -150,15 +165,15 @@ std::tuple<array, array, array> normalize(
                                         .has_bias = bias.has_value(),
                                         .affine_per_instance = affine_per_instance,
                                         .epilogue = epilogue},
-                                       std::move(axes),
-                                       channel_axis},
-                                      {{kX, x},
+                                       arrange.axes,
+                                       arrange.channel_axis},
+                                      {{kX, arrange(x, s)},
                                        {kMean, mean},
                                        {kVar, var},
                                        {kWeight, weight},
                                        {kBias, bias},
                                        {kResidual, residual}});
-  array z = moved ? mx::moveaxis(outputs[kOut], -1, home, s) : outputs[kOut];
+  array z = arrange.moved ? mx::moveaxis(outputs[kOut], -1, channel_axis, s) : outputs[kOut];
   return {z, mean ? *mean : outputs[kMean], var ? *var : outputs[kVar]};
 }
 
@@ -277,6 +292,18 @@ std::pair<array, array> moments(const array& x_, std::vector<int> axes, bool kee
     return {mx::expand_dims(mean, axes, s), mx::expand_dims(var, axes, s)};
   }
   return {mean, var};
+}
+
+std::pair<array, array> group_moments(const array& x, const Groups& groups, int axis,
+                                      const Caller& caller, mx::StreamOrDevice s_) {
+  const int channel_axis =
+      check_input(argument(x), axis, Statistics::of_instance, groups.number, caller);
+  const auto s = mx::to_stream(s_);
+  const Arrangement arrange(x, channel_axis, Statistics::of_instance, groups, s);
+  const BoundArrays outputs = compute(
+      s, {{.operation = Operation::moments, .groups = groups}, arrange.axes, arrange.channel_axis},
+      {{kX, arrange(x, s)}});
+  return {outputs[kMean], outputs[kVar]};
 }
 
 }  // namespace mlx_welford

@@ -86,4 +86,8 @@ std::pair<array, array> next_running_statistics(const array& running_mean, const
 std::pair<array, array> moments(const array& x, std::vector<int> axes, bool keepdims,
                                 const Caller& caller, mlx::core::StreamOrDevice s = {});
 
+/// Mean and biased variance (N, G) of groups of channels, to the bit those of `normalize`.
+std::pair<array, array> group_moments(const array& x, const Groups& groups, int axis,
+                                      const Caller& caller, mlx::core::StreamOrDevice s = {});
+
 }  // namespace mlx_welford

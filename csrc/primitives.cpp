@@ -26,8 +26,12 @@ FallbackCall KernelPrimitive::fallback_call(const Arrays& inputs) {
   if (a.operation != Operation::running_statistics) {
     call.arguments.emplace_back("axes", a.axes);
   }
+  const bool of_moments =
+      a.operation == Operation::moments || a.operation == Operation::moments_gradient;
   if (a.channel_axis >= 0) {
     call.arguments.emplace_back("channel_axis", a.channel_axis);
+  }
+  if (a.channel_axis >= 0 && !of_moments) {
     call.arguments.emplace_back("eps", a.eps);
   }
   if (a.groups.number > 0) {

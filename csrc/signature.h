@@ -17,7 +17,7 @@ using Arrays = std::vector<array>;
 /// What a primitive computes, apart from its arrays.
 struct Attributes : Settings {
   std::vector<int> axes{};  // that share a statistic; none for running statistics
-  int channel_axis = -1;    // of a normalisation, non-negative
+  int channel_axis = -1;    // of a normalisation or of groups, non-negative
 
   bool operator==(const Attributes&) const = default;
 };

@@ -230,7 +230,12 @@ struct Rows : Separate {
 
   template <int V>
   static Walk walk(constant Sweep& sweep, Piece at, Place p) {
-    const long segment = long(at.strip) * sweep.across + p.across;
+    return walk_along<V>(sweep, at, p, long(at.strip) * sweep.across + p.across);
+  }
+
+  /// Along the segment.
+  template <int V>
+  static Walk walk_along(constant Sweep& sweep, Piece at, Place p, long segment) {
     const long outer = remainder(segment, sweep.outer);
     Walk w;
     w.inside = segment < sweep.segments;
@@ -297,4 +302,17 @@ struct GroupedColumns : Grouped<Columns> {
   }
 };
 
-typedef Grouped<Rows> GroupedRows;
+/// Rows of whole groups: members one after another, or `run` rows of each, `jump` rows apart.
+struct GroupedRows : Grouped<Rows> {
+  template <int V>
+  static Walk walk(constant Sweep& sweep, Piece at, Place p) {
+    if (sweep.jump == 0) {
+      return Rows::walk<V>(sweep, at, p);
+    }
+    const uint member = p.across / sweep.run;
+    const Division first = division_of(long(at.strip) * sweep.run, sweep.jump);
+    return walk_along<V>(sweep, at, p,
+                         first.quotient * sweep.grouping.channels + first.remainder + p.across -
+                             member * sweep.run + member * long(sweep.jump));
+  }
+};

@@ -143,7 +143,7 @@ struct Sweep {
   float negative_slope;
   Grouping grouping;
   shared_uint run;   // of columns of groups: vectors that lie side by side
-  shared_uint jump;  // columns from a run to the next member's; 0: there is one run
+  shared_uint jump;  // columns, or rows, from a run to the next member's; 0: there is one run
 };
 
 /// A merge of `parts` partial results of each of `columns`, which lie as (part, column); or of each

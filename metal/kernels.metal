@@ -518,34 +518,6 @@ template <typename T, int V, typename A>
 
 // ---- Both passes at once, for statistics whose values a threadgroup can hold --------------------
 
-/// The merge of sets of equally many values, `step` entries apart: without a division for each.
-inline Moments merge_members(const threadgroup Moments* own, uint step, uint members) {
-  const Moments a = own[0];
-  float offset = 0.0f;  // of the mean from that of a
-  float m2 = 0.0f;
-  for (uint i = 0; i < members; ++i) {
-    const Moments b = own[i * step];
-    offset += (b.mean - a.mean) + (b.tail - a.tail);
-    m2 += b.m2;
-  }
-  offset /= float(members);
-  float between = 0.0f;
-  for (uint i = 0; i < members; ++i) {
-    const Moments b = own[i * step];
-    const float d = ((b.mean - a.mean) + (b.tail - a.tail)) - offset;
-    between += d * d;
-  }
-  return moments_about(a.count * float(members), a.mean, a.tail + offset, m2 + a.count * between);
-}
-
-inline Sums merge_members(const threadgroup Sums* own, uint step, uint members) {
-  Sums all = Sums{0.0f, 0.0f};
-  for (uint i = 0; i < members; ++i) {
-    all = merge(all, Sums(own[i * step]));
-  }
-  return all;
-}
-
 /// Stores the sums of a thread's slots, and multiplies them by their weights.
 template <typename A, int S, typename T>
 inline void weigh(constant Sweep& sweep, Walk w, Place p, const device T* weight,
@@ -564,11 +536,24 @@ inline void weigh(constant Sweep& sweep, Walk w, Place p, const device T* weight
   }
 }
 
+/// Lanes that merge the members of a group; a simdgroup takes kSimd / lanes groups side by side.
+inline uint lanes_for(uint members) {
+  uint lanes = 1;
+  while (lanes < members && lanes < kSimd) {
+    lanes *= 2;
+  }
+  return lanes;
+}
+
 /// Merges the values of each slot, the same in all threads along, over the members of its group.
 /// Every thread of the threadgroup must come here.
 template <typename M, int S>
-inline void merge_groups(constant Sweep& sweep, Walk w, Place p, thread M* values,
-                         threadgroup M* entries) {
+inline void merge_groups(constant Sweep& sweep, Walk w, Place p, uint thread_index,
+                         thread M* values, threadgroup M* entries) {
+  const bool interleaved = sweep.grouping.interleaved;
+  const uint members = sweep.grouping.members;
+  const uint step = interleaved ? sweep.run * S : 1;  // entries between two members
+  const uint apart = interleaved ? 1 : members;       // and between two groups
   metal::threadgroup_barrier(metal::mem_flags::mem_threadgroup);
   if (p.along == 0) {
     WELFORD_UNROLL
@@ -577,20 +562,85 @@ inline void merge_groups(constant Sweep& sweep, Walk w, Place p, thread M* value
     }
   }
   metal::threadgroup_barrier(metal::mem_flags::mem_threadgroup);
+
+  // Merge each group once, into its first entry
+  const uint lanes = lanes_for(members);
+  const uint together = kSimd / lanes;
+  const uint groups = sweep.run * S / apart;
+  const uint turn = sweep.across * sweep.along / lanes;
+  for (uint g = thread_index / kSimd * together; g < groups; g += turn) {
+    const uint group = g + p.lane % together;
+    const bool inside = group < groups;
+    threadgroup M* own = entries + group * apart;
+    M merged[1] = {M{}};
+    for (uint i = p.lane / together; inside && i < members; i += lanes) {
+      merged[0] = merge(merged[0], M(own[i * step]));
+    }
+    merge_lanes<1>(merged, p.lane, together);
+    if (inside && p.lane < together) {
+      *own = merged[0];
+    }
+  }
+  metal::threadgroup_barrier(metal::mem_flags::mem_threadgroup);
+
   if (w.inside) {
-    const uint members = sweep.grouping.members;
-    const uint step = sweep.grouping.interleaved ? sweep.run * S : 1;
-    M merged = M{};
-    uint last = 0;
+    const uint slot = p.across * S;
+    uint position = interleaved ? 0 : slot % members;
+    const threadgroup M* own = entries + (interleaved ? slot % step : slot - position);
+    values[0] = *own;
+    WELFORD_UNROLL
+    for (int i = 1; i < S; ++i) {
+      values[i] = values[i - 1];
+      position += 1;
+      if (interleaved || position == members) {  // else neighbours of one group
+        own += apart;
+        position = 0;
+        values[i] = *own;
+      }
+    }
+  }
+}
+
+/// The moments of a thread's slots, or of their groups, from the elements in its registers. Every
+/// thread of the threadgroup must come here.
+template <typename T, int V, typename A, int S>
+inline void find_whole_moments(constant Sweep& sweep, Kept<T, V> kept, Walk w, Place p,
+                               uint thread_index, thread Moments* found,
+                               threadgroup Moments* entries) {
+  find_moments<T, V, S>(kept, w, found);
+  merge_along<Moments, S, true>(found, p, entries);
+  if (A::grouped) {
+    merge_groups<Moments, S>(sweep, w, p, thread_index, found, entries);
+  }
+}
+
+/// mean and var of x, by the arithmetic of fused_normalize.
+template <typename T, int V, typename A>
+[[kernel]] void fused_moments(constant Sweep& sweep [[buffer(kParameters)]],
+                              const device T* x [[buffer(kX)]],
+                              device float* mean [[buffer(kMean)]],
+                              device float* var [[buffer(kVar)]],
+                              uint group [[threadgroup_position_in_grid]],
+                              uint groups [[threadgroups_per_grid]],
+                              uint thread_index [[thread_position_in_threadgroup]]) {
+  enum { S = A::template Statistics<V>::count };
+  threadgroup Moments entries[kEntries];
+  const Place p = A::place(sweep, thread_index);
+  const Walk w = A::template walk<V>(sweep, A::locate(sweep, group, groups, false), p);
+  Moments found[S];
+  find_whole_moments<T, V, A, S>(sweep, keep<T, V>(x + w.first, w), w, p, thread_index, found,
+                                 entries);
+  if (w.inside && p.along == 0) {
+    const float per_value = 1.0f / sweep.count;
+    Slot slot = A::slot_at(sweep, w.slot);
     WELFORD_UNROLL
     for (int i = 0; i < S; ++i) {
-      const uint j = p.across * S + i;
-      const uint first = sweep.grouping.interleaved ? j % step : j / members * members;
-      if (i == 0 || first != last) {  // neighbours may be of one group
-        merged = merge_members(entries + first, step, members);
+      if (A::leads(sweep, p, slot)) {
+        const Moments of_x = finalized(found[i]);
+        mean[slot.statistic] = of_x.mean;
+        var[slot.statistic] = of_x.m2 * per_value;
       }
-      values[i] = merged;
-      last = first;
+      slot = A::next(sweep, slot);
     }
   }
 }
@@ -610,11 +660,7 @@ template <typename T, int V, typename A>
   const Walk w = A::template walk<V>(sweep, A::locate(sweep, group, groups, false), p);
   const Kept<T, V> kept = keep<T, V>(x + w.first, w);
   Moments found[S];
-  find_moments<T, V, S>(kept, w, found);
-  merge_along<Moments, S, true>(found, p, entries);
-  if (A::grouped) {
-    merge_groups<Moments, S>(sweep, w, p, found, entries);
-  }
+  find_whole_moments<T, V, A, S>(sweep, kept, w, p, thread_index, found, entries);
   if (w.inside) {
     const float per_value = 1.0f / sweep.count;  // before the stores, or each would need its own
     MapToOutput f[S];
@@ -673,7 +719,7 @@ template <typename T, int V, typename A>
   merge_along<Sums, S, true>(found, p, entries);
   if (A::grouped) {
     weigh<A, S>(sweep, w, p, weight, found, sums);
-    merge_groups<Sums, S>(sweep, w, p, found, entries);
+    merge_groups<Sums, S>(sweep, w, p, thread_index, found, entries);
   }
   if (w.inside) {
     const float per_value = 1.0f / sweep.count;

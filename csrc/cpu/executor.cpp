@@ -182,7 +182,7 @@ Stages::OfTile apply_maps(Kernels::Apply apply, const array& x, const array* sec
 }
 
 void moments(const Problem& problem, BoundArrays& a) {
-  const Tiling tiling(problem.geometry);
+  const Tiling tiling(problem.geometry, problem.slots().unit());
   const Kernels& k = kernels(problem.element);
   auto* mean = a[kMean].data<float>();
   auto* var = a[kVar].data<float>();
@@ -218,9 +218,10 @@ void moments_gradient(const Problem& problem, BoundArrays& a) {
   const auto* mean = a[kMean].data<float>();
   const auto* grad_mean = a[kGradMean].data<float>();
   const auto* grad_var = a[kGradVar].data<float>();
-  const auto count = static_cast<float>(problem.geometry.count());
+  const Slots slots = problem.slots();
+  const auto count = static_cast<float>(problem.geometry.count() * slots.members);
   auto finalize = [&](Workspace& w, int64_t first, int64_t last) {
-    for_slots(tiling, problem.slots(), first, last, [&](const Slot& slot, int64_t) {
+    for_slots(tiling, slots, first, last, [&](const Slot& slot, int64_t) {
       const int64_t i = slot.statistic;
       w.set_map(slot.index,
                 {.mean = mean[i], .slope = 2 * grad_var[i] / count, .shift = grad_mean[i] / count});

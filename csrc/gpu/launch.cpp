@@ -102,7 +102,7 @@ Sweep describe(const Problem& p) {
 Shape arrange(const Access& a, Sweep s, int64_t across, int64_t along, int64_t pieces) {
   const int64_t vectors = s.jump > 0 ? s.jump / a.vector : a.vectors;  // of one member's columns
   s.run = s.run > 0 ? s.run : static_cast<uint32_t>(across);
-  const int64_t strips = ceil_div(a.columns ? vectors : s.segments, s.run);
+  const int64_t strips = a.columns ? ceil_div(vectors, s.run) : ceil_div(s.segments, across);
   const int64_t in_span = std::max<int64_t>(along, kSpan / s.inner / along * along);
   int64_t piece = std::min(ceil_div(s.reduce, pieces), in_span);
   if (!a.columns) {
@@ -194,13 +194,19 @@ std::optional<Shape> fused(const Problem& p, const Access& a, const Limits& limi
   if (!a.columns) {
     const int64_t whole_simdgroups = round_up(along, kSimd);
     const int64_t most_across = most_threads / whole_simdgroups;
-    if (most_across < slots.members || (slots.members > 1 && slots.interleaved)) {
+    if (most_across < slots.members) {
       return std::nullopt;
     }
     const int64_t wished = std::min<int64_t>(limits.tuning.sweep_threads, most_threads) /
                            whole_simdgroups / slots.members;
-    const int64_t across = std::min(std::max<int64_t>(1, wished) * slots.members, g.segments());
-    return arrange(a, describe(p), across, whole_simdgroups, 1);
+    int64_t run = std::min(std::max<int64_t>(1, wished), g.segments() / slots.members);
+    Sweep s = describe(p);
+    if (slots.members > 1 && slots.interleaved) {
+      run = std::gcd(run, slots.groups);  // all of one instance
+      s.run = static_cast<uint32_t>(run);
+      s.jump = static_cast<uint32_t>(slots.groups);
+    }
+    return arrange(a, s, run * slots.members, whole_simdgroups, 1);
   }
   // A thread's columns, and those side by side, as far as they fit
   auto fitting = [&](Sweep s, int64_t across) -> std::optional<Shape> {
@@ -247,6 +253,17 @@ class Planner {
 
  private:
   void moments() {
+    if (p_.groups.number > 0) {  // to the bit what fused_normalize finds
+      if (auto shape = fused(p_, access_, limits_, Fused::forward)) {
+        sweep(Kernel::fused_moments, *shape, {in(kX), out(kMean), out(kVar)});
+        return;
+      }
+    }
+    first_moments();
+  }
+
+  /// Moments by a sweep, and a merge if there are several parts.
+  void first_moments() {
     const Shape shape = first_pass(p_, access_, limits_);
     const int64_t parts = parts_of(shape);
     if (parts == 1 && !grouped()) {
@@ -281,7 +298,7 @@ class Planner {
               constants());
         return;
       }
-      moments();
+      first_moments();
     }
     sweep(Kernel::normalize_input, second_pass(p_, access_, limits_),
           {in(kX), in(kMean), in(kVar), weight(), bias(), auxiliary(), out(kOut)}, constants());

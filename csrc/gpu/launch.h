@@ -14,15 +14,17 @@
 namespace mlx_welford::gpu {
 
 /// X(name of a kernel in metal/, parameters of its template). `walk` is an element type and a Walk.
-/// Only kernels with `slots` can make that over groups, and only they have function constants.
+/// Only kernels with `slots` can make that over groups, and only they have function constants,
+/// which not all of them use.
 #define MLX_WELFORD_KERNELS(X)          \
   X(moments, walk)                      \
-  X(moments_gradient, walk)             \
+  X(moments_gradient, slots)            \
   X(partial_moments, walk)              \
   X(partial_sums, slots)                \
   X(normalize_input, slots)             \
   X(input_gradient, slots)              \
   X(given_input_gradient, slots)        \
+  X(fused_moments, slots)               \
   X(fused_normalize, slots)             \
   X(fused_gradient, slots)              \
   X(given_gradients, element)           \

@@ -6,7 +6,14 @@ from mlx_welford._distributed import SyncBatchNorm
 from mlx_welford._layers import BatchNorm, GroupNorm, InstanceNorm, set_dtype
 from mlx_welford._replacement import accelerate, convert_sync_batchnorm, fuse_block, restore
 from mlx_welford._status import status
-from mlx_welford.functional import batch_norm, composed, group_norm, instance_norm, moments
+from mlx_welford.functional import (
+    batch_norm,
+    composed,
+    group_moments,
+    group_norm,
+    instance_norm,
+    moments,
+)
 
 # Invalid values of MLX_WELFORD_NUM_THREADS and MLX_WELFORD_ISA are errors at import, not later.
 _operations.operations.num_threads()
@@ -24,6 +31,7 @@ __all__ = [
     "from_gluon",
     "from_torch",
     "fuse_block",
+    "group_moments",
     "group_norm",
     "instance_norm",
     "moments",

@@ -123,6 +123,29 @@ def moments(
     return found["mean"], found["var"]
 
 
+def group_moments(
+    x: array,
+    groups: int,
+    interleaved: bool = False,
+    axis: int = -1,
+    stream: StreamOrDevice = None,
+) -> tuple[array, array]:
+    """Mean and biased variance (N, G) of groups of channels."""
+    of_instance = Statistics.of_instance
+    channel_axis = _core.check_normalize(
+        _seen(x), None, None, of_instance, "group_moments", axis=axis, groups=groups
+    )
+    found = _fallback.moments(
+        x,
+        axes=_core.reduced_axes(x.ndim, channel_axis, of_instance),
+        channel_axis=channel_axis,
+        groups=groups,
+        interleaved=interleaved,
+        stream=stream,
+    )
+    return found["mean"], found["var"]
+
+
 def size_of(x: array) -> Number:
     """The number of elements; an array while MLX traces for any shape."""
     if _fallback.traced_for_any_shape():

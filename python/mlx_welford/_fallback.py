@@ -27,9 +27,13 @@ Stream = mx.Stream | mx.Device | None
 # ---- Statistics ----------------------------------------------------------------------------------
 
 
-def moments(x: array, *, axes: Axes, stream: Stream = None) -> Arrays:
-    """mean = sum(x) / m,  var = sum((x - mean)^2) / m,  m = values per statistic."""
-    wide = _wide(x, stream)
+def moments(x: array, *, axes: Axes, stream: Stream = None, **channels: Any) -> Arrays:
+    """mean = sum(x) / m,  var = sum((x - mean)^2) / m,  m = values per statistic.
+
+    ``channels``: options of _Layout, of groups.
+    """
+    layout = _Layout(x, axes, stream=stream, **channels)
+    wide, axes = layout.split(x), layout.axes
     # A mean of many values is rough, because MLX adds them up in float32. What it lacks is not.
     rough = wide.mean(axes, keepdims=True).finite_or_nan().apply(mx.stop_gradient)
     from_rough = wide - rough
@@ -53,14 +57,23 @@ def partial_moments(x: array, *, axes: Axes, stream: Stream = None) -> Arrays:
 
 
 def moments_gradient(
-    x: array, mean: array, grad_mean: array, grad_var: array, *, axes: Axes, stream: Stream = None
+    x: array,
+    mean: array,
+    grad_mean: array,
+    grad_var: array,
+    *,
+    axes: Axes,
+    stream: Stream = None,
+    **channels: Any,
 ) -> Arrays:
     """out = (grad_mean + 2 * grad_var * (x - mean)) / m"""
-    wide, by_mean, by_var = (_wide(a, stream) for a in (x, grad_mean, grad_var))
+    layout = _Layout(x, axes, stream=stream, **channels)
+    wide, axes = layout.split(x), layout.axes
+    by_mean, by_var = (_wide(a, stream) for a in (grad_mean, grad_var))
     centred = wide - _wide(mean, stream).expand(axes)
     count = wide.count(axes)
     slope = ((by_var + by_var) / count).expand(axes)
-    return {"out": (slope * centred + (by_mean / count).expand(axes)).cast(x.dtype)}
+    return {"out": layout.join(slope * centred + (by_mean / count).expand(axes)).cast(x.dtype)}
 
 
 def running_statistics(
@@ -318,8 +331,8 @@ class _Layout:
         self,
         x: array,
         axes: Axes,
-        channel_axis: int,
-        stream: Stream,
+        channel_axis: int = 0,
+        stream: Stream = None,
         *,
         groups: int = 0,
         interleaved: bool = False,

@@ -149,18 +149,34 @@ def normalization_plans(
 
 
 def moments_plans(
-    shape: Sequence[int], axes: Sequence[int], *, dtype: str = "float32", aligned: bool = True
+    shape: Sequence[int],
+    axes: Sequence[int],
+    *,
+    axis: int = -1,
+    groups: int = 0,
+    interleaved: bool = False,
+    dtype: str = "float32",
+    aligned: bool = True,
 ) -> Plans:
     """The dispatches of ``moments`` over non-negative axes and of its gradient.
 
-    Raises ValueError if there are no shaders for the dtype or nothing to reduce.
+    Or, with ``groups`` of the channels on ``axis``, of ``group_moments``. Raises ValueError if
+    there are no shaders for the dtype or nothing to reduce.
     """
-    order = _order(shape, axes, axes)
+    channel_axis = axis % len(shape)
+    if groups:
+        axes = [a for a in range(1, len(shape)) if a != channel_axis]
+    options = {
+        "channels": shape[channel_axis] if groups else 1,
+        "groups": groups,
+        "interleaved": interleaved,
+    }
+    order = _order(shape, axes, [channel_axis] if groups else axes, of_groups=groups > 0)
     shape = [shape[a] for a in order]
     places = [i for i, a in enumerate(order) if a in axes]
     return {
-        "forward": _plan("moments", shape, places, dtype, aligned),
-        "backward": _plan("moments_gradient", shape, places, dtype, aligned),
+        "forward": _plan("moments", shape, places, dtype, aligned, **options),
+        "backward": _plan("moments_gradient", shape, places, dtype, aligned, **options),
     }
 
 

@@ -9,7 +9,7 @@ import mlx.core as mx
 from mlx_welford._arguments import check_eps, check_positive
 from mlx_welford._operations import operations
 
-__all__ = ["batch_norm", "composed", "group_norm", "instance_norm", "moments"]
+__all__ = ["batch_norm", "composed", "group_moments", "group_norm", "instance_norm", "moments"]
 
 StreamOrDevice = mx.Stream | mx.Device | None
 
@@ -114,7 +114,7 @@ def group_norm(
     with the mean and the biased variance over the C / G channels of a group and over all axes but 0
     and ``axis``, found in a single pass (Welford, merged after Chan et al.) in float32 whatever the
     dtype of ``x``. With ``mean`` and ``var`` these are used instead: a large image can be
-    normalised tile by tile with the statistics of the whole.
+    normalised tile by tile with the statistics of the whole, which :func:`group_moments` finds.
 
     Args:
         x: Input of shape ``(N, ..., C)``, or with the channels on another ``axis``; at least two
@@ -154,14 +154,6 @@ def group_norm(
         >>> mw.group_norm(x, 2)
         array([[[-0.999995, 0.999995, -1, 1],
                 [0.999995, -0.999995, -1, 1]]], dtype=float32)
-
-        A tile with the statistics of the whole, for two groups of two channels: neighbouring, and
-        interleaved.
-
-        >>> mean, var = mw.moments(x.reshape(1, -1, 2, 2), (1, 3))
-        >>> left = mw.group_norm(x[:, :1], 2, mean=mean, var=var)
-        >>> mean, var = mw.moments(x.reshape(1, -1, 2, 2), (1, 2))
-        >>> left = mw.group_norm(x[:, :1], 2, interleaved=True, mean=mean, var=var)
 
     References:
         Wu, He: `Group Normalization <https://arxiv.org/abs/1803.08494>`_.
@@ -307,6 +299,55 @@ def moments(
     """
     axes = [axes] if isinstance(axes, int) else list(axes)
     return operations.moments(x, axes, keepdims=keepdims, stream=stream)
+
+
+def group_moments(
+    x: mx.array,
+    num_groups: int,
+    *,
+    interleaved: bool = False,
+    axis: int = -1,
+    stream: StreamOrDevice = None,
+) -> tuple[mx.array, mx.array]:
+    r"""Mean and biased variance of groups of channels, in a single pass over ``x``.
+
+    They are what :func:`group_norm` finds for an ``x`` of the same dtype: a tile that is normalised
+    with them equals that part of the whole, to the bit.
+
+    Args:
+        x: Input of shape ``(N, ..., C)``, or with the channels on another ``axis``; at least two
+            dimensions, of dtype float16, bfloat16, float32, or float64 on the CPU.
+        num_groups: The number of groups G, which divides the number of channels.
+        interleaved: Whether channel ``c`` is in group ``c % G``, as in ``mlx.nn.GroupNorm`` with
+            ``pytorch_compatible=False``. Default: ``False``, neighbouring channels are a group, as
+            in ``torch.nn``.
+        axis: The channel axis; not 0. Default: ``-1``.
+        stream: Stream or device to run on. Default: ``None``, the default stream.
+
+    Returns:
+        ``(mean, var)`` of shape ``(N, G)`` in float32 (float64 for float64 input); nan where a
+        group has no values. Both can be differentiated.
+
+    Raises:
+        ValueError: If a shape, ``num_groups`` or ``axis`` does not fit.
+        TypeError: If ``x`` is not of a floating-point dtype.
+
+    Examples:
+        Two groups of two channels, neighbouring and interleaved.
+
+        >>> import mlx.core as mx
+        >>> import mlx_welford as mw
+        >>> x = mx.random.normal((1, 8, 6, 4))
+        >>> for interleaved in (False, True):
+        ...     mean, var = mw.group_moments(x, 2, interleaved=interleaved)
+        ...     tile = mw.group_norm(x[:, :3], 2, interleaved=interleaved, mean=mean, var=var)
+        ...     whole = mw.group_norm(x, 2, interleaved=interleaved)
+        ...     assert mx.array_equal(tile, whole[:, :3])
+    """
+    check_positive(num_groups, "num_groups", "group_moments")
+    return operations.group_moments(
+        x, num_groups, interleaved=interleaved, axis=axis, stream=stream
+    )
 
 
 _composing = threading.Lock()

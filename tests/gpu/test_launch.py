@@ -1019,7 +1019,7 @@ def test_every_slot_and_every_part_is_written_once(problem: Problem) -> None:
         results = (w.partial[leads][:, None] + np.arange(width)).ravel()
         count = d["pieces"] * (d["segments"] // d["outer"]) * problem.slots
         np.testing.assert_array_equal(np.sort(results), np.arange(count))
-        if d.kernel in ("moments", "fused_normalize", "fused_gradient"):
+        if d.kernel in ("moments", "fused_moments", "fused_normalize", "fused_gradient"):
             assert count == problem.slots
             np.testing.assert_array_equal(w.partial[leads], w.slot[leads])
         if d.kernel in ("partial_moments", "partial_sums"):
@@ -1089,7 +1089,7 @@ def test_parameters_describe_the_problem(problem: Problem) -> None:
             assert d["columns"] == (problem.statistics if of_statistics else problem.slots)
             assert d.groups == -(-d["columns"] // d["across"])
         grouping = ("channels", "groups", "members", "interleaved")
-        if problem.operation.startswith("normalize"):
+        if problem.groups or problem.operation.startswith("normalize"):
             assert [d[f"grouping.{name}"] for name in grouping] == [
                 problem.channels,
                 problem.groups or problem.channels,
@@ -1098,6 +1098,26 @@ def test_parameters_describe_the_problem(problem: Problem) -> None:
             ]
         if "eps" in d.parameters:
             assert d.parameters["eps"] == np.float32(problem.eps)
+
+
+@given(problems(most_elements=1 << 24).filter(lambda p: p.groups > 0), st.booleans())
+def test_moments_of_groups_are_found_as_a_normalisation_finds_its_own(
+    problem: Problem, residual: bool
+) -> None:
+    """By the same threads, in the same order, also where there is a residual."""
+    p = replace(problem, given=False, wanted="", activation="", negative_slope=0.0)
+    moments = replace(p, operation="moments", weight=False, bias=False, auxiliary="")
+    own = replace(p, operation="normalize", auxiliary="residual" if residual else "")
+    assert [order_of(d) for d in moments.plan().dispatches] == [
+        order_of(d) for d in own.plan().dispatches if d.kernel != "normalize_input"
+    ]
+
+
+def order_of(d: Dispatch) -> tuple[Any, ...]:
+    """What decides in which order a dispatch adds up."""
+    names = ("reduce", "piece", "across", "along", "run", "jump", "parts")
+    kernel = d.kernel.replace("fused_normalize", "fused_moments")
+    return kernel, d.vector, d.groups, *(d.parameters.get(name) for name in names)
 
 
 # ---- Buffers and parameters as the shaders declare them ------------------------------------------

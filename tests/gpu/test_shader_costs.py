@@ -44,30 +44,50 @@ EXCEPTIONS = {
         0.92,
         "likewise, in bfloat16: 12 elements a thread pay for its place and its coefficients",
     ),
+    ("sd-unet-8", "fused_normalize, groups", 4): (
+        1.75,
+        "as in adain-vc; and 10 of 16 lanes have a column of the group of 40, all find their slots",
+    ),
+    ("sd-unet-8", "fused_normalize, groups", 2): (2.0, "likewise, with 8 statistics in a thread"),
+    ("sd-unet-8", "fused_gradient, groups", 4): (1.15, "likewise"),
+    ("sd-unet-8", "fused_gradient, groups", 2): (1.9, "likewise"),
+    ("sd-unet-64-nchw", "partial_moments", 4): (
+        1.02,
+        "4 vectors a thread, of rows that would be fused without groups",
+    ),
+    ("sd-unet-64-nchw", "partial_moments", 2): (1.32, "likewise"),
 }
 
-# Groups are not in the model: a sample of an array has other groups than the array.
-LARGE = [
-    case
-    for case in CASES
-    if case.elements * 4 >= 1 << 20 and case.groups == 0 and not case.has_epilogue
-]
+LARGE = [case for case in CASES if case.elements * 4 >= 1 << 20 and not case.has_epilogue]
 
 
 def problems_of(case: Case, dtype: str) -> Iterator[Problem]:
-    """Training, backward, and for batches evaluation."""
+    """Training, backward, and for batches and groups given statistics."""
     n, c = case.shape[0], case.channels
     positions = case.elements // (n * c)
     if case.norm == "BatchNorm":
         geometry = (1, 1, n * positions, c) if case.channels_last else (n, c, positions, 1)
     else:
         geometry = (1, n, positions, c) if case.channels_last else (1, n * c, positions, 1)
-    forward = Problem("normalize", geometry, dtype, c, weight=case.affine, bias=case.affine)
+    forward = Problem(
+        "normalize",
+        geometry,
+        dtype,
+        c,
+        weight=case.affine,
+        bias=case.affine,
+        groups=case.groups,
+        interleaved=case.interleaved,
+    )
     wanted = "x weight bias" if case.affine else "x"
     yield forward
     yield replace(forward, operation="normalize_gradient", bias=False, wanted=wanted)
-    if case.norm == "BatchNorm":
+    if case.norm != "InstanceNorm":
         yield replace(forward, given=True)
+
+
+def label(d: Dispatch) -> str:
+    return f"{d.kernel}, groups" if d.grouped else d.kernel
 
 
 def sweeps_of(case: Case, dtype: str) -> Iterator[tuple[Problem, Dispatch]]:
@@ -89,20 +109,25 @@ def model() -> Costs:
 
 @cache
 def costs_of(case: Case, dtype: str) -> list[tuple[str, Cost]]:
-    return [(d.kernel, measure(model(), problem, d)) for problem, d in sweeps_of(case, dtype)]
+    return [(label(d), measure(model(), problem, d)) for problem, d in sweeps_of(case, dtype)]
 
 
 # What an activation adds is the same for each element, whatever the case.
-FOLLOWED = next(case for case in LARGE if case.name == "resnet50-stem-nchw")
+FOLLOWED = {
+    "resnet50-stem-nchw": ("normalize_input", "partial_sums", "input_gradient"),
+    "sd-unet-64": ("normalize_input, groups", "partial_sums, groups", "input_gradient, groups"),
+    "sd-unet-8": ("fused_normalize, groups", "fused_gradient, groups"),
+}
 
 
 @cache
-def costs_of_activation(activation: str) -> dict[tuple[str, str], Cost]:
+def costs_of_activation(name: str, activation: str) -> dict[tuple[str, str], Cost]:
     """Of each kernel that applies it or its derivative, and each type."""
+    case = next(case for case in LARGE if case.name == name)
     dispatches = [
         (problem, d)
         for dtype in DTYPES
-        for plain in problems_of(FOLLOWED, dtype)
+        for plain in problems_of(case, dtype)
         for problem in [replace(plain, activation=activation, bias=True)]
         for d in problem.plan().dispatches
         if d.sweeps and any(d.constants.values())
@@ -110,7 +135,7 @@ def costs_of_activation(activation: str) -> dict[tuple[str, str], Cost]:
     (constants,) = {tuple(d.constants.items()) for _, d in dispatches}
     specialized = shader_costs({d.host_name for _, d in dispatches}, constants)
     return {
-        (d.kernel, problem.dtype): measure(specialized, problem, d) for problem, d in dispatches
+        (label(d), problem.dtype): measure(specialized, problem, d) for problem, d in dispatches
     }
 
 
@@ -131,7 +156,7 @@ def test_no_thread_divides_64_bits(case: Case) -> None:
 
 
 def test_exceptions_are_few_and_needed() -> None:
-    assert len(EXCEPTIONS) <= 5
+    assert len(EXCEPTIONS) <= 11
     cases = {case.name: case for case in LARGE}
     for (name, kernel, item), (budget, _) in EXCEPTIONS.items():
         dtypes = [dtype for dtype in DTYPES if ITEM_BYTES[dtype] == item]
@@ -150,28 +175,31 @@ def test_the_table_of_the_model() -> None:
                 key = kernel, ITEM_BYTES[dtype]
                 worst[key] = max(worst.get(key, 0.0), cost.ratio)
     text = (Path(__file__).parents[2] / "docs" / "kernels.md").read_text()
-    rows = re.findall(r"^\| `(\w+)` \| (\d\.\d\d) \| (\d\.\d\d) \|", text, re.M)
-    assert {kernel for kernel, *_ in rows} == {kernel for kernel, _ in worst}
-    for kernel, of_float, of_half in rows:
+    rows = re.findall(r"^\| `(\w+)`(, groups)? \| (\d\.\d\d) \| (\d\.\d\d) \|", text, re.M)
+    assert {kernel + groups for kernel, groups, *_ in rows} == {kernel for kernel, _ in worst}
+    for name, groups, of_float, of_half in rows:
+        kernel = name + groups
         for item, documented in ((4, of_float), (2, of_half)):
             assert math.isclose(worst[kernel, item], float(documented), abs_tol=0.02), kernel
 
 
 @pytest.mark.parametrize("activation", ["relu", "silu", "gelu"])
-def test_the_table_of_activations(activation: str) -> None:
-    """That of docs/kernels.md. With relu kernels stay within the budget."""
-    found = costs_of_activation(activation)
+@pytest.mark.parametrize("name", FOLLOWED)
+def test_the_table_of_activations(name: str, activation: str) -> None:
+    """That of docs/kernels.md. With relu kernels of two passes stay within the budget."""
+    found = costs_of_activation(name, activation)
     text = (Path(__file__).parents[2] / "docs" / "kernels.md").read_text()
-    (row,) = re.findall(rf"^\| with `{activation}` \|(.*)\|$", text, re.M)
-    cells = iter(float(cell) for cell in re.findall(r"\d\.\d\d", row))
-    for kernel in ("normalize_input", "partial_sums", "input_gradient"):
-        single = found[kernel, "float32"].ratio
-        half = max(found[kernel, dtype].ratio for dtype in DTYPES if ITEM_BYTES[dtype] == 2)
-        for ratio in (single, half):
-            assert math.isclose(ratio, next(cells), abs_tol=0.02), (kernel, ratio)
-        if activation == "relu":
-            assert single <= BUDGETS["float32"]
-            assert half <= BUDGETS["float16"]
+    (row,) = re.findall(rf"^\| `{name}`, `{activation}` \|(.*)\|$", text, re.M)
+    cells = iter(re.findall(r"\d\.\d\d|-", row))
+    for kernel in FOLLOWED[name]:
+        for size in (4, 2):
+            ratios = [
+                c.ratio for (k, t), c in found.items() if k == kernel and ITEM_BYTES[t] == size
+            ]
+            cell = next(cells)
+            assert math.isclose(max(ratios), float(cell), abs_tol=0.02) if ratios else cell == "-"
+            if activation == "relu" and not kernel.startswith("fused"):
+                assert max(ratios) <= BUDGETS["float32" if size == 4 else "float16"]
 
 
 # ---- The model -----------------------------------------------------------------------------------

@@ -385,7 +385,7 @@ GROUPS = {
     "channels last, unaligned": of_groups((1, 2, 531, 16), 16, 2, aligned=False),
     "channels last, interleaved across vectors": of_groups((1, 2, 61, 24), 24, 6, interleaved=True),
     "channels first": of_groups((1, 24, 4613, 1), 12, 3, bias=True),
-    "channels first, interleaved": of_groups((1, 24, 197, 1), 12, 3, interleaved=True),
+    "channels first, interleaved": of_groups((1, 24, 4613, 1), 12, 3, interleaved=True, bias=True),
     "channels first, split": of_groups((1, 6, 9001, 1), 6, 2, max_threads=32, per_instance=True),
     "channels first, many members": of_groups((1, 320, 3, 1), 160, 32, aligned=False),
     "many members": of_groups((1, 1, 3, 2048), 2048, 2),
@@ -405,6 +405,10 @@ HELD_GROUPS = {
     "channels last, one position": of_groups((1, 9, 1, 48), 48, 8, interleaved=True),
     "channels first": of_groups((1, 24, 197, 1), 12, 4, bias=True),
     "channels first, short": of_groups((1, 64, 3, 1), 32, 16, aligned=False),
+    "channels first, interleaved": of_groups((1, 24, 197, 1), 12, 3, interleaved=True),
+    "channels first, several interleaved": of_groups(
+        (1, 64, 3, 1), 32, 8, interleaved=True, aligned=False, per_instance=True
+    ),
 }
 
 large_groups = pytest.mark.parametrize("problem", GROUPS.values(), ids=GROUPS.keys())
@@ -454,6 +458,16 @@ def test_groups_that_a_threadgroup_holds_are_read_once(problem: Problem, dtype: 
     kernels, whole = passes(p)
     assert kernels == ["fused_gradient", "parameter_gradients"]
     assert whole == {"x": (1, 0), "g": (1, 0), "out": (0, 1)}
+
+
+@every_dtype
+@every_group
+def test_moments_of_groups_read_once(problem: Problem, dtype: str) -> None:
+    """x as it is: no copy in the order of the groups."""
+    p = replace(problem, operation="moments", dtype=dtype, weight=False, bias=False)
+    assert passes(p)[1] == {"x": (1, 0)}
+    p = replace(p, operation="moments_gradient")
+    assert passes(p) == (["moments_gradient"], {"x": (1, 0), "out": (0, 1)})
 
 
 def test_few_groups_are_merged_by_many_threadgroups() -> None:

@@ -131,6 +131,28 @@ def test_second_derivatives(case: Case) -> None:
     np.testing.assert_allclose(got, expected, rtol=1e-4)
 
 
+@pytest.mark.parametrize("interleaved", [False, True])
+@pytest.mark.parametrize("axis", [1, 2, -1])
+def test_jvp_and_vmap_of_moments(axis: int, interleaved: bool) -> None:
+    x, dx = mx.random.normal((3, 4, 5, 6)), mx.random.normal((3, 4, 5, 6))
+    case = groups.Case(mx.moveaxis(x, -1, axis).shape, 2, interleaved, axis)
+
+    def moments(x: mx.array) -> list[mx.array]:
+        return list(mw.group_moments(mx.moveaxis(x, -1, axis), 2, **order))
+
+    order: dict[str, Any] = {"interleaved": interleaved, "axis": axis}
+    _, tangents = mx.jvp(moments, [x], [dx])
+    for i, tangent in enumerate(tangents):
+        truth = directional(
+            lambda x, i=i: groups.moments(case, np.moveaxis(x, -1, axis))[i], [wide(x)], [wide(dx)]
+        )
+        assert_close(tangent, truth)
+    for got, first, second in zip(
+        mx.vmap(moments)(mx.stack([x, dx])), moments(x), moments(dx), strict=True
+    ):
+        assert_close(got, mx.stack([first, second]))
+
+
 # compile, export
 
 
@@ -200,6 +222,28 @@ def test_shapeless(axis: int, interleaved: bool, given: bool) -> None:
                 assert_close(got, expected)
 
 
+@pytest.mark.parametrize("interleaved", [False, True])
+@pytest.mark.parametrize("axis", [1, 2, -1])
+def test_shapeless_moments(axis: int, interleaved: bool) -> None:
+    shapes = SHAPES[:1] if operations.backend() == "composed" else SHAPES[:-1]
+
+    def function(x: mx.array, by_mean: mx.array, by_var: mx.array) -> list[mx.array]:
+        def moments(x: mx.array) -> list[mx.array]:
+            return list(mw.group_moments(x, 2, interleaved=interleaved, axis=axis))
+
+        found, gradients = mx.vjp(moments, [x], [by_mean, by_var])
+        return [*found, *gradients]
+
+    for first in shapes:
+        compiled = mx.compile(function, shapeless=True)
+        for shape in [first, *shapes, (5, 7, 3, 6)]:
+            x, *_, by_mean, by_var = drawn(shape, axis)
+            for got, expected in zip(
+                compiled(x, by_mean, by_var), function(x, by_mean, by_var), strict=True
+            ):
+                assert_close(got, expected)
+
+
 @pytest.mark.kernels("they check shapes of later calls")
 def test_groups_that_do_not_divide_later_channels_are_an_error() -> None:
     compiled = mx.compile(lambda x: mw.group_norm(x, 4), shapeless=True)
@@ -217,7 +261,8 @@ def test_export(interleaved: bool, shapeless: bool, tmp_path: Path) -> None:
     layer = mw.GroupNorm(2, 6, pytorch_compatible=not interleaved)
 
     def function(x: mx.array, weight: mx.array) -> list[mx.array]:
-        return [layer(x), mw.instance_norm(x, weight)]
+        moments = mw.group_moments(x, 2, interleaved=interleaved)
+        return [layer(x), mw.instance_norm(x, weight), *moments]
 
     with mw.composed():
         arguments = mx.random.normal((3, 5, 6)), mx.random.normal((3, 6))

@@ -46,6 +46,16 @@ def test_forward_of_a_temporary_holds_x_or_y(kind: Kind, layout: Layout) -> None
 
 
 @pytest.mark.kernels("the memory that they need")
+@pytest.mark.parametrize("axis", [-1, 1])
+@pytest.mark.parametrize("interleaved", [False, True])
+def test_moments_of_groups_make_no_copy_of_x(interleaved: bool, axis: int) -> None:
+    x = mx.random.normal((8, 56 * 56, 64) if axis == -1 else (8, 64, 56 * 56))
+    mx.eval(x)
+    mean_and_var = peak(lambda: mx.eval(mw.group_moments(x, 8, interleaved=interleaved, axis=axis)))
+    assert mean_and_var / x.nbytes <= 0.1
+
+
+@pytest.mark.kernels("the memory that they need")
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_evaluation_of_a_temporary_holds_x_or_y(layout: Layout) -> None:
     case = layout("batch", SIZES)

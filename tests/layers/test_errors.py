@@ -260,6 +260,26 @@ VALUE_ERRORS: list[tuple[str, Call]] = [
     ),
     ("[moments] 'axes' must not repeat but got (0, 0).", lambda: mw.moments(x(2, 3, 5), (0, 0))),
     ("[moments] 'axes' must not repeat but got (2, -1).", lambda: mw.moments(x(2, 3, 5), (2, -1))),
+    (
+        "[group_moments] 'num_groups' must be positive but got 0.",
+        lambda: mw.group_moments(x(2, 4), 0),
+    ),
+    (
+        "[group_moments] 'num_groups' must divide the number of channels but got 2 for 5 channels.",
+        lambda: mw.group_moments(x(2, 3, 5), 2),
+    ),
+    (
+        "[group_moments] 'axis' must not be the batch axis 0.",
+        lambda: mw.group_moments(x(2, 4), 2, axis=0),
+    ),
+    (
+        "[group_moments] 'axis' must be in [-2, 1] but got 2.",
+        lambda: mw.group_moments(x(2, 4), 2, axis=2),
+    ),
+    (
+        "[group_moments] expected an input of at least 2 dimensions but got shape (4,).",
+        lambda: mw.group_moments(x(4), 2),
+    ),
 ]
 
 
@@ -283,6 +303,10 @@ TYPE_ERRORS: list[tuple[str, Call]] = [
     (
         "[moments] expected a floating-point input but got uint8.",
         lambda: mw.moments(integers(2, 3, dtype=mx.uint8), (0,)),
+    ),
+    (
+        "[group_moments] expected a floating-point input but got int32.",
+        lambda: mw.group_moments(integers(2, 4), 2),
     ),
     (
         "[BatchNorm] expected a floating-point input but got int32.",

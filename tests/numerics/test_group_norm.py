@@ -16,6 +16,7 @@ from problems import DTYPES, HALVES
 from reference import directional
 from tolerance import (
     Comparison,
+    assert_as_good_as,
     assert_error,
     assert_same_bits,
     assert_within,
@@ -47,6 +48,9 @@ SIZES = [
     (2, 2, 2050, 2),
 ]
 LARGE = [(1, 65537, 6, 2), (64, 33, 24, 4), (2, 6, 40000, 32)]
+# Plans of every kind: one dispatch, of single elements, or of vectors in both orders; two passes; a
+# reduction that threadgroups share.
+PLANS = [(2, 9, 6, 3), (2, 33, 32, 16), (2, 1030, 24, 8), (1, 40000, 6, 2)]
 
 spread = pytest.mark.pairwise(
     ("backend", "sizes", "layout", "interleaved"),
@@ -263,7 +267,7 @@ def test_nan_stays_in_its_group(interleaved: bool) -> None:
 
 @ORDERS
 @BOTH_LAYOUTS
-@pytest.mark.parametrize("sizes", [(2, 33, 8, 2), (2, 1025, 32, 4), (1, 5, 2048, 8)], ids=str)
+@pytest.mark.parametrize("sizes", [*PLANS, (1, 5, 2048, 8)], ids=str)
 def test_mean_1e5_in_float32(
     sizes: tuple[int, int, int, int], layout: Callable[..., Case], interleaved: bool
 ) -> None:
@@ -278,9 +282,12 @@ def test_mean_1e5_in_float32(
 
 @ORDERS
 @BOTH_LAYOUTS
-def test_large_values_in_float16(layout: Callable[..., Case], interleaved: bool) -> None:
+@pytest.mark.parametrize("sizes", [*PLANS, (4, 1025, 6, 2)], ids=str)
+def test_large_values_in_float16(
+    sizes: tuple[int, int, int, int], layout: Callable[..., Case], interleaved: bool
+) -> None:
     """+-512: the variance, 262144, is no float16; y, +-1, is."""
-    case = layout(4, 1025, 6, 2, interleaved=interleaved, dtype="float16")
+    case = layout(*sizes, interleaved=interleaved, dtype="float16")
     signs = np.random.default_rng(5).choice([-512.0, 512.0], case.shape)
     problem = Problem(case, signs)
     y, truth = problem.ours(**problem.inputs), problem.forward()
@@ -304,26 +311,93 @@ def test_given_statistics_are_not_rounded_to_the_type_of_x(dtype: str) -> None:
 # Tiles
 
 
-@pytest.mark.parametrize("dtype", ["float32", "float16"])
+@pytest.mark.pairwise(
+    ("backend", "sizes", "layout", "interleaved", "dtype"),
+    ("backend", "sizes", "epilogue", "dtype"),
+    ("backend", "layout", "affine", "epilogue"),
+)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("epilogue", ["none", "silu", "residual", "relu and residual"])
+@pytest.mark.parametrize("affine", ["plain", "channel", "instance"])
 @ORDERS
-@pytest.mark.parametrize("axis", [-1, 1])
-def test_tiles_with_the_statistics_of_the_whole(axis: int, interleaved: bool, dtype: str) -> None:
-    """Equal to the whole to the bit, and the whole to what it is with its own statistics."""
-    n, c, g = 2, 12, 3
-    x = mx.random.normal((n, 24, 17, c)).astype(DTYPES[dtype])
-    weight, bias = mx.random.normal((n, c)), mx.random.normal((n, c))
-    split = (c // g, g) if interleaved else (g, c // g)
-    mean, var = mw.moments(x.reshape(n, -1, *split), (1, 2 if interleaved else 3))
+@BOTH_LAYOUTS
+@pytest.mark.parametrize("sizes", PLANS, ids=str)
+def test_tiles_with_the_moments_of_the_whole_are_the_whole(
+    sizes: tuple[int, int, int, int],
+    layout: Callable[..., Case],
+    interleaved: bool,
+    affine: Affine,
+    epilogue: str,
+    dtype: str,
+) -> None:
+    """To the bit, the whole with its own statistics."""
+    problem = Problem(layout(*sizes, interleaved=interleaved, affine=affine, dtype=dtype))
+    case, inputs = problem.case, problem.inputs
+    activation = next((name for name in ("silu", "relu") if name in epilogue), None)
+    residual = problem.gy if "residual" in epilogue else None
+    order: dict[str, Any] = {"interleaved": interleaved, "axis": case.axis}
+    mean, var = mw.group_moments(inputs["x"], case.groups, **order)
+    whole = problem.ours(**inputs, activation=activation, residual=residual)
+    positions = -1 if case.axis == 1 else 1
+    cut = [sizes[1] // 3]
+    tiles = []
+    parts = (mx.split(a, cut, positions) for a in (inputs["x"], problem.gy))
+    for x, residual_of_tile in zip(*parts, strict=True):
+        given = {**inputs, "x": x, "mean": mean, "var": var}
+        added = None if residual is None else residual_of_tile
+        tiles.append(problem.ours(**given, activation=activation, residual=added))
+    assert_same_bits(mx.concatenate(tiles, positions), whole)
 
-    def normalized(x: mx.array, **given: Any) -> mx.array:
-        x = mx.moveaxis(x, -1, axis)
-        y = mw.group_norm(x, g, weight, bias, interleaved=interleaved, axis=axis, **given)
-        return mx.moveaxis(y, axis, -1)
 
-    whole = normalized(x, mean=mean, var=var)
-    tiles = [normalized(tile, mean=mean, var=var) for tile in (x[:, :8], x[:, 8:])]
-    assert_same_bits(mx.concatenate(tiles, 1), whole)
-    assert_within(whole, wide(normalized(x)), mx.float32, ulps=4)
+@pytest.mark.parametrize(
+    ("shape", "axis"), [((2, 5, 24, 7), 2), ((2, 24, 5, 7), 1), ((3, 24), -1), ((2, 24, 1, 1), 1)]
+)
+@ORDERS
+def test_moments_of_the_whole_on_any_axis(
+    shape: tuple[int, ...], axis: int, interleaved: bool
+) -> None:
+    x = mx.random.normal(shape)
+    mean, var = mw.group_moments(x, 8, interleaved=interleaved, axis=axis)
+    own = mw.group_norm(x, 8, interleaved=interleaved, axis=axis)
+    given = mw.group_norm(x, 8, mean=mean, var=var, interleaved=interleaved, axis=axis)
+    assert_same_bits(given, own)
+
+
+# Moments of groups
+
+
+@pytest.mark.pairwise(("backend", "sizes", "layout", "interleaved"), ("backend", "dtype", "layout"))
+@pytest.mark.parametrize("dtype", DTYPES)
+@ORDERS
+@BOTH_LAYOUTS
+@pytest.mark.parametrize("sizes", SIZES, ids=str)
+def test_moments_and_their_gradient(
+    sizes: tuple[int, int, int, int], layout: Callable[..., Case], interleaved: bool, dtype: str
+) -> None:
+    case = layout(*sizes, interleaved=interleaved, affine="plain", dtype=dtype)
+    rng = np.random.default_rng(7)
+    problem = Problem(case, rng.normal(3.0, 1.5, case.shape))
+    wider = mx.float64 if dtype == "float64" else mx.float32
+    cotangents = [mx.array(rng.normal(size=(sizes[0], case.groups)), wider) for _ in range(2)]
+
+    def ours(x: mx.array) -> list[mx.array]:
+        return list(mw.group_moments(x, case.groups, interleaved=interleaved, axis=case.axis))
+
+    found, (grad_x,) = mx.vjp(ours, [problem.inputs["x"]], cotangents)
+    theirs, (base,) = mx.vjp(problem.their_moments, [problem.inputs["x"]], cotangents)
+    x = wide(problem.inputs["x"])
+    for name, got, baseline, true in zip(
+        ("mean", "var"), found, theirs, groups.moments(case, x), strict=True
+    ):
+        assert_as_good_as(got, baseline, true, wider, name=name, magnitude=largest(x))
+    true = groups.moments_backward(case, x, *map(wide, cotangents))
+    assert_as_good_as(grad_x, base, true, problem.dtype, name="grad x")
+
+
+def test_moments_of_no_values_are_nan() -> None:
+    for a in mw.group_moments(mx.zeros((2, 0, 6)), 3):
+        assert a.shape == (2, 3)
+        assert mx.isnan(a).all().item()
 
 
 def test_results_do_not_depend_on_other_instances() -> None:

@@ -63,6 +63,10 @@ CALLS: dict[str, tuple[str, dict[str, Any]]] = {
         for name, options in VARIANTS.items()
     },
     "moments": ("moments", {"x": X, "axes": [0, -1], "keepdims": True}),
+    "moments of groups": (
+        "group_moments",
+        {"x": X[:, :4], "groups": 2, "interleaved": True, "axis": 1},
+    ),
     "size": ("size_of", {"x": X}),
     "running": ("next_running_statistics", UPDATE | {"momentum": 0.3, "count": 7}),
     "running by arrays": (
@@ -137,7 +141,9 @@ def test_results_are_those_of_the_extension(name: str) -> None:
             assert got == expected
 
 
-@pytest.mark.parametrize("function", ["normalize", "moments", "next_running_statistics"])
+@pytest.mark.parametrize(
+    "function", ["normalize", "moments", "group_moments", "next_running_statistics"]
+)
 def test_parameters_have_the_names_of_the_extension(function: str) -> None:
     own = list(inspect.signature(getattr(_composed, function)).parameters)
     text = getattr(_ext, function).__doc__ or ""

@@ -14,6 +14,7 @@ import mlx_welford as mw
 import numpy as np
 from problems import DTYPES, SEED
 from reference import Array
+from systems import statistics as statistics_of_array
 from systems import widest
 from tolerance import wide
 
@@ -81,12 +82,30 @@ def of_parameter(case: Case, v: Array | None, default: float) -> Any:
     return to_view(Case(rows.shape, case.groups, case.interleaved), rows)
 
 
+def moments_of_view(x: Array) -> list[Array]:
+    """(N, 1, G, 1)"""
+    mean = x.mean((1, 3), keepdims=True)
+    return [mean, ((x - mean) ** 2).mean((1, 3), keepdims=True)]
+
+
+def moments(case: Case, x: Array) -> list[Array]:
+    """(N, G)"""
+    return [a[:, 0, :, 0] for a in moments_of_view(to_view(case, x))]
+
+
+def moments_backward(case: Case, x: Array, grad_mean: Array, grad_var: Array) -> Array:
+    """(grad_mean + 2 grad_var (x - mean)) / m, of cotangents (N, G)."""
+    view = to_view(case, x)
+    d = view - moments_of_view(view)[0]
+    by_mean, by_var = (a[:, None, :, None] for a in (grad_mean, grad_var))
+    return from_view(case, (by_mean + 2 * by_var * d) / (view.shape[1] * view.shape[3]))
+
+
 def statistics(x: Array, arguments: dict[str, Array]) -> list[Array]:
     """The given mean and variance, or those of a view, (N, 1, G, 1)."""
     if "mean" in arguments:
         return [arguments[name][:, None, :, None] for name in ("mean", "var")]
-    mean = x.mean((1, 3), keepdims=True)
-    return [mean, ((x - mean) ** 2).mean((1, 3), keepdims=True)]
+    return moments_of_view(x)
 
 
 def forward(case: Case, arguments: dict[str, Array]) -> Array:
@@ -179,7 +198,7 @@ class Problem:
     def backward(self) -> dict[str, Array]:
         return backward(self.case, self.arguments, wide(self.gy))
 
-    def ours(self, **inputs: mx.array) -> mx.array:
+    def ours(self, **inputs: Any) -> mx.array:
         case = self.case
         options: dict[str, Any] = {"interleaved": case.interleaved, "axis": case.axis, **inputs}
         return mw.group_norm(num_groups=case.groups, eps=case.eps, **options)
@@ -210,12 +229,21 @@ class Problem:
                 y = apply(y, parameter.reshape(shape))
         return mx.moveaxis(y, -1, case.axis)
 
-    def _of_given(self, rows: mx.array, mean: mx.array, var: mx.array) -> mx.array:
-        """(x - mean) / sqrt(var + eps) of channels last, composed of MLX's operations."""
+    def _split(self, rows: mx.array) -> tuple[mx.array, int]:
+        """(N, S, G, D) or (N, S, D, G) of channels last, and the axis of the members."""
         groups, interleaved = self.case.groups, self.case.interleaved
         split = (-1, groups) if interleaved else (groups, -1)
         view = mx.unflatten(rows.reshape(rows.shape[0], -1, rows.shape[-1]), 2, split)
-        member = 2 if interleaved else 3
+        return view, 2 if interleaved else 3
+
+    def their_moments(self, x: mx.array) -> list[mx.array]:
+        """Of MLX's operations in float32."""
+        view, member = self._split(mx.moveaxis(widest(x), self.case.axis, -1))
+        return list(statistics_of_array(view, (1, member)))
+
+    def _of_given(self, rows: mx.array, mean: mx.array, var: mx.array) -> mx.array:
+        """(x - mean) / sqrt(var + eps) of channels last, composed of MLX's operations."""
+        view, member = self._split(rows)
         mean, var = (mx.expand_dims(a.astype(rows.dtype), (1, member)) for a in (mean, var))
         return ((view - mean) * mx.rsqrt(var + self.case.eps)).reshape(rows.shape)
 

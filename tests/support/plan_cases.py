@@ -88,18 +88,26 @@ def table(dtype: str, access: str, *, longer: int = 1, max_threads: int = 32) ->
         if merge == 1:
             # A row of each member takes a simdgroup.
             threads = min(1024, 4 * max_threads)
+            own += [replace(p, operation=name) for name in ("moments", "moments_gradient")]
             found += [of_groups(replace(problem, max_threads=threads)) for problem in own]
+            found.append(of_channels(replace(p, operation="moments")))
     found.append(replace(running_statistics(dtype), max_threads=max_threads))
     return found
 
 
-def of_groups(problem: Problem) -> Problem:
-    """The same over as many groups of channels as can be; several in columns are interleaved."""
+def of_channels(problem: Problem) -> Problem:
+    """The same over groups of one channel each."""
     _, outer, _, inner = problem.geometry
     channels = inner if inner > 1 else outer
+    return replace(problem, channels=channels, groups=channels)
+
+
+def of_groups(problem: Problem) -> Problem:
+    """The same over as many groups of channels as can be; several in columns are interleaved."""
+    channels = of_channels(problem).channels
     members = next(d for d in range(2, channels + 1) if channels % d == 0)
     groups = channels // members
-    interleaved = inner > 1 and groups > 1
+    interleaved = problem.geometry[3] > 1 and groups > 1
     return replace(problem, channels=channels, groups=groups, interleaved=interleaved)
 
 

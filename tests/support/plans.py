@@ -608,6 +608,7 @@ def run_example(
 
 # ---- Random problems -----------------------------------------------------------------------------
 
+GROUP_MOMENTS = ("moments", "moments_gradient")
 THREAD_LIMITS = [32, 64, 192, 256, 448, 512, 832, 1024]
 
 
@@ -655,7 +656,7 @@ def problems(draw: st.DrawFn, most_elements: int = 300_000) -> Problem:
     weight = "moments" not in operation and of_values and draw(st.booleans())
     of_instances = merge == 1 and operation.startswith("normalize")
     groups = 0
-    if of_instances and draw(st.booleans()):
+    if (of_instances or (merge == 1 and operation in GROUP_MOMENTS)) and draw(st.booleans()):
         last = inner > 1 or reduce == 1
         channels = inner if last else draw(st.sampled_from(_divisors(outer)))
         groups = draw(st.sampled_from(_divisors(channels)))

@@ -182,7 +182,7 @@ def _class_of_call(name: str) -> str | None:
         return "64 bits"
     if name.startswith(("llvm.fmuladd", "llvm.fabs", "llvm.maxnum", "llvm.minnum")):
         return "float"
-    if name.startswith(("llvm.umin", "llvm.umax", "llvm.smin", "llvm.smax", "llvm.f")):
+    if name.startswith(("llvm.um", "llvm.sm", "llvm.ct", "llvm.f")):
         return "integer"
     raise ValueError(f"the model has no price for a call of {name}")
 
@@ -401,7 +401,7 @@ def measure(model: Costs, problem: Problem, d: Dispatch, groups: int = 2) -> Cos
     buffers: dict[int, Array] = {}
     for b in d.buffers:
         dtype = dtype_of(b.array, problem.dtype)
-        length = sizes.get(b.array, 4 * problem.statistics)
+        length = sizes.get(b.array, 4 * problem.slots)
         buffers[BUFFER_INDICES[b.buffer]] = _values(length, dtype).copy()
     moved = sum(b.array in LIKE_X for b in d.buffers)
     item = ITEM_BYTES[problem.dtype]

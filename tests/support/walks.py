@@ -74,6 +74,10 @@ def walks(d: Dispatch, groups: Integers | None = None) -> Walks:
     else:
         a, lane = thread // along, thread % along
         segment = strip * across + a
+        if d["jump"]:  # of interleaved groups: runs of every member
+            member, turn = np.divmod(a, d["run"])
+            instance, group = np.divmod(strip * d["run"], d["jump"])
+            segment = instance * d["grouping.channels"] + group + turn + member * d["jump"]
         column = np.zeros_like(segment)
         inside = np.broadcast_to(segment < d["segments"], (group.size, d.threads))
         begin = segment * reduce + first_position

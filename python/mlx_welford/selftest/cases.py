@@ -35,7 +35,7 @@ class Case:
     operation: Operation
     shape: tuple[int, ...]
     axis: int = -1  # of the channels
-    axes: tuple[int, ...] = ()  # reduced, of moments
+    axes: tuple[int, ...] = ()  # reduced, of moments without groups
     dtype: str = "float32"
     weight: bool = True
     bias: bool = True
@@ -73,7 +73,7 @@ class Case:
     def view(self) -> tuple[list[int], list[int], list[int]]:
         """A shape of x in which groups are an axis; its axes of channels, and of statistics."""
         shape = list(self.shape)
-        if self.operation == "moments":
+        if self.axes:
             return shape, [], [a for a in range(len(shape)) if a not in self.axes]
         axis = self.axis % len(shape)
         if self.groups:
@@ -88,7 +88,15 @@ class Case:
         if not operations.shader_kernels():
             return {"forward": {"dispatches": [], "temporary_bytes": 0}}
         if self.operation == "moments":
-            return moments_plans(self.shape, self.axes, dtype=self.dtype, aligned=self.aligned)
+            return moments_plans(
+                self.shape,
+                self.axes,
+                axis=self.axis,
+                groups=self.groups,
+                interleaved=self.interleaved,
+                dtype=self.dtype,
+                aligned=self.aligned,
+            )
         if self.operation == "shard":
             return shard_plans(self.shape, self.axis, dtype=self.dtype, weight=self.weight)
         if self.operation == "running":
@@ -123,6 +131,8 @@ _PATHS = (
     Case("group", (2, 1100, 64), groups=4),
     Case("tile", (3, 11, 64), groups=4, wanted=("x",)),
     Case("moments", (5, 40, 64), axes=(0, 1)),
+    Case("moments", (3, 37, 64), groups=16, interleaved=True),
+    Case("moments", (3, 37, 64), groups=64),
     # columns, one element at a time
     Case("instance", (3, 37, 5)),
     Case("batch", (2, 1100, 5)),
@@ -131,6 +141,8 @@ _PATHS = (
     Case("group", (2, 1100, 6), groups=2, interleaved=True),
     Case("tile", (3, 11, 33), groups=3, interleaved=True, wanted=("x",)),
     Case("moments", (5, 41, 33), axes=(1,)),
+    Case("moments", (3, 37, 6), groups=2),
+    Case("moments", (3, 37, 6), groups=6),
     # rows, vectors
     Case("instance", (3, 7, 129), axis=1),
     Case("batch", (6, 3, 130), axis=1),
@@ -139,6 +151,8 @@ _PATHS = (
     Case("group", (2, 6, 10001), axis=1, groups=3),
     Case("tile", (3, 6, 67), axis=1, groups=3, interleaved=True, wanted=("x",)),
     Case("moments", (3, 5, 66), axes=(2,)),
+    Case("moments", (3, 6, 129), axis=1, groups=3),
+    Case("moments", (3, 6, 129), axis=1, groups=6),
     # rows, one element at a time
     Case("instance", (3, 7, 129), axis=1, aligned=False),
     Case("batch", (6, 3, 130), axis=1, aligned=False),
@@ -147,6 +161,8 @@ _PATHS = (
     Case("group", (3, 6, 4100), axis=1, groups=2, interleaved=True, aligned=False),
     Case("tile", (3, 6, 67), axis=1, groups=2, aligned=False, wanted=("x",)),
     Case("moments", (3, 5, 66), axes=(2,), aligned=False),
+    Case("moments", (3, 6, 20), axis=1, groups=3, aligned=False),
+    Case("moments", (3, 6, 20), axis=1, groups=6, aligned=False),
     # no pattern
     Case("evaluation", (3, 11, 64)),
     Case("running", (5, 37)),

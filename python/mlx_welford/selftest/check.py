@@ -216,11 +216,15 @@ def _view(a: mx.array) -> mx.array:
 
 
 def _truth(case: Case, arguments: Arguments, cotangents: Arguments) -> Truth:
-    if case.operation == "moments":
-        return truth.moments(arguments, cotangents, list(case.axes))
     if case.operation == "running":
         return truth.running(arguments, MOMENTUM, VALUES)
     view, channels, statistics = case.view
+    if case.operation == "moments":
+        x = arguments["x"].reshape(view, stream=mx.cpu)
+        axes = [a for a in range(len(view)) if a not in statistics]
+        true = truth.moments({"x": x}, cotangents, axes)
+        true.values["grad x"] = true.values["grad x"].reshape(case.shape, stream=mx.cpu)
+        return true
     shapes = {"x": view, "y": view, "residual": view}
     shapes |= {name: [view[a] for a in channels] for name in ("weight", "bias")}
     shapes |= {name: [view[a] for a in statistics] for name in ("mean", "var")}
@@ -280,6 +284,10 @@ def _run(case: Case, arguments: Arguments, cotangents: Arguments) -> Arguments:
         given = {**arguments, **dict(zip(names, values, strict=True))}
         x, weight, bias = given["x"], given.get("weight"), given.get("bias")
         residual = given.get("residual")
+        if case.operation == "moments" and case.groups:
+            return list(
+                mw.group_moments(x, case.groups, interleaved=case.interleaved, axis=case.axis)
+            )
         if case.operation == "moments":
             return list(mw.moments(x, case.axes))
         if case.operation == "instance":

@@ -307,9 +307,10 @@ def _words(found: dict[str, Any]) -> str:
 def _case_words(case: dict[str, Any], *, brief: bool) -> str:
     words = _words(case)
     if brief:
-        words = "ok" if case["passed"] else textwrap.shorten(words, 100, placeholder=" ...")
+        words = "ok" if case["passed"] else textwrap.shorten(words, 80, placeholder=" ...")
     if case["composed_passed"] is not None:
-        words += f"; composed of MLX's operations {_passes(case['composed_passed'])}"
+        how = "composed" if brief else "composed of MLX's operations"
+        words += f"; {how} {_passes(case['composed_passed'])}"
     if brief:
         return words
     if case["kernels"]:
