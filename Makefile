@@ -92,8 +92,8 @@ gallery: build ## run the examples, make docs/gallery.md of what they print and 
 	$(PY) docs/gallery_page.py $(EXAMPLES)
 
 # A file's tests stay in one process, so that its fixtures are made once. Slow files come first
-# (tests/conftest.py). JOBS=0 runs all in one process, as a debugger needs. A test that hangs ends its
-# process and fails, by name.
+# (tests/conftest.py). JOBS=0 runs all in one process, as a debugger needs. A test that hangs fails,
+# and its process is replaced.
 JOBS ?= auto
 SECONDS_PER_TEST ?= 1200
 PYTEST = $(PY) -m pytest --numprocesses $(JOBS) --dist loadfile --no-loadscope-reorder \
