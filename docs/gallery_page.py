@@ -73,6 +73,13 @@ the style, the result.
 A small ResNet, trained once with `mlx.nn.BatchNorm` and once with `mlx_welford.BatchNorm`, from the
 same weights with the same batches.
 """,
+    "train_distributed": """\
+## Two processes
+
+The same network on shards of each batch: with SyncBatchNorm the losses are those of one process,
+with the statistics of each shard they are not. Time and memory are those of one of the processes,
+which share the machine.
+""",
 }
 
 

@@ -5,8 +5,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import matplotlib.image
 import numpy as np
 import pytest
+import train_distributed
 from ranks import Ended, free_ports, run_ranks
 
 SCRIPT = Path(__file__).parents[2] / "examples" / "train_distributed.py"
@@ -78,3 +80,19 @@ def test_the_command_in_the_documentation(tmp_path: Path) -> None:
     assert "processes                 2" in done.stdout, done.stderr
     assert "the same on all processes" in done.stdout
     assert "not the same" not in done.stdout
+
+
+@pytest.mark.slow
+def test_the_comparison(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "losses.png"
+    assert train_distributed.main([*SHORT, "--output", str(path)]) == 0
+    printed = capfd.readouterr().out
+    assert matplotlib.image.imread(path).shape[:2] == (300, 600)
+    rows = [line.strip("|").split("|") for line in printed.splitlines() if line.startswith("| ")]
+    cells = {title.strip(): [cell.strip() for cell in found] for title, *found in rows}
+    assert cells["the same training"] == list(train_distributed.PROCESSES)
+    one, synchronised, local = map(float, cells["loss at the last step"])
+    assert abs(synchronised - one) < 1e-5
+    assert abs(local - one) > 1e-4
+    memory = [float(text.removesuffix(" MiB")) for text in cells["peak memory of a step"]]
+    assert max(memory[1:]) < 0.75 * memory[0]  # half of the batch
