@@ -139,6 +139,7 @@ def test_truth_is_the_derivative_of_its_values(name: str) -> None:
 
 @residuals
 @pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.float64
 def test_true_gradients_are_the_derivatives_of_true_values(norm: str, residual: bool) -> None:
     case = made(norm, (2, 3, 6, 3), "middle", activation="silu", residual=residual, dtype="float64")
     problem = Problem(case)

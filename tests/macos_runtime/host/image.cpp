@@ -247,40 +247,48 @@ bool is_of_system(const std::string& name) {
 
 std::string folder_of(const std::string& path) { return path.substr(0, path.rfind('/')); }
 
+std::vector<Image*> loaded;
+
+// The images whose libraries are being loaded, each asked for by the one before it.
+std::vector<const Image*> loading;
+
 // The file that a library's name stands for, found as dyld does: @rpath is each LC_RPATH of the
-// image that asks, in turn; @loader_path is the folder of that image.
-std::string find_library(const Image& image, const std::string& name) {
+// image that asks, then of the one that asked for that, and so on; @loader_path is the folder of
+// the image that says it.
+std::string find_library(const std::string& name) {
   constexpr const char* kRpathPrefix = "@rpath/";
   constexpr const char* kLoaderPrefix = "@loader_path/";
-  const auto beside_loader = [&](const std::string& path) {
+  const auto beside = [&](const Image& image, const std::string& path) {
     return path.starts_with(kLoaderPrefix)
                ? folder_of(image.path) + "/" + path.substr(strlen(kLoaderPrefix))
                : path;
   };
-  if (!name.starts_with(kRpathPrefix)) return beside_loader(name);
-  for (const std::string& rpath : image.rpaths) {
-    const std::string path = beside_loader(rpath + (rpath.ends_with('/') ? "" : "/") +
-                                           name.substr(strlen(kRpathPrefix)));
-    if (is_file(path)) return path;
+  if (!name.starts_with(kRpathPrefix)) return beside(*loading.back(), name);
+  for (auto image = loading.rbegin(); image != loading.rend(); ++image) {
+    for (const std::string& rpath : (*image)->rpaths) {
+      const std::string path = beside(
+          **image, rpath + (rpath.ends_with('/') ? "" : "/") + name.substr(strlen(kRpathPrefix)));
+      if (is_file(path)) return path;
+    }
   }
   return "";
 }
 
-std::vector<Image*> loaded;
-
 void load_libraries(Image& image) {
+  loading.push_back(&image);
   for (const std::string& name : image.library_names) {
     Image* found = nullptr;
     for (Image* other : loaded) {
       if (other->install_name == name && is_of_system(name)) found = other;
     }
     if (found == nullptr && !is_of_system(name)) {
-      const std::string path = find_library(image, name);
+      const std::string path = find_library(name);
       if (!is_file(path)) fail("%s: no library %s", image.path.c_str(), name.c_str());
       found = &load(path);
     }
     image.libraries.push_back(found);
   }
+  loading.pop_back();
 }
 
 void initialise(const Image& image) {
