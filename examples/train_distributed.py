@@ -43,6 +43,7 @@ from train_digits import (
     accuracy,
     load,
     loss,
+    loss_difference,
     picture,
     table,
 )
@@ -143,7 +144,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = arguments(argv)
     if options.output:
         trainings = compare(options)
-        Console().print(table(trainings))
+        console = Console()
+        console.print(table(trainings))
+        one, *others = trainings.items()
+        for other in others:
+            distance = loss_difference(dict([one, other]))
+            console.print(f"{other[0]}: losses within {distance:.1g} of those of {one[0]}")
         picture(trainings).savefig(options.output)
         return 0
     group = mx.distributed.init()

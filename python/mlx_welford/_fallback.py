@@ -51,8 +51,12 @@ def partial_moments(x: array, *, axes: Axes, stream: Stream = None) -> Arrays:
     from_rounded = wide - rounded
     tail = from_rounded.sum(axes, keepdims=True) / divisor
     m2 = (from_rounded - tail).apply(mx.square).sum(axes, keepdims=True)
-    parts = [part.array for part in (m2.apply(mx.zeros_like) + count, rounded, tail, m2)]
+    count = m2.apply(mx.zeros_like) + count
+    parts = [part.array for part in (count, rounded, tail, m2)]
     result = _Array(mx.stack(parts, -1, stream=stream), stream)
+    # Traced for any shape, MLX broadcasts an axis without elements to one element, of any value.
+    none = count.expand([-1]).apply(mx.equal, count.constant(0))
+    result = none.apply(mx.where, result.constant(0), result)
     return {"moments": result.squeeze(axes).array}
 
 
