@@ -603,6 +603,7 @@ class Residual(nn.Module):
         return z
 
 
+@pytest.mark.since("0.32.1", "the running variance of mlx.nn was the biased one")
 @pytest.mark.parametrize("training", [True, False])
 def test_a_block_without_an_activation_hands_over_its_bias(training: bool) -> None:
     plain, fused = (randomised(Residual()).train(training) for _ in range(2))

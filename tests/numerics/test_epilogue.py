@@ -309,7 +309,7 @@ def test_empty(norm: str, without: str, activation: str | None, residual: bool) 
     assert gradients.keys() == problem.inputs.keys()
     for name, gradient in gradients.items():
         assert gradient.shape == problem.inputs[name].shape
-        assert not gradient.any()
+        np.testing.assert_array_equal(wide(gradient), 0)  # any() of -0 is true in MLX 0.32.0
 
 
 @pytest.mark.parametrize(
