@@ -76,9 +76,9 @@ same weights with the same batches.
     "train_distributed": """\
 ## Two processes
 
-The same network on shards of each batch: with SyncBatchNorm the losses are those of one process,
-with the statistics of each shard they are not. Time and memory are those of one of the processes,
-which share the machine.
+The same network on shards of each batch: with SyncBatchNorm the losses are those of one process, up
+to rounding, which training amplifies; with the statistics of each shard they are not. Time and
+memory are those of one of the processes, which share the machine.
 """,
 }
 
