@@ -4,8 +4,8 @@
 // as its derivative is. At kinks derivatives are MLX's. Nan stays nan, also in relu.
 //
 // The shaders and the CPU's kernels share these lines: F is float, or a vector of them, hence ?: in
-// place of branches. Both bring multiply_add(a, b, c), exponential(p) and absolute(p), and
-// sign_bit(z), which is false for nan.
+// place of branches. Both bring multiply_add(a, b, c), exponential(p), absolute(p), quotient(a, b)
+// for b from 1 to 4, and sign_bit(z), which is false for nan.
 #pragma once
 
 #include "bindings.h"
@@ -14,6 +14,15 @@
 inline float multiply_add(float a, float b, float c) { return metal::fma(a, b, c); }
 inline float exponential(float p) { return metal::precise::exp(p); }
 inline float absolute(float p) { return metal::fabs(p); }
+/// To a unit in the last place: 1 / b is a fit of degree 2, then three of Newton's steps. A precise
+/// division takes Apple's GPUs four times as long.
+inline float quotient(float a, float b) {
+  float r = multiply_add(0.08767123f, b, -0.65753425f);
+  r = multiply_add(r, b, 1.49589041f);
+  r = multiply_add(r, multiply_add(-b, r, 1.0f), r);
+  r = multiply_add(r, multiply_add(-b, r, 1.0f), r);
+  return a * multiply_add(r, multiply_add(-b, r, 1.0f), r);
+}
 inline bool sign_bit(float z) {
   const uint bits = as_type<uint>(z);
   return bits >= 0x80000000u && bits <= 0xff800000u;
@@ -23,17 +32,6 @@ inline bool sign_bit(float z) {
 template <typename F>
 inline F splat(float v) {
   return F{} + v;
-}
-
-/// 1 / v for v from 1 to 4, to a unit in the last place: a fit of degree 2, then three of Newton's
-/// steps. A precise division takes Apple's GPUs four times as long.
-template <typename F>
-inline F reciprocal(F v) {
-  F r = multiply_add(splat<F>(0.08767123f), v, splat<F>(-0.65753425f));
-  r = multiply_add(r, v, splat<F>(1.49589041f));
-  r = multiply_add(r, multiply_add(-v, r, splat<F>(1.0f)), r);
-  r = multiply_add(r, multiply_add(-v, r, splat<F>(1.0f)), r);
-  return multiply_add(r, multiply_add(-v, r, splat<F>(1.0f)), r);
 }
 
 /// 1 / (1 + exp(-p)), and 1 less that without cancellation.
@@ -46,8 +44,15 @@ struct Sigmoid {
 template <typename F>
 inline Sigmoid<F> sigmoid(F p) {
   const F a = exponential(-absolute(p));  // never overflows
-  const F n = reciprocal<F>(1.0f + a);
+  const F n = quotient(splat<F>(1.0f), 1.0f + a);
   return Sigmoid<F>{p < 0.0f ? a * n : n, p < 0.0f ? n : a * n};
+}
+
+/// p / (1 + exp(-u))
+template <typename F>
+inline F times_sigmoid(F p, F u) {
+  const F a = exponential(-absolute(u));
+  return quotient(u < 0.0f ? p * a : p, 1.0f + a);
 }
 
 /// The distribution function of the normal distribution, and exp(-p^2 / 2) besides.
@@ -65,7 +70,7 @@ inline Normal<F> normal(F p) {
   const F e = exponential(-0.5f * p * p);
   const F most = splat<F>(14.0f);
   const F near = absolute(p) > most ? most : absolute(p);
-  const F t = reciprocal<F>(multiply_add(splat<F>(0.21f), near, splat<F>(1.0f)));
+  const F t = quotient(splat<F>(1.0f), multiply_add(splat<F>(0.21f), near, splat<F>(1.0f)));
   F q = splat<F>(-0.0724158554f);
   q = multiply_add(q, t, splat<F>(0.287340468f));
   q = multiply_add(q, t, splat<F>(-0.338179613f));
@@ -88,9 +93,8 @@ inline F within_32(F p) {
 }
 
 template <typename F>
-inline Sigmoid<F> sigmoid_of_gelu(F near) {
-  return sigmoid<F>(1.59576912f *
-                    (near * multiply_add(splat<F>(0.044715f), near * near, splat<F>(1.0f))));
+inline F twice_u(F near) {
+  return 1.59576912f * (near * multiply_add(splat<F>(0.044715f), near * near, splat<F>(1.0f)));
 }
 
 template <typename F>
@@ -113,13 +117,13 @@ inline F activate(Activation activation, F p, float negative_slope) {
     return scaled > p ? scaled : (p == 0.0f ? F{} : p);
   }
   if (activation == Activation::silu) {
-    return p * sigmoid<F>(p).value;
+    return times_sigmoid<F>(p, p);
   }
   if (activation == Activation::gelu) {
     return p * normal<F>(p).value;
   }
   if (activation == Activation::gelu_approx) {
-    return p * sigmoid_of_gelu<F>(within_32<F>(p)).value;
+    return times_sigmoid<F>(p, twice_u<F>(within_32<F>(p)));
   }
   if (activation == Activation::hardswish) {
     return p * (between_0_and_6<F>(p + 3.0f) / 6.0f);
@@ -149,7 +153,7 @@ inline F derivative(Activation activation, F p, float negative_slope) {
   }
   if (activation == Activation::gelu_approx) {
     const F near = within_32<F>(p);
-    const Sigmoid<F> s = sigmoid_of_gelu<F>(near);
+    const Sigmoid<F> s = sigmoid<F>(twice_u<F>(near));
     const F slope = 1.59576912f * multiply_add(splat<F>(0.134145f), near * near, one);
     return multiply_add(near * s.value * s.rest, slope, s.value);
   }

@@ -292,17 +292,24 @@ inline Vector absolute(Vector v) {
   return __builtin_bit_cast(Vector, __builtin_bit_cast(Words, v) & 0x7fffffffu);
 }
 
+template <typename V>
+V quotient(V a, V b) {
+  return a / b;
+}
+
 /// True for negative values and -0, false for nan.
 inline bool sign_bit(float f) { return __builtin_bit_cast(int32_t, f) < 0 && f == f; }
 inline auto sign_bit(Vector v) { return (__builtin_bit_cast(Integers, v) < 0) & (v == v); }
 
-/// exp(p) for p <= 0, with a relative error of at most 2e-7; 0 where it would be denormal. Nan
-/// stays nan. With p = n log(2) + r, |r| <= log(2) / 2, it is 2^n times a polynomial in r.
+/// exp(p) for p <= 0; 0 below -87.7. Nan stays nan. With p = n log(2) + r, |r| <= log(2) / 2, it is
+/// 2^n times a polynomial in r. The relative error is at most 5e-7; without a fused multiply_add it
+/// is |p| / 2^24 more, which p * exp(p) makes small.
 template <typename V>
 V exponential(V p) {
+  p = p < -88.0f ? V{} - 88.0f : p;  // n is -127 at least, and 2^n comes out as 0 there
   const V shifted = multiply_add(p, V{} + 1.44269504f, V{} + 0x1.8p23f);  // n in the low bits
   const V n = shifted - 0x1.8p23f;
-  const V r = multiply_add(n, V{} + 2.12194440e-4f, multiply_add(n, V{} - 0.693359375f, p));
+  const V r = multiply_add(n, V{} - 0.693147181f, p);
   V of_r = V{} + 8.290272206e-3f;
   of_r = multiply_add(of_r, r, V{} + 4.189816117e-2f);
   of_r = multiply_add(of_r, r, V{} + 1.666763872e-1f);
@@ -310,7 +317,7 @@ V exponential(V p) {
   of_r = multiply_add(of_r, r, V{} + 9.999997020e-1f);
   of_r = multiply_add(of_r, r, V{} + 1.0f);
   const Bits<V> power = (__builtin_bit_cast(Bits<V>, shifted) << 23) + 0x3f800000u;  // 2^n
-  return p < -87.3365402f ? V{} : of_r * __builtin_bit_cast(V, power);
+  return of_r * __builtin_bit_cast(V, power);
 }
 
 inline Vector broadcast(float f) { return f - Vector{}; }  // unlike a sum, leaves -0 as it is
