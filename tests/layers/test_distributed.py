@@ -7,6 +7,9 @@ batch, which is held to the rule of tolerance.py elsewhere.
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 import time
 from collections import Counter
 from functools import cache
@@ -446,3 +449,26 @@ def test_a_rank_that_hangs_is_ended(tmp_path: Path) -> None:
     with pytest.raises(AssertionError, match=r"ranks \[0, 1\] still ran after 1 seconds"):
         run_ranks(2, script, directory=tmp_path, timeout=1)
     assert time.monotonic() - start < 10
+
+
+def test_ranks_end_with_the_process_that_started_them(tmp_path: Path) -> None:
+    """Tests the helper: where pytest is killed, no rank goes on spinning."""
+    alive = tmp_path / "alive"  # open for writing as long as the rank lives
+    os.mkfifo(alive)
+    script = tmp_path / "hangs.py"
+    script.write_text(
+        "import sys, time\n"
+        "with open(sys.argv[1], 'wb', buffering=0) as alive:\n"
+        "    time.sleep(60)\n"
+        "    alive.write(b'still here')\n"
+    )
+    start = "import sys; from pathlib import Path; from ranks import run_ranks\n"
+    start += "run_ranks(1, Path(sys.argv[1]), *sys.argv[2:], directory=Path(sys.argv[2]).parent)"
+    starter = subprocess.Popen(
+        [sys.executable, "-c", start, str(script), str(alive)],
+        env=os.environ | {"PYTHONPATH": str(TESTS)},
+    )
+    with alive.open("rb") as rank:
+        starter.kill()
+        starter.wait()
+        assert rank.read() == b""

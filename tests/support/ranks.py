@@ -66,6 +66,7 @@ def _run_ranks_once(
         environment["MLX_HOSTFILE"] = str(hosts)
     processes: list[subprocess.Popen[bytes]] = []
     logs = [directory / f"rank{rank}.log" for rank in range(ranks)]
+    to_read, to_write = os.pipe()  # closed by the system if this process is killed
     try:
         for rank, log in enumerate(logs):
             with log.open("wb") as output:
@@ -73,7 +74,7 @@ def _run_ranks_once(
                     subprocess.Popen(
                         [sys.executable, str(TESTS / "on_cpu.py"), str(script), *arguments],
                         env=environment | {"MLX_RANK": str(rank)},
-                        stdin=subprocess.DEVNULL,
+                        stdin=to_read,
                         stdout=output,
                         stderr=subprocess.STDOUT,
                         start_new_session=True,  # a process group of its own, to be ended whole
@@ -92,6 +93,8 @@ def _run_ranks_once(
             with contextlib.suppress(ProcessLookupError, PermissionError):
                 os.killpg(process.pid, signal.SIGKILL)
             process.wait()
+        os.close(to_read)
+        os.close(to_write)
     ended = [
         Ended(process.returncode, log.read_text(errors="replace"))
         for process, log in zip(processes, logs, strict=True)
