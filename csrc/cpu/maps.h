@@ -31,6 +31,7 @@ struct Forward {
   struct Map {
     static constexpr int kVectors = bundle_vectors(activation);
     static constexpr int kCoefficients = 3;
+    static constexpr bool kNeedsSecond = false;
     V mean, slope, shift;
     float negative_slope;
 
@@ -57,6 +58,7 @@ struct Gradient {
   struct Map {
     static constexpr int kVectors = bundle_vectors(activation);
     static constexpr int kCoefficients = activation == Activation::none ? 4 : 5;
+    static constexpr bool kNeedsSecond = true;
     V mean, slope, shift, scale, bias;
     float negative_slope;
 
