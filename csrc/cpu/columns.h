@@ -158,7 +158,7 @@ class Ahead {
  public:
   Ahead(const T* row, int64_t stride, int64_t width) : row_(row), stride_(stride), width_(width) {}
 
-  void fetch(int64_t elements) {
+  inline __attribute__((always_inline)) void fetch(int64_t elements) {
     if (width_ <= kBundleColumns) {
       return;  // these are read in the order of memory
     }
@@ -189,7 +189,7 @@ class AheadOfTwo {
         second_(second, stride, width),
         arrays_(second == nullptr ? 1 : 2) {}
 
-  void fetch(int64_t elements) {
+  inline __attribute__((always_inline)) void fetch(int64_t elements) {
     (turn_ ? first_ : second_).fetch(arrays_ * elements);
     turn_ = arrays_ == 1 || !turn_;
   }
@@ -466,51 +466,63 @@ struct Mapped {
   }
 };
 
-/// Calls f(row) for at most kMappedRows rows. Those of bundles have instructions of their own each:
-/// by these the processor's prefetcher tells streams of memory apart. A loop took 1.3 times as long.
-template <int vectors, typename F>
+/// Calls f(row) for at most kMappedRows rows. In versions each has instructions of its own: by these
+/// the processor's prefetcher tells streams of memory apart. A loop took 1.3 times as long.
+template <bool versions, typename F>
 inline __attribute__((always_inline)) void for_rows(int64_t rows, const F& f) {
-  if constexpr (vectors == 1) {
+  if constexpr (!versions) {
     for (int64_t r = 0; r < rows; ++r) {
       f(r);
     }
   } else {
-    [&]<int64_t... r>(std::integer_sequence<int64_t, r...>) {
+    [&]<int64_t... r>(std::integer_sequence<int64_t, r...>) __attribute__((always_inline)) {
       static_cast<void>(((r < rows && (f(r), true)) && ...));
     }(std::make_integer_sequence<int64_t, kMappedRows>{});
   }
+}
+
+/// Applies a map to the columns [begin, end) of some rows.
+template <template <typename> class Map, typename T, typename Second, typename Streamed>
+inline __attribute__((always_inline)) void map_columns(const Mapped<Map, T>& a, int64_t rows,
+                                                       int64_t stride, int64_t begin, int64_t end,
+                                                       AheadOfTwo<T>& ahead, Second has_second,
+                                                       Streamed streamed) {
+  auto down = [&](auto bundle, int64_t first) __attribute__((always_inline)) {
+    Map<typename decltype(bundle)::Value> maps[bundle.kCount];
+    for (int i = 0; i < bundle.kCount; ++i) {
+      maps[i] = a.map(bundle, first + i * kLanes);
+    }
+    for_rows<(bundle.kCount > 1 && has_versions<T>(Map<float>::kActivation))>(
+        rows, [&](int64_t r) __attribute__((always_inline)) {
+          ahead.fetch(bundle.columns());
+          for (int i = 0; i < bundle.kCount; ++i) {
+            a.apply(bundle, maps[i], r * stride + first + i * kLanes, has_second, streamed);
+          }
+        });
+  };
+  by_bundle<Map<float>::kVectors>(begin, end, down);
 }
 
 /// Applies a map to some rows. If there are several and out is streamed, all are aligned alike.
 template <template <typename> class Map, typename T>
 __attribute__((noinline, flatten)) void map_rows(const Mapped<Map, T> a, int64_t rows,
                                                  int64_t stride, int64_t width, bool past_caches) {
-  constexpr int vectors = Map<float>::kVectors;
-  const int64_t next = rows * stride;
-  with_condition(a.second != nullptr || Map<float>::kNeedsSecond, [&](auto has_second) {
+  auto with_second = [&](auto has_second) __attribute__((always_inline)) {
+    const int64_t next = rows * stride;
     AheadOfTwo<T> ahead(a.x + next, has_second ? a.second + next : nullptr, stride, width);
-    in_parts(a.out, width, past_caches, [&](int64_t begin, int64_t end, bool past) {
-      auto part = [&](auto streamed) {
-        by_bundle<vectors>(begin, end, [&](auto bundle, int64_t first) {
-          Map<typename decltype(bundle)::Value> maps[bundle.kCount];
-          for (int i = 0; i < bundle.kCount; ++i) {
-            maps[i] = a.map(bundle, first + i * kLanes);
-          }
-          for_rows<bundle.kCount>(rows, [&](int64_t r) {
-            ahead.fetch(bundle.columns());
-            for (int i = 0; i < bundle.kCount; ++i) {
-              a.apply(bundle, maps[i], r * stride + first + i * kLanes, has_second, streamed);
-            }
-          });
-        });
+    auto part = [&](int64_t begin, int64_t end, bool past) __attribute__((always_inline)) {
+      auto columns = [&](auto streamed) __attribute__((always_inline)) {
+        map_columns(a, rows, stride, begin, end, ahead, has_second, streamed);
       };
-      if constexpr (vectors == 1) {
-        part(past);  // beside so much arithmetic a branch costs nothing
+      if constexpr (has_versions<T>(Map<float>::kActivation)) {
+        with_condition(past, columns);
       } else {
-        with_condition(past, part);
+        columns(past);
       }
-    });
-  });
+    };
+    in_parts(a.out, width, past_caches, part);
+  };
+  with_condition(a.second != nullptr || Map<float>::kNeedsSecond, with_second);
 }
 
 /// Applies a map to one run of memory. Vectors cross the ends of rows: the columns repeat after

@@ -71,14 +71,17 @@ inline __attribute__((always_inline)) LineSums add_vectors(int64_t begin, int64_
   LineSums sums = {};
   int64_t i = begin;
   if (end - begin >= kManyVectors * kLanes) {
-    LineSums s[4] = {};
+    LineSums b = {};
+    LineSums c = {};
+    LineSums d = {};
     for (; i + 4 * kLanes <= end; i += 4 * kLanes) {
-      for (int k = 0; k < 4; ++k) {
-        add(s[k], i + k * kLanes, kLanes);
-      }
+      add(sums, i, kLanes);
+      add(b, i + kLanes, kLanes);
+      add(c, i + 2 * kLanes, kLanes);
+      add(d, i + 3 * kLanes, kLanes);
     }
-    sums.first = (s[0].first + s[1].first) + (s[2].first + s[3].first);
-    sums.second = (s[0].second + s[1].second) + (s[2].second + s[3].second);
+    sums.first = (sums.first + b.first) + (c.first + d.first);
+    sums.second = (sums.second + b.second) + (c.second + d.second);
   }
   for (; i + kLanes <= end; i += kLanes) {
     add(sums, i, kLanes);
@@ -103,9 +106,9 @@ inline __attribute__((always_inline)) LineSums centred_sums(const T* x, int64_t 
 
 /// sum g and sum g * (x - mean) over [begin, end) of line c, whose first element is at e.
 template <Activation activation, typename T>
-__attribute__((noinline, flatten)) LineSums gradient_sums(const Cotangent<activation, T>& of,
-                                                          int64_t c, int64_t e, int64_t begin,
-                                                          int64_t end) {
+inline __attribute__((always_inline)) LineSums gradient_sums(const Cotangent<activation, T>& of,
+                                                             int64_t c, int64_t e, int64_t begin,
+                                                             int64_t end) {
   const Vector m = broadcast(of.mean[c]);
   return add_vectors(begin, end, [&](LineSums& sums, int64_t i, int lanes) {
     const Vector d = values(of.x + e, i, lanes) - m;
@@ -249,8 +252,9 @@ void line_moments(const T* x, const Panel& panel, double* mean, double* m2) {
 }
 
 template <Activation activation, typename T>
-void line_reduce(const Cotangent<activation, T>& of, const Panel& panel, double* sum_g,
-                 double* sum_gd) {
+__attribute__((noinline, flatten)) void line_reduce(const Cotangent<activation, T> of,
+                                                    const Panel& panel, double* sum_g,
+                                                    double* sum_gd) {
   const int64_t n = panel.positions;
   if (panel.repeats > 1) {
     LineSums sums[kMaxRepeatedLines];

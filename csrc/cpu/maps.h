@@ -24,11 +24,21 @@ constexpr int bundle_vectors(Activation activation) {
   }
 }
 
+/// Whether columns have loops of their own for each condition and row, not only for bundles: that
+/// pays where memory decides, and costs code, so the common activations have them.
+template <typename T>
+constexpr bool has_versions(Activation activation) {
+  const bool conversions_are_long = sizeof(T) < sizeof(float) && kLanes == 4;
+  return (activation == Activation::none || activation == Activation::relu) &&
+         !conversions_are_long;
+}
+
 /// z = act(slope * (x - mean) + shift [+ residual])
 template <Activation activation>
 struct Forward {
   template <typename V>
   struct Map {
+    static constexpr Activation kActivation = activation;
     static constexpr int kVectors = bundle_vectors(activation);
     static constexpr int kCoefficients = 3;
     static constexpr bool kNeedsSecond = false;
@@ -56,6 +66,7 @@ template <Activation activation>
 struct Gradient {
   template <typename V>
   struct Map {
+    static constexpr Activation kActivation = activation;
     static constexpr int kVectors = bundle_vectors(activation);
     static constexpr int kCoefficients = activation == Activation::none ? 4 : 5;
     static constexpr bool kNeedsSecond = true;
