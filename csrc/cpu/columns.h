@@ -466,7 +466,7 @@ struct Mapped {
   }
 };
 
-/// Calls f(row) for at most kMappedRows rows. In versions each has instructions of its own: by these
+/// Calls f(row) for at most kMappedRows rows. In versions each has instructions of its own: by them
 /// the processor's prefetcher tells streams of memory apart. A loop took 1.3 times as long.
 template <bool versions, typename F>
 inline __attribute__((always_inline)) void for_rows(int64_t rows, const F& f) {
