@@ -470,7 +470,7 @@ def test_compile_merges_equal_gradients() -> None:
 
 def network(norm: Callable[[int], nn.Module]) -> nn.Module:
     mx.random.seed(1)
-    # The gradient of a bias before a normalisation is rounding alone, which Adam makes whole steps of.
+    # Before a normalisation the gradient of a bias is rounding, which Adam scales to whole steps.
     first, second = (nn.Conv2d(*channels, 3, bias=False) for channels in ((3, 8), (8, 4)))
     return nn.Sequential(first, norm(8), nn.ReLU(), second, norm(4))
 
