@@ -5,6 +5,7 @@ normalisation or the libraries that are compared. bench/README.md of the reposit
 figures mean.
 """
 
+import random
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -122,8 +123,9 @@ def measure(
 
     In a round every step runs twice in a row, first for its memory, then for its time. So it finds
     its own buffers in the caches, as in a training loop, and not those of the other steps. (A step
-    slower than `SLOW` runs once a round.) Each round begins with another step. A step that has used
-    up its seconds is skipped, but not in the first `least_rounds`. `most_rounds` is the maximum.
+    slower than `SLOW` runs once a round.) The order is drawn anew in each round, since a step's time
+    depends on the one before it. A step that has used up its seconds is skipped, but not in the
+    first `least_rounds`. `most_rounds` is the maximum.
     """
     if not steps:
         raise ValueError("[measure] expected at least one step.")
@@ -137,14 +139,12 @@ def measure(
     for name, step in steps.items():
         _first_run(step, samples[name])
 
-    names = list(steps)
+    draw = random.Random(0)
     for turn in range(most_rounds):
-        first = turn % len(names)
-        order = names[first:] + names[:first]
-        playing = [n for n in order if turn < least_rounds or samples[n].spent < seconds]
+        playing = [n for n in steps if turn < least_rounds or samples[n].spent < seconds]
         if not playing:
             break
-        for name in playing:
+        for name in draw.sample(playing, len(playing)):
             time.sleep(pause)
             _round(steps[name], samples[name])
     return samples
