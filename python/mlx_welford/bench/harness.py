@@ -123,8 +123,8 @@ def measure(
 
     In a round every step runs twice in a row, first for its memory, then for its time. So it finds
     its own buffers in the caches, as in a training loop, and not those of the other steps. (A step
-    slower than `SLOW` runs once a round.) The order is drawn anew in each round, since a step's time
-    depends on the one before it. A step that has used up its seconds is skipped, but not in the
+    slower than `SLOW` runs once a round.) The order is drawn anew in each round, because the step
+    before it changes a step's time. A step that has used up its seconds is skipped, but not in the
     first `least_rounds`. `most_rounds` is the maximum.
     """
     if not steps:
