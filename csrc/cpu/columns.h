@@ -443,6 +443,8 @@ inline __attribute__((always_inline)) void with_condition(bool condition, const 
 /// What a map is applied to, and its coefficients, an array over columns each.
 template <template <typename> class Map, typename T>
 struct Mapped {
+  static constexpr bool kVersions = has_versions<T>(Map<float>::kActivation);
+
   const T* x;
   const T* second;  // may be null
   T* out;
@@ -492,7 +494,7 @@ inline __attribute__((always_inline)) void map_columns(const Mapped<Map, T>& a, 
     for (int i = 0; i < bundle.kCount; ++i) {
       maps[i] = a.map(bundle, first + i * kLanes);
     }
-    for_rows<(bundle.kCount > 1 && has_versions<T>(Map<float>::kActivation))>(
+    for_rows<(bundle.kCount > 1 && Mapped<Map, T>::kVersions)>(
         rows, [&](int64_t r) __attribute__((always_inline)) {
           ahead.fetch(bundle.columns());
           for (int i = 0; i < bundle.kCount; ++i) {
@@ -514,7 +516,7 @@ __attribute__((noinline, flatten)) void map_rows(const Mapped<Map, T> a, int64_t
       auto columns = [&](auto streamed) __attribute__((always_inline)) {
         map_columns(a, rows, stride, begin, end, ahead, has_second, streamed);
       };
-      if constexpr (has_versions<T>(Map<float>::kActivation)) {
+      if constexpr (Mapped<Map, T>::kVersions) {
         with_condition(past, columns);
       } else {
         columns(past);

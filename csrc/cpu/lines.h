@@ -71,6 +71,7 @@ inline __attribute__((always_inline)) LineSums add_vectors(int64_t begin, int64_
   LineSums sums = {};
   int64_t i = begin;
   if (end - begin >= kManyVectors * kLanes) {
+    // By name: an array of accumulators stayed in memory, where half types took 1.6 times as long.
     LineSums b = {};
     LineSums c = {};
     LineSums d = {};
@@ -251,6 +252,7 @@ void line_moments(const T* x, const Panel& panel, double* mean, double* m2) {
   }
 }
 
+/// `of` is a copy, which no store to the sums can change: its fields stay in registers.
 template <Activation activation, typename T>
 __attribute__((noinline, flatten)) void line_reduce(const Cotangent<activation, T> of,
                                                     const Panel& panel, double* sum_g,
