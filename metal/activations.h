@@ -4,16 +4,19 @@
 // as its derivative is. At kinks derivatives are MLX's. Nan stays nan, also in relu.
 //
 // The shaders and the CPU's kernels share these lines: F is float, or a vector of them, hence ?: in
-// place of branches. Both bring multiply_add(a, b, c), exponential(p), absolute(p), quotient(a, b)
-// for b from 1 to 4, and sign_bit(z), which is false for nan.
+// place of branches. Both bring multiply_add(a, b, c), absolute(p), sign_bit(z), which is false for
+// nan, larger(a, b) and smaller(a, b), which are b if one is nan, exponential(k, s) = exp(-k s) for
+// s from 0 to 87.33 / k, and quotient(a, b) for b from 1 to 4.
 #pragma once
 
 #include "bindings.h"
 
 #ifdef __METAL_VERSION__
 inline float multiply_add(float a, float b, float c) { return metal::fma(a, b, c); }
-inline float exponential(float p) { return metal::precise::exp(p); }
 inline float absolute(float p) { return metal::fabs(p); }
+inline float larger(float a, float b) { return a > b ? a : b; }
+inline float smaller(float a, float b) { return a < b ? a : b; }
+inline float exponential(float k, float s) { return metal::precise::exp(-k * s); }
 /// To a unit in the last place: 1 / b is a fit of degree 2, then three of Newton's steps. A precise
 /// division takes Apple's GPUs four times as long.
 inline float quotient(float a, float b) {
@@ -34,79 +37,91 @@ inline F splat(float v) {
   return F{} + v;
 }
 
-/// 1 / (1 + exp(-p)), and 1 less that without cancellation.
+/// silu, gelu and gelu_approx are p C(p), where C is the distribution function of a distribution
+/// that is symmetric about 0: C(-q) = 1 - C(q). So the tail C(-q), q = |p|, is all that they need,
+/// and no digit of a small one is lost:
+///   act(p) = max(p, 0) - q C(-q)
+///   act'(p) = act'(-q) for p < 0, 1 - act'(-q) for p > 0
+/// q has a limit beyond which the tail, less than 1e-24 there, is not needed.
 template <typename F>
-struct Sigmoid {
-  F value;
-  F rest;
+struct Tail {
+  F q;
+  F value;  // C(-q)
+  F slope;  // act'(-q)
 };
 
+/// C(-q) = 1 / (1 + exp(u)), from u and q u'.
 template <typename F>
-inline Sigmoid<F> sigmoid(F p) {
-  const F a = exponential(-absolute(p));  // never overflows
+inline Tail<F> logistic_tail(F q, F u, F q_slope) {
+  const F a = exponential(1.0f, u);  // of -u: never overflows
   const F n = quotient(splat<F>(1.0f), 1.0f + a);
-  return Sigmoid<F>{p < 0.0f ? a * n : n, p < 0.0f ? n : a * n};
+  const F value = a * n;
+  return Tail<F>{q, value, value * multiply_add(-q_slope, n, splat<F>(1.0f))};
 }
 
-/// p / (1 + exp(-u))
+/// C(-q) = 1 / (1 + exp(q))
 template <typename F>
-inline F times_sigmoid(F p, F u) {
-  const F a = exponential(-absolute(u));
-  return quotient(u < 0.0f ? p * a : p, 1.0f + a);
+inline Tail<F> silu_tail(F magnitude) {
+  const F q = smaller(splat<F>(87.33f), magnitude);
+  return logistic_tail<F>(q, q, q);
 }
 
-/// The distribution function of the normal distribution, and exp(-p^2 / 2) besides.
+/// tanh(u / 2) = 2 / (1 + exp(-u)) - 1 makes this one logistic, too:
+/// u = sqrt(8 / pi) (q + 0.044715 q^3).
 template <typename F>
-struct Normal {
-  F value;
-  F exponential;
-};
-
-/// The tail is t Q(t) exp(-p^2 / 2), t = 1 / (1 + 0.21 |p|). Q is a fit of degree 8 with a relative
-/// error of 1.1e-8; it keeps the digits of small tails, which 1 + erf would lose. Beyond +-14 the
-/// exponential is 0, or denormal.
-template <typename F>
-inline Normal<F> normal(F p) {
-  const F e = exponential(-0.5f * p * p);
-  const F most = splat<F>(14.0f);
-  const F near = absolute(p) > most ? most : absolute(p);
-  const F t = quotient(splat<F>(1.0f), multiply_add(splat<F>(0.21f), near, splat<F>(1.0f)));
-  F q = splat<F>(-0.0724158554f);
-  q = multiply_add(q, t, splat<F>(0.287340468f));
-  q = multiply_add(q, t, splat<F>(-0.338179613f));
-  q = multiply_add(q, t, splat<F>(0.358742242f));
-  q = multiply_add(q, t, splat<F>(-0.100633682f));
-  q = multiply_add(q, t, splat<F>(0.12787543f));
-  q = multiply_add(q, t, splat<F>(0.0683749658f));
-  q = multiply_add(q, t, splat<F>(0.0851924036f));
-  q = multiply_add(q, t, splat<F>(0.0837036357f));
-  const F tail = t * q * e;
-  return Normal<F>{p < 0.0f ? tail : 1.0f - tail, e};
+inline Tail<F> gelu_approx_tail(F magnitude) {
+  const F q = smaller(splat<F>(10.0f), magnitude);
+  const F scaled = 1.59576912f * q;
+  const F square = q * q;
+  const F one = splat<F>(1.0f);
+  return logistic_tail<F>(q, scaled * multiply_add(splat<F>(0.044715f), square, one),
+                          scaled * multiply_add(splat<F>(0.134145f), square, one));
 }
 
-/// tanh(u) = 2 sigmoid(2 u) - 1 makes gelu_approx p * sigmoid(2 u), u = sqrt(2 / pi) (p + 0.044715
-/// p^3). Beyond +-32 the sigmoid is 0 or 1, and p^3 might overflow.
+/// The tail of the normal distribution is exp(-q^2 / 2) Q(t), t = 1 / (1 + 0.278 q). Q is a fit of
+/// degree 6, for which q C(-q) is off by 1.1e-8 at most, and the tail by 5e-5 of itself: 1 + erf
+/// would lose all digits of small ones.
 template <typename F>
-inline F within_32(F p) {
-  const F most = splat<F>(32.0f);
-  return p > most ? most : (p < -most ? -most : p);
+inline Tail<F> gelu_tail(F magnitude) {
+  const F q = smaller(splat<F>(10.7f), magnitude);
+  const F e = exponential(0.5f, q * q);
+  const F t = quotient(splat<F>(1.0f), multiply_add(splat<F>(0.278f), q, splat<F>(1.0f)));
+  F of_t = splat<F>(-0.114320070f);
+  of_t = multiply_add(of_t, t, splat<F>(0.437472701f));
+  of_t = multiply_add(of_t, t, splat<F>(-0.319178015f));
+  of_t = multiply_add(of_t, t, splat<F>(0.341615856f));
+  of_t = multiply_add(of_t, t, splat<F>(0.0299635641f));
+  of_t = multiply_add(of_t, t, splat<F>(0.125535935f));
+  of_t = multiply_add(of_t, t, splat<F>(-0.00109000353f));
+  return Tail<F>{q, e * of_t, e * multiply_add(splat<F>(-0.398942280f), q, of_t)};
+}
+
+constexpr bool has_tail(Activation activation) {
+  return activation == Activation::silu || activation == Activation::gelu ||
+         activation == Activation::gelu_approx;
 }
 
 template <typename F>
-inline F twice_u(F near) {
-  return 1.59576912f * (near * multiply_add(splat<F>(0.044715f), near * near, splat<F>(1.0f)));
+inline Tail<F> tail_of(Activation activation, F p) {
+  const F magnitude = absolute(p);
+  if (activation == Activation::silu) {
+    return silu_tail<F>(magnitude);
+  }
+  if (activation == Activation::gelu) {
+    return gelu_tail<F>(magnitude);
+  }
+  return gelu_approx_tail<F>(magnitude);
 }
 
 template <typename F>
 inline F between_0_and_6(F p) {
-  const F most = splat<F>(6.0f);
-  return p < 0.0f ? F{} : (p > most ? most : p);
+  return smaller(splat<F>(6.0f), larger(F{}, p));
 }
 
 template <typename F>
 inline F activate(Activation activation, F p, float negative_slope) {
   if (activation == Activation::relu) {
-    return p < 0.0f ? F{} : p;
+    return larger(F{}, p);
   }
   if (activation == Activation::relu6) {
     return between_0_and_6<F>(p);
@@ -116,14 +131,10 @@ inline F activate(Activation activation, F p, float negative_slope) {
     const F scaled = negative_slope * p;
     return scaled > p ? scaled : (p == 0.0f ? F{} : p);
   }
-  if (activation == Activation::silu) {
-    return times_sigmoid<F>(p, p);
-  }
-  if (activation == Activation::gelu) {
-    return p * normal<F>(p).value;
-  }
-  if (activation == Activation::gelu_approx) {
-    return times_sigmoid<F>(p, twice_u<F>(within_32<F>(p)));
+  if (has_tail(activation)) {
+    const Tail<F> tail = tail_of<F>(activation, p);
+    const F positive = p - smaller(F{}, p);  // nan for -inf, as in mlx.nn
+    return multiply_add(-tail.q, tail.value, positive);
   }
   if (activation == Activation::hardswish) {
     return p * (between_0_and_6<F>(p + 3.0f) / 6.0f);
@@ -143,19 +154,9 @@ inline F derivative(Activation activation, F p, float negative_slope) {
   if (activation == Activation::leaky_relu) {
     return negative_slope * p > p ? splat<F>(negative_slope) : one;
   }
-  if (activation == Activation::silu) {
-    const Sigmoid<F> s = sigmoid<F>(p);
-    return s.value * multiply_add(p, s.rest, one);
-  }
-  if (activation == Activation::gelu) {
-    const Normal<F> n = normal<F>(p);
-    return multiply_add(0.398942280f * p, n.exponential, n.value);
-  }
-  if (activation == Activation::gelu_approx) {
-    const F near = within_32<F>(p);
-    const Sigmoid<F> s = sigmoid<F>(twice_u<F>(near));
-    const F slope = 1.59576912f * multiply_add(splat<F>(0.134145f), near * near, one);
-    return multiply_add(near * s.value * s.rest, slope, s.value);
+  if (has_tail(activation)) {
+    const F slope = tail_of<F>(activation, p).slope;
+    return p < 0.0f ? slope : one - slope;
   }
   if (activation == Activation::hardswish) {
     return p <= -3.0f ? F{} : (p >= 3.0f ? one : (2.0f * p + 3.0f) / 6.0f);

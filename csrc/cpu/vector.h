@@ -292,6 +292,34 @@ inline Vector absolute(Vector v) {
   return __builtin_bit_cast(Vector, __builtin_bit_cast(Words, v) & 0x7fffffffu);
 }
 
+/// b if one is nan, as the instructions have it: from the same expression on vectors a compiler
+/// makes a comparison and a blend.
+inline float larger(float a, float b) { return a > b ? a : b; }
+inline Vector larger(Vector a, Vector b) {
+#if defined(__AVX512F__)
+  return _mm512_max_ps(a, b);
+#elif defined(__AVX2__)
+  return _mm256_max_ps(a, b);
+#elif defined(__x86_64__)
+  return _mm_max_ps(a, b);
+#else
+  return a > b ? a : b;
+#endif
+}
+
+inline float smaller(float a, float b) { return a < b ? a : b; }
+inline Vector smaller(Vector a, Vector b) {
+#if defined(__AVX512F__)
+  return _mm512_min_ps(a, b);
+#elif defined(__AVX2__)
+  return _mm256_min_ps(a, b);
+#elif defined(__x86_64__)
+  return _mm_min_ps(a, b);
+#else
+  return a < b ? a : b;
+#endif
+}
+
 template <typename V>
 V quotient(V a, V b) {
   return a / b;
@@ -301,23 +329,24 @@ V quotient(V a, V b) {
 inline bool sign_bit(float f) { return __builtin_bit_cast(int32_t, f) < 0 && f == f; }
 inline auto sign_bit(Vector v) { return (__builtin_bit_cast(Integers, v) < 0) & (v == v); }
 
-/// exp(p) for p <= 0; 0 below -87.7. Nan stays nan. With p = n log(2) + r, |r| <= log(2) / 2, it is
-/// 2^n times a polynomial in r. The relative error is at most 5e-7; without a fused multiply_add it
-/// is |p| / 2^24 more, which p * exp(p) makes small.
+/// exp(-k s) for s from 0 to 87.33 / k, where k is a constant. With k s = r - n log(2), n an
+/// integer and |r| <= log(2) / 2, it is 2^n times a polynomial in r, here in r / k. At 87.33, n is
+/// -126 and the polynomial more than 1: the sum of exponents is that of a normal number. The
+/// relative error is at most 5e-7; without a fused multiply_add it is k s / 2^24 more, which
+/// s * exp(-k s) makes small. Nan stays nan.
 template <typename V>
-V exponential(V p) {
-  p = p < -88.0f ? V{} - 88.0f : p;  // n is -127 at least, and 2^n comes out as 0 there
-  const V shifted = multiply_add(p, V{} + 1.44269504f, V{} + 0x1.8p23f);  // n in the low bits
+inline __attribute__((always_inline)) V exponential(float k, V s) {
+  const V shifted = multiply_add(s, V{} - 1.44269504f * k, V{} + 0x1.8p23f);  // n in the low bits
   const V n = shifted - 0x1.8p23f;
-  const V r = multiply_add(n, V{} - 0.693147181f, p);
-  V of_r = V{} + 8.290272206e-3f;
-  of_r = multiply_add(of_r, r, V{} + 4.189816117e-2f);
-  of_r = multiply_add(of_r, r, V{} + 1.666763872e-1f);
-  of_r = multiply_add(of_r, r, V{} + 4.999914765e-1f);
-  of_r = multiply_add(of_r, r, V{} + 9.999997020e-1f);
+  const V r = multiply_add(n, V{} + 0.693147181f / k, s);
+  V of_r = V{} - 8.290272206e-3f * k * k * k * k * k;
+  of_r = multiply_add(of_r, r, V{} + 4.189816117e-2f * k * k * k * k);
+  of_r = multiply_add(of_r, r, V{} - 1.666763872e-1f * k * k * k);
+  of_r = multiply_add(of_r, r, V{} + 4.999914765e-1f * k * k);
+  of_r = multiply_add(of_r, r, V{} - 9.999997020e-1f * k);
   of_r = multiply_add(of_r, r, V{} + 1.0f);
-  const Bits<V> power = (__builtin_bit_cast(Bits<V>, shifted) << 23) + 0x3f800000u;  // 2^n
-  return of_r * __builtin_bit_cast(V, power);
+  const Bits<V> power = __builtin_bit_cast(Bits<V>, shifted) << 23;
+  return __builtin_bit_cast(V, __builtin_bit_cast(Bits<V>, of_r) + power);
 }
 
 inline Vector broadcast(float f) { return f - Vector{}; }  // unlike a sum, leaves -0 as it is

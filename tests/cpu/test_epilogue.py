@@ -7,6 +7,7 @@ import mlx.core as mx
 import mlx_welford as mw
 import numpy as np
 import pytest
+from epilogue import ACTIVATIONS as CURVES
 from mlx_welford._operations import operations
 from problems import DTYPES, HALVES
 from tolerance import assert_same_bits, wide
@@ -172,7 +173,7 @@ def activated_alone(activation: str, p: mx.array) -> tuple[mx.array, mx.array]:
 
 
 def test_silu_is_accurate_wherever_float32_reaches() -> None:
-    """Which holds its exponential to a few roundings, down to the smallest normal number."""
+    """Which holds the exponential to a few roundings, down to the smallest normal number."""
     rng = np.random.default_rng(0)
     small = 2.0 ** np.arange(-149, 0)
     sweep = np.concatenate([np.linspace(-90, 90, 100003), rng.normal(size=10000), small, -small])
@@ -188,6 +189,21 @@ def test_silu_is_accurate_wherever_float32_reaches() -> None:
     error = np.abs(z - truth)
     assert (error <= 4e-7 * np.abs(truth) + 2 * tiny * np.maximum(1, np.abs(p))).all()
     of_derivative = sigmoid * (1 + wide_p * rest)
+    np.testing.assert_allclose(derivative, of_derivative, rtol=0, atol=3e-7)
+
+
+@pytest.mark.parametrize(
+    ("activation", "of_tails"), [("silu", 1e-6), ("gelu", 2e-5), ("gelu_approx", 8e-6)]
+)
+def test_curves_are_exact_to_a_unit(activation: str, of_tails: float) -> None:
+    """z to a unit in the last place at max(|z|, 1), and small tails to some of their digits."""
+    p = np.linspace(-6, 12, 100003).astype(np.float32)
+    z, derivative = (wide(a)[0] for a in activated_alone(activation, mx.array(p[None])))
+    wide_p = p.astype(np.float64)
+    truth = CURVES[activation].value(wide_p, 0.01)
+    unit = np.finfo(np.float32).eps * 2.0 ** np.floor(np.log2(np.maximum(np.abs(truth), 1)))
+    assert (np.abs(z - truth) <= np.minimum(1.1 * unit, of_tails * np.abs(truth))).all()
+    of_derivative = CURVES[activation].derivative(wide_p, 0.01)
     np.testing.assert_allclose(derivative, of_derivative, rtol=0, atol=3e-7)
 
 
