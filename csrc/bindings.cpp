@@ -146,5 +146,13 @@ NB_MODULE(_ext, m) {
   mw::bind_launch(m);
   mw::bind_record(m);
   m.def("num_threads", &mw::cpu::num_threads);
+  m.def(
+      "use_kernels",
+      [](const nb::capsule& table) {
+        mw::cpu::use_kernels(
+            *static_cast<const mw::cpu::KernelTable*>(table.data(mw::kKernelTable)));
+      },
+      "table"_a, nb::sig("def use_kernels(table: object) -> None"),
+      "The CPU's kernels, by _core.kernels(). Without them no operation can be evaluated.");
   m.def("instruction_set", &mw::cpu::instruction_set);
 }

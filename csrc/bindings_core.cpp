@@ -1,5 +1,5 @@
-// The module mlx_welford._core: the rules for arguments, without MLX. Arrays are (shape, dtype),
-// the latter by its name in MLX.
+// The module mlx_welford._core: the CPU's kernels and the rules for arguments, without MLX. Arrays
+// are (shape, dtype), the latter by its name in MLX.
 
 #include <nanobind/nanobind.h>
 #include <nanobind/stl/array.h>
@@ -11,6 +11,7 @@
 #include <utility>
 
 #include "bindings.h"
+#include "cpu/kernels.h"
 #include "rules.h"
 
 namespace nb = nanobind;
@@ -30,8 +31,16 @@ std::optional<mw::Argument> argument(const std::optional<Array>& a) {
 }  // namespace
 
 NB_MODULE(_core, m) {
-  m.doc() = "The rules for arguments, in any process. Arrays are pairs: shape, name of the dtype.";
+  m.doc() =
+      "What needs no MLX: the CPU's kernels, and the rules for arguments. Arrays are pairs: shape, "
+      "name of the dtype.";
   mw::bind_rules(m);
+
+  m.def(
+      "kernels", [] { return nb::capsule(&mw::cpu::choose_kernels(), mw::kKernelTable); },
+      nb::sig("def kernels() -> object"),
+      "The CPU's kernels in the best instruction set of this processor, for _ext.use_kernels; "
+      "MLX_WELFORD_ISA names another one, for tests.");
 
   m.def(
       "check_normalize",

@@ -1,7 +1,6 @@
 // Chooses the kernels for the processor at hand.
 
 #include <cstdlib>
-#include <iterator>
 #include <stdexcept>
 #include <string>
 
@@ -24,11 +23,6 @@ MLX_WELFORD_FOR_EACH_ISA(DECLARE)
 
 namespace {
 
-struct Tables {
-  std::string isa;
-  const Kernels* kernels[std::size(kElementTypes)];  // in the order of Element
-};
-
 bool supported(const std::string& isa) {
 #if defined(__x86_64__)
   if (isa == "x86_64_v3") {
@@ -41,31 +35,25 @@ bool supported(const std::string& isa) {
   return isa == "baseline";
 }
 
-/// The last instruction set of the list that the processor has, or the one that MLX_WELFORD_ISA
-/// asks for.
-const Tables& tables() {
-  static const Tables chosen = [] {
+}  // namespace
+
+const KernelTable& choose_kernels() {
+  static const KernelTable chosen = [] {
     const char* asked = std::getenv("MLX_WELFORD_ISA");
-    Tables best;
+    KernelTable last{};  // of the list, that the processor has
 #define OFFER(isa)                                                           \
   if (supported(#isa) && (asked == nullptr || std::string(asked) == #isa)) { \
-    best = {#isa, {&isa::float32, &isa::float16, &isa::bfloat16}};           \
+    last = {#isa, {&isa::float32, &isa::float16, &isa::bfloat16}};           \
   }
     MLX_WELFORD_FOR_EACH_ISA(OFFER)
 #undef OFFER
-    if (best.isa.empty()) {
+    if (last.instruction_set == nullptr) {
       throw std::runtime_error(std::string("MLX_WELFORD_ISA=") + asked +
                                " is not an instruction set of this build and processor.");
     }
-    return best;
+    return last;
   }();
   return chosen;
 }
-
-}  // namespace
-
-const std::string& instruction_set() { return tables().isa; }
-
-const Kernels& kernels(Element element) { return *tables().kernels[static_cast<int>(element)]; }
 
 }  // namespace mlx_welford::cpu

@@ -2,7 +2,7 @@
 #pragma once
 
 #include <cstdint>
-#include <string>
+#include <iterator>
 
 #include "element.h"
 #include "settings.h"
@@ -77,11 +77,21 @@ struct Kernels {
   Apply gradient;
 };
 
-/// The kernels for an element type, in the best instruction set that this processor has.
-const Kernels& kernels(Element element);
+/// Those of one instruction set. It is compiled into _core, once for all releases of MLX, and
+/// handed to the _ext at hand when that is imported.
+struct KernelTable {
+  const char* instruction_set;                  // baseline, x86_64_v3 or x86_64_v4
+  const Kernels* of[std::size(kElementTypes)];  // in the order of Element
+};
 
-/// The name of that instruction set: baseline, x86_64_v3 or x86_64_v4. The environment variable
-/// MLX_WELFORD_ISA selects another one, for tests.
-const std::string& instruction_set();
+/// The table of the best instruction set that this processor has, or of the one that the
+/// environment variable MLX_WELFORD_ISA names, for tests. Raises an error if there is none.
+const KernelTable& choose_kernels();
+
+/// Must be called before the others. The table must stay.
+void use_kernels(const KernelTable& table);
+
+const Kernels& kernels(Element element);
+const char* instruction_set();
 
 }  // namespace mlx_welford::cpu

@@ -15,9 +15,8 @@ from mlx_welford.functional import (
     moments,
 )
 
-# Invalid values of MLX_WELFORD_NUM_THREADS and MLX_WELFORD_ISA are errors at import, not later.
+# An invalid value of MLX_WELFORD_NUM_THREADS is an error at import, not later.
 _operations.operations.num_threads()
-_operations.operations.instruction_set()
 
 __all__ = [
     "BatchNorm",
