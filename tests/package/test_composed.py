@@ -121,10 +121,10 @@ def call(module: Any, function: str, arguments: dict[str, Any]) -> list[Any]:
 
 
 def test_it_has_all_functions_that_the_package_calls() -> None:
-    """Those that only tests and benchmarks call are left out."""
+    """Those that only tests, benchmarks and the import call are left out."""
     only_tests = {"simulate_with", "operations", "buffer_names", "limits", "counted_plans"}
     missing = {name for name in vars(_ext) if not name.startswith("_")} - vars(_composed).keys()
-    assert missing == only_tests | {"shader_source"}
+    assert missing == only_tests | {"shader_source", "use_kernels"}
 
 
 @pytest.mark.parametrize("name", CALLS)
