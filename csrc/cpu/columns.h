@@ -21,6 +21,10 @@ constexpr int64_t kFirstRows = 16;   // averaged for the first origin
 constexpr int64_t kMappedRows = 4;   // for which coefficients are loaded once
 constexpr int64_t kNarrow = 1024;    // columns whose coefficients fit the first-level cache
 
+// Of a row, from which on moments take the rows of a group side by side. Down a bundle, rows of 2 or
+// 4 KB would all fall into the same few sets of the caches: 512 columns took 1.4 times as long.
+constexpr int64_t kManyBytes = 2048;
+
 constexpr int64_t kBundleColumns = 4 * kLanes;
 
 /// Neighbouring columns: `count` vectors, or a single one with V = float.
@@ -203,8 +207,9 @@ class AheadOfTwo {
 
 /// first[j] += sum of f and second[j] += sum of s over rows, where term(bundle, r, j, f, s) adds to
 /// f and s what row r holds in the columns from j on. Sums of sums: a long plain sum would lose
-/// digits. ahead(r) is the Ahead from row r on.
-template <int vectors, typename AheadOf, typename Term>
+/// digits. ahead(r) is the Ahead from row r on. From `streams` columns on, if that is not 0, the rows
+/// of a group advance side by side, each with instructions of its own (see for_rows).
+template <int vectors, int64_t streams = 0, typename AheadOf, typename Term>
 inline __attribute__((always_inline)) void sum_rows(int64_t rows, int64_t width,
                                                     float* __restrict first,
                                                     float* __restrict second, const AheadOf& ahead,
@@ -212,14 +217,24 @@ inline __attribute__((always_inline)) void sum_rows(int64_t rows, int64_t width,
   for (int64_t done = 0; done < rows; done += kGroupRows) {
     const int64_t end = rows - done < kGroupRows ? rows : done + kGroupRows;
     auto next = ahead(end);
-    by_bundle<vectors>(0, width, [&](auto bundle, int64_t begin) {
+    auto down = [&](auto bundle, int64_t begin, auto whole) __attribute__((always_inline)) {
       using V = typename decltype(bundle)::Value;
       V f[bundle.kCount]{};
       V s[bundle.kCount]{};
-      for (int64_t r = done; r < end; ++r) {
-        next.fetch(bundle.columns());
+      auto add_row = [&](int64_t r) __attribute__((always_inline)) {
         for (int i = 0; i < bundle.kCount; ++i) {
           term(bundle, r, begin + i * kLanes, f[i], s[i]);
+        }
+      };
+      if constexpr (whole) {
+        next.fetch(kGroupRows * bundle.columns());
+        [&]<int64_t... r>(std::integer_sequence<int64_t, r...>) __attribute__((always_inline)) {
+          (add_row(done + r), ...);
+        }(std::make_integer_sequence<int64_t, kGroupRows>{});
+      } else {
+        for (int64_t r = done; r < end; ++r) {
+          next.fetch(bundle.columns());
+          add_row(r);
         }
       }
       for (int i = 0; i < bundle.kCount; ++i) {
@@ -227,7 +242,16 @@ inline __attribute__((always_inline)) void sum_rows(int64_t rows, int64_t width,
         bundle.store(first + j, bundle.load(first + j) + f[i]);
         bundle.store(second + j, bundle.load(second + j) + s[i]);
       }
-    });
+    };
+    if (streams != 0 && width >= streams && end - done == kGroupRows) {
+      by_vector(0, width, [&](auto bundle, int64_t begin) __attribute__((always_inline)) {
+        down(bundle, begin, std::true_type{});
+      });
+    } else {
+      by_bundle<vectors>(0, width, [&](auto bundle, int64_t begin) __attribute__((always_inline)) {
+        down(bundle, begin, std::false_type{});
+      });
+    }
   }
 }
 
@@ -235,7 +259,7 @@ inline __attribute__((always_inline)) void sum_rows(int64_t rows, int64_t width,
 template <typename T>
 void centred_sums(const T* x, int64_t rows, int64_t stride, int64_t width, const float* origin,
                   float* sum, float* square) {
-  sum_rows<4>(
+  sum_rows<4, kManyBytes / sizeof(T)>(
       rows, width, sum, square, [&](int64_t r) { return Ahead<T>(x + r * stride, stride, width); },
       [&](auto bundle, int64_t r, int64_t j, auto& s, auto& q) {
         const auto d = bundle.load(x + r * stride + j) - bundle.load(origin + j);

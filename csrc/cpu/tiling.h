@@ -14,6 +14,8 @@ constexpr int64_t kTileElements = 1 << 16;  // 256 KB of float32: a fraction of 
 constexpr int64_t kGroupElements = 1 << 19;
 constexpr int64_t kEnoughGroups = 16;
 constexpr int64_t kTileRows = 64;  // at least, so that partial results stay a small fraction of x
+constexpr int64_t kManyTileRows = 128;  // the same where kTilesOfMany or more tiles are left
+constexpr int64_t kTilesOfMany = 32;
 constexpr int64_t kEnoughTiles = 64;  // for any number of threads to share
 constexpr int64_t kFewRepeats = 8;    // make a partial result small beside the lines in it
 
@@ -27,6 +29,12 @@ inline int64_t equal_parts(int64_t n, int64_t most, int64_t unit) {
                                        : equal_parts(n, most);
 }
 
+/// Rows of a tile of an array of `size` elements, in strips of `width` columns.
+inline int64_t tile_rows(int64_t size, int64_t width) {
+  const bool many = size / (kManyTileRows * width) >= kTilesOfMany;
+  return std::max(many ? kManyTileRows : kTileRows, kTileElements / width);
+}
+
 /// x in tiles. Segments (merge, outer) are cut into strips of columns, and strips into splits of
 /// positions. Several small segments make one strip, and short lines of several batch entries too:
 /// one partial result for each of them would take up a large fraction of the size of x.
@@ -38,7 +46,7 @@ class Tiling {
         unit_(unit),
         strip_width_(equal_parts(g.inner, kMaxPanelWidth, unit)),
         strips_(ceil_div(g.inner, strip_width_)),
-        piece_positions_(equal_parts(g.reduce, std::max(kTileRows, kTileElements / strip_width_))),
+        piece_positions_(equal_parts(g.reduce, tile_rows(g.size(), strip_width_))),
         pieces_(ceil_div(g.reduce, piece_positions_)) {
     if (strips_ == 1 && pieces_ == 1) {
       const bool repeats = g.inner == 1 && g.merge > 1 && g.reduce <= kMaxRepeatedPositions;

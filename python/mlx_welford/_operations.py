@@ -33,9 +33,9 @@ elif no_kernels is not None:
 import_module("mlx.core")
 
 if TYPE_CHECKING or no_kernels is None:
-    from mlx_welford import _core, _ext
+    from mlx_welford import _core
     from mlx_welford import _ext as operations
 
-    _ext.use_kernels(_core.kernels())
+    operations.use_kernels(_core.kernels())
 else:
     from mlx_welford import _composed as operations
