@@ -21,8 +21,8 @@ constexpr int64_t kFirstRows = 16;   // averaged for the first origin
 constexpr int64_t kMappedRows = 4;   // for which coefficients are loaded once
 constexpr int64_t kNarrow = 1024;    // columns whose coefficients fit the first-level cache
 
-// Of a row, from which on moments take the rows of a group side by side. Down a bundle, rows of 2 or
-// 4 KB would all fall into the same few sets of the caches: 512 columns took 1.4 times as long.
+// Of a row, from which on moments take the rows of a group side by side. Down a bundle, rows of 2
+// or 4 KB would all fall into the same few sets of the caches: 512 columns took 1.4 times as long.
 constexpr int64_t kManyBytes = 2048;
 
 constexpr int64_t kBundleColumns = 4 * kLanes;
@@ -207,8 +207,8 @@ class AheadOfTwo {
 
 /// first[j] += sum of f and second[j] += sum of s over rows, where term(bundle, r, j, f, s) adds to
 /// f and s what row r holds in the columns from j on. Sums of sums: a long plain sum would lose
-/// digits. ahead(r) is the Ahead from row r on. From `streams` columns on, if that is not 0, the rows
-/// of a group advance side by side, each with instructions of its own (see for_rows).
+/// digits. ahead(r) is the Ahead from row r on. From `streams` columns on, if that is not 0, the
+/// rows of a group advance side by side, each with instructions of its own (see for_rows).
 template <int vectors, int64_t streams = 0, typename AheadOf, typename Term>
 inline __attribute__((always_inline)) void sum_rows(int64_t rows, int64_t width,
                                                     float* __restrict first,
