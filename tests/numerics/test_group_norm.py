@@ -74,7 +74,8 @@ def check(case: Case, names: Sequence[str] = NAMES) -> None:
         for name, gradient in grads.items():
             dtype, size = problem.inputs[name].dtype, sizes.get(name, 0)
             found = f"grad {name}", gradient, base[name], truth[name], dtype
-            comparison.add(*found, magnitude=size)
+            # The gradient of var has r^3 in it, which is rounded more than once.
+            comparison.add(*found, magnitude=2 * size if name == "var" else size)
     comparison.check()
 
 
