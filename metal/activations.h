@@ -39,7 +39,7 @@ inline F splat(float v) {
 
 /// silu, gelu and gelu_approx are p C(p), where C is the distribution function of a distribution
 /// that is symmetric about 0: C(-q) = 1 - C(q). So the tail C(-q), q = |p|, is all that they need,
-/// and no digit of a small one is lost:
+/// and a small one is no difference of larger numbers:
 ///   act(p) = max(p, 0) - q C(-q)
 ///   act'(p) = act'(-q) for p < 0, 1 - act'(-q) for p > 0
 /// q has a limit beyond which the tail, less than 1e-24 there, is not needed.
@@ -79,8 +79,7 @@ inline Tail<F> gelu_approx_tail(F magnitude) {
 }
 
 /// The tail of the normal distribution is exp(-q^2 / 2) Q(t), t = 1 / (1 + 0.278 q). Q is a fit of
-/// degree 6, for which q C(-q) is off by 1.1e-8 at most, and the tail by 5e-5 of itself: 1 + erf
-/// would lose all digits of small ones.
+/// degree 6, for which q C(-q) is off by 1.1e-8 at most, and the tail by 5e-5 of itself.
 template <typename F>
 inline Tail<F> gelu_tail(F magnitude) {
   const F q = smaller(splat<F>(10.7f), magnitude);
