@@ -205,6 +205,21 @@ class AheadOfTwo {
   bool turn_ = true;
 };
 
+/// Calls f(row) for `rows` rows, at most `most`. In versions each has instructions of its own: by
+/// them the processor's prefetcher tells streams of memory apart. A loop took 1.3 times as long.
+template <bool versions, int64_t most, typename F>
+inline __attribute__((always_inline)) void for_rows(int64_t rows, const F& f) {
+  if constexpr (!versions) {
+    for (int64_t r = 0; r < rows; ++r) {
+      f(r);
+    }
+  } else {
+    [&]<int64_t... r>(std::integer_sequence<int64_t, r...>) __attribute__((always_inline)) {
+      static_cast<void>(((r < rows && (f(r), true)) && ...));
+    }(std::make_integer_sequence<int64_t, most>{});
+  }
+}
+
 /// first[j] += sum of f and second[j] += sum of s over rows, where term(bundle, r, j, f, s) adds to
 /// f and s what row r holds in the columns from j on. Sums of sums: a long plain sum would lose
 /// digits. ahead(r) is the Ahead from row r on. From `streams` columns on, if that is not 0, the
@@ -228,9 +243,8 @@ inline __attribute__((always_inline)) void sum_rows(int64_t rows, int64_t width,
       };
       if constexpr (whole) {
         next.fetch(kGroupRows * bundle.columns());
-        [&]<int64_t... r>(std::integer_sequence<int64_t, r...>) __attribute__((always_inline)) {
-          (add_row(done + r), ...);
-        }(std::make_integer_sequence<int64_t, kGroupRows>{});
+        for_rows<true, kGroupRows>(
+            kGroupRows, [&](int64_t r) __attribute__((always_inline)) { add_row(done + r); });
       } else {
         for (int64_t r = done; r < end; ++r) {
           next.fetch(bundle.columns());
@@ -492,21 +506,6 @@ struct Mapped {
   }
 };
 
-/// Calls f(row) for at most kMappedRows rows. In versions each has instructions of its own: by them
-/// the processor's prefetcher tells streams of memory apart. A loop took 1.3 times as long.
-template <bool versions, typename F>
-inline __attribute__((always_inline)) void for_rows(int64_t rows, const F& f) {
-  if constexpr (!versions) {
-    for (int64_t r = 0; r < rows; ++r) {
-      f(r);
-    }
-  } else {
-    [&]<int64_t... r>(std::integer_sequence<int64_t, r...>) __attribute__((always_inline)) {
-      static_cast<void>(((r < rows && (f(r), true)) && ...));
-    }(std::make_integer_sequence<int64_t, kMappedRows>{});
-  }
-}
-
 /// Applies a map to the columns [begin, end) of some rows.
 template <template <typename> class Map, typename T, typename Second, typename Streamed>
 inline __attribute__((always_inline)) void map_columns(const Mapped<Map, T>& a, int64_t rows,
@@ -518,7 +517,7 @@ inline __attribute__((always_inline)) void map_columns(const Mapped<Map, T>& a, 
     for (int i = 0; i < bundle.kCount; ++i) {
       maps[i] = a.map(bundle, first + i * kLanes);
     }
-    for_rows<(bundle.kCount > 1 && Mapped<Map, T>::kVersions)>(
+    for_rows<(bundle.kCount > 1 && Mapped<Map, T>::kVersions), kMappedRows>(
         rows, [&](int64_t r) __attribute__((always_inline)) {
           ahead.fetch(bundle.columns());
           for (int i = 0; i < bundle.kCount; ++i) {

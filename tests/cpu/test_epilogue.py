@@ -10,7 +10,7 @@ import pytest
 from epilogue import ACTIVATIONS as CURVES
 from mlx_welford._operations import operations
 from problems import DTYPES, HALVES
-from tolerance import assert_same_bits, wide
+from tolerance import assert_same_bits, units, wide
 
 ACTIVATIONS = operations.activations()
 FLOATS = ["float32", *HALVES]
@@ -201,8 +201,8 @@ def test_curves_are_exact_to_a_unit(activation: str, of_tails: float) -> None:
     z, derivative = (wide(a)[0] for a in activated_alone(activation, mx.array(p[None])))
     wide_p = p.astype(np.float64)
     truth = CURVES[activation].value(wide_p, 0.01)
-    unit = np.finfo(np.float32).eps * 2.0 ** np.floor(np.log2(np.maximum(np.abs(truth), 1)))
-    assert (np.abs(z - truth) <= np.minimum(1.1 * unit, of_tails * np.abs(truth))).all()
+    allowed = np.minimum(1.1 * units(truth, mx.float32), of_tails * np.abs(truth))
+    assert (np.abs(z - truth) <= allowed).all()
     of_derivative = CURVES[activation].derivative(wide_p, 0.01)
     np.testing.assert_allclose(derivative, of_derivative, rtol=0, atol=3e-7)
 

@@ -13,7 +13,7 @@ from epilogue import ACTIVATIONS, NAMES, Case, Problem, backward, forward
 from mlx_welford.selftest.check import Used, recording
 from problems import DTYPES, HALVES
 from reference import Array, directional, moments_backward, reduction_axes
-from tolerance import Comparison, assert_error, assert_same_bits, assert_within, ulp, wide
+from tolerance import Comparison, assert_error, assert_same_bits, assert_within, ulp, units, wide
 
 pytestmark = pytest.mark.every_backend
 
@@ -89,15 +89,6 @@ def check(case: Case, names: Sequence[str] = NAMES) -> None:
             # The gradient of var has r^3 in it, which is rounded more than once.
             comparison.add(*found, magnitude=2 * size if name == "var" else size)
     comparison.check()
-
-
-def units(a: Array, dtype: mx.Dtype) -> Array:
-    """The distance between neighbours of the type around each value, or around 1 if that is more.
-
-    Terms of p of the order of 1 cancel where z is small.
-    """
-    result: Array = mx.finfo(dtype).eps * 2.0 ** np.floor(np.log2(np.maximum(np.abs(a), 1)))
-    return result
 
 
 def assert_rounded_once(z: mx.array, truth: Array) -> None:

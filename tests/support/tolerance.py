@@ -35,6 +35,15 @@ def ulp(magnitude: float, dtype: mx.Dtype) -> float:
     return ulp_of_type(magnitude, dtype) * (_FLOAT64_UNITS if dtype == mx.float64 else 1)
 
 
+def units(a: Array, dtype: mx.Dtype) -> Array:
+    """The distance between neighbours of the type around each value, or around 1 if that is more.
+
+    Terms of p of the order of 1 cancel where z is small.
+    """
+    result: Array = mx.finfo(dtype).eps * 2.0 ** np.floor(np.log2(np.maximum(np.abs(a), 1)))
+    return result
+
+
 def largest(a: Array) -> float:
     return float(np.abs(a).max(initial=0))
 
