@@ -4,7 +4,7 @@ import math
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -19,7 +19,7 @@ from mlx_welford.selftest import truth
 from mlx_welford.selftest.cases import SLOPE, Case
 from mlx_welford.selftest.truth import Activation, Arguments, Truth
 
-__all__ = ["Outcome", "Result", "Used", "check", "recording"]
+__all__ = ["Checked", "Outcome", "Result", "Used", "check", "recording"]
 
 EPS = 1e-5
 MOMENTUM = 0.3  # of running statistics
@@ -60,12 +60,12 @@ class Used(NamedTuple):
     threads: int
 
 
-@dataclass(frozen=True)
-class Outcome:
-    case: Case
-    results: list[Result]
-    raised: str | None = None  # the message, if the operation did
-    used: tuple[Used, ...] = ()  # dispatches of the first run; none where no shaders run
+@dataclass(frozen=True, kw_only=True)
+class Checked:
+    """What came of a case or a program."""
+
+    results: list[Result] = field(default_factory=list)
+    raised: str | None = None  # the message, if there was an error
 
     @property
     def passed(self) -> bool:
@@ -75,6 +75,12 @@ class Outcome:
     def worst(self) -> Result:
         """The result that comes closest to what is allowed, or exceeds it most."""
         return max(self.results, key=lambda result: result.share)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outcome(Checked):
+    case: Case
+    used: tuple[Used, ...] = ()  # dispatches of the first run; none where no shaders run
 
 
 def check(case: Case, repeats: int = REPEATS) -> Outcome:
@@ -96,7 +102,8 @@ def check(case: Case, repeats: int = REPEATS) -> Outcome:
             )
             again = _run_on_temporaries(case, arguments, cotangents) if case.temporary else {}
     except Exception as raised:  # whatever it is belongs in the report
-        return Outcome(case, [], f"{type(raised).__name__}: {raised}", tuple(used))
+        words = f"{type(raised).__name__}: {raised}"
+        return Outcome(case=case, raised=words, used=tuple(used))
     true = _truth(case, arguments, cotangents)
     composed = operations.backend() == "composed"
     results = []
@@ -113,7 +120,7 @@ def check(case: Case, repeats: int = REPEATS) -> Outcome:
         results.append(Result(TEMPORARY, worst, 0.0))
     if repeats > 1:
         results.append(Result(REPEATED, different, 0.0))
-    return Outcome(case, results, used=tuple(used))
+    return Outcome(case=case, results=results, used=tuple(used))
 
 
 @contextmanager
@@ -219,12 +226,6 @@ def _truth(case: Case, arguments: Arguments, cotangents: Arguments) -> Truth:
     if case.operation == "running":
         return truth.running(arguments, MOMENTUM, VALUES)
     view, channels, statistics = case.view
-    if case.operation == "moments":
-        x = arguments["x"].reshape(view, stream=mx.cpu)
-        axes = [a for a in range(len(view)) if a not in statistics]
-        true = truth.moments({"x": x}, cotangents, axes)
-        true.values["grad x"] = true.values["grad x"].reshape(case.shape, stream=mx.cpu)
-        return true
     shapes = {"x": view, "y": view, "residual": view}
     shapes |= {name: [view[a] for a in channels] for name in ("weight", "bias")}
     shapes |= {name: [view[a] for a in statistics] for name in ("mean", "var")}
@@ -232,12 +233,12 @@ def _truth(case: Case, arguments: Arguments, cotangents: Arguments) -> Truth:
         {name: a.reshape(shapes[name], stream=mx.cpu) for name, a in given.items()}
         for given in (arguments, cotangents)
     )
-    of_p = _activation(case)
-    if case.operation in ("evaluation", "tile"):
-        true = truth.evaluation(viewed, seen, channels, statistics, EPS, of_p)
+    if case.operation == "moments":
+        true = truth.moments(viewed, seen, statistics)
     elif case.operation == "shard":
         true = truth.shard(viewed, seen, statistics, EPS)
     else:
+        of_p = _activation(case)
         true = truth.normalization(viewed, seen, channels, statistics, EPS, of_p)
     for name, a in true.values.items():
         of = name.removeprefix("grad ")
@@ -264,53 +265,24 @@ def _run(case: Case, arguments: Arguments, cotangents: Arguments) -> Arguments:
             **arguments, momentum=MOMENTUM, count=VALUES, caller="selftest"
         )
         return dict(zip(("running_mean", "running_var"), running, strict=True))
-    outputs = {
-        "batch": ["y", "mean", "var"],
-        "instance": ["y"],
-        "evaluation": ["y"],
-        "group": ["y"],
-        "tile": ["y"],
-        "moments": ["mean", "var"],
-    }[case.operation]
+    of_operation = {"batch": ["y", "mean", "var"], "moments": ["mean", "var"]}
+    outputs = of_operation.get(case.operation, ["y"])
     statistics = ("mean", "var") if "statistics" in case.wanted else ()
     names = [name for name in arguments if name in (*case.wanted, *statistics, "residual")]
-    options: dict[str, Any] = {
-        "activation": case.activation,
-        "negative_slope": SLOPE,
-        "axis": case.axis,
-    }
+    groups: dict[str, Any] = {"interleaved": case.interleaved, "axis": case.axis}
+    options: dict[str, Any] = {"activation": case.activation, "negative_slope": SLOPE, "eps": EPS}
 
     def f(*values: mx.array) -> list[mx.array]:
-        given = {**arguments, **dict(zip(names, values, strict=True))}
-        x, weight, bias = given["x"], given.get("weight"), given.get("bias")
-        residual = given.get("residual")
-        if case.operation == "moments" and case.groups:
-            return list(
-                mw.group_moments(x, case.groups, interleaved=case.interleaved, axis=case.axis)
-            )
+        given: dict[str, Any] = {**arguments, **dict(zip(names, values, strict=True))}
         if case.operation == "moments":
-            return list(mw.moments(x, case.axes))
-        if case.operation == "instance":
-            return [mw.instance_norm(x, weight, bias, EPS, residual=residual, **options)]
-        mean, var = given.get("mean"), given.get("var")
+            if case.groups:
+                return list(mw.group_moments(given["x"], case.groups, **groups))
+            return list(mw.moments(given["x"], case.axes))
         if case.groups:
-            y = mw.group_norm(
-                x,
-                case.groups,
-                weight,
-                bias,
-                EPS,
-                interleaved=case.interleaved,
-                mean=mean,
-                var=var,
-                residual=residual,
-                **options,
-            )
-            return [y]
-        results = mw.batch_norm(
-            x, weight, bias, EPS, mean=mean, var=var, residual=residual, **options
-        )
-        return list(results)[: len(outputs)]
+            return [mw.group_norm(num_groups=case.groups, **given, **groups, **options)]
+        if case.operation == "instance":
+            return [mw.instance_norm(**given, axis=case.axis, **options)]
+        return list(mw.batch_norm(**given, axis=case.axis, **options))[: len(outputs)]
 
     values, grads = mx.vjp(f, [arguments[name] for name in names], list(cotangents.values()))
     named = dict(zip(outputs, values, strict=True))

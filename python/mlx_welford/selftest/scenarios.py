@@ -20,7 +20,7 @@ import mlx.optimizers as optim
 import mlx_welford as mw
 from mlx_welford._status import strict_shaders
 from mlx_welford.selftest import truth
-from mlx_welford.selftest.check import Result
+from mlx_welford.selftest.check import Checked, Result
 from mlx_welford.selftest.truth import Arguments
 
 __all__ = ["SCENARIOS", "ScenarioOutcome", "check_scenario"]
@@ -34,32 +34,22 @@ ALLOWED = 1e-4
 Cast = Callable[[mx.array], mx.array]  # to the dtype in which a scenario computes
 
 
-@dataclass(frozen=True)
-class ScenarioOutcome:
+@dataclass(frozen=True, kw_only=True)
+class ScenarioOutcome(Checked):
     name: str
-    results: list[Result]
-    raised: str | None = None
     left_out: str | None = None  # the reason, if it was not run
-
-    @property
-    def passed(self) -> bool:
-        return self.raised is None and all(result.passed for result in self.results)
-
-    @property
-    def worst(self) -> Result:
-        return max(self.results, key=lambda result: result.share)
 
 
 def check_scenario(name: str, *, composed: bool = False) -> ScenarioOutcome:
     """Runs a scenario on the default device and compares it with float64."""
     if name == COMPILED and not _can_compile():
-        return ScenarioOutcome(name, [], left_out="on a CPU mx.compile needs g++")
+        return ScenarioOutcome(name=name, left_out="on a CPU mx.compile needs g++")
     try:
         with strict_shaders(), mw.composed() if composed else nullcontext():
             got = SCENARIOS[name](lambda a: a)
             mx.eval(got)
     except Exception as raised:  # any error belongs in the report
-        return ScenarioOutcome(name, [], f"{type(raised).__name__}: {raised}")
+        return ScenarioOutcome(name=name, raised=f"{type(raised).__name__}: {raised}")
     with mw.composed(), mx.stream(mx.cpu):
         true = _TRUE[name](truth.wide)
         mx.eval(true)
@@ -68,7 +58,7 @@ def check_scenario(name: str, *, composed: bool = False) -> ScenarioOutcome:
         allowed = ALLOWED * max(truth.largest(true[key]), 1e-3)
         finite = truth.error(a, true[key]) if a.dtype == mx.float32 else math.inf
         results.append(Result(key, finite, allowed))
-    return ScenarioOutcome(name, results)
+    return ScenarioOutcome(name=name, results=results)
 
 
 def _can_compile() -> bool:

@@ -26,7 +26,6 @@ __all__ = [
     "Arguments",
     "Truth",
     "error",
-    "evaluation",
     "largest",
     "moments",
     "normalization",
@@ -87,89 +86,60 @@ def normalization(
     eps: float,
     activation: Activation | None = None,
 ) -> Truth:
-    """Of y, mean and var, and gradients by the names of the arguments.
+    """Of y, and gradients by the names of the arguments; and of mean and var unless they are given.
 
     Weight and bias have the axes ``channels`` of x, mean and var the axes ``statistics``.
     """
-    names: list[str] = [name for name in ("x", "weight", "bias", "residual") if name in arguments]
+    possible = ("x", "weight", "bias", "residual", "mean", "var")
+    names: list[str] = [name for name in possible if name in arguments]
     axes = _others(arguments["x"], statistics)
+    given = "mean" in arguments
+
+    def statistics_of(arrays: Arguments) -> tuple[mx.array, mx.array]:
+        if not given:
+            return _moments(arrays["x"], axes)
+        mean, var = (_along(arrays[name], statistics, arrays["x"].ndim) for name in ("mean", "var"))
+        return mean, var
 
     def f(*values: mx.array) -> list[mx.array]:
-        given = dict(zip(names, values, strict=True))
-        mean, var = _moments(given["x"], axes)
-        y = _apply(given, mean, var, eps, channels, activation)
-        return [y, mean.squeeze(axes), var.squeeze(axes)]
+        arrays = dict(zip(names, values, strict=True))
+        mean, var = statistics_of(arrays)
+        y = _apply(arrays, mean, var, eps, channels, activation)
+        return [y] if given else [y, mean.squeeze(axes), var.squeeze(axes)]
 
     with mx.stream(mx.cpu):
         outputs, grads = _differentiate(f, [arguments[n] for n in names], cotangents)
-        mean, var = _moments(wide(arguments["x"]), axes)
+        mean, var = statistics_of({name: wide(arguments[name]) for name in names})
         r = 1 / mx.sqrt(var + eps)
         d = wide(arguments["x"]) - mean
         n = _count(d, axes)
         per_channel = _count(d, _others(d, channels))
         sizes = _Sizes(arguments, cotangents, normal=largest(d * r), slope=largest(r))
-        shift = U * largest(mean * r)  # of x - mean, in standard deviations
+        # Of x - mean, in standard deviations; given means are exact
+        shift = 0.0 if given else U * largest(mean * r)
         through = (sizes.g_mean + 2 * sizes.g_var * largest(d)) / n
-        passed = sizes.g * sizes.weight * sizes.slope * max(1.0, sizes.normal)
+        passed = sizes.g * sizes.weight * sizes.slope
+        of_x = passed if given else passed * max(1.0, sizes.normal)
         of_y = 16 * U * (sizes.weight * sizes.normal + sizes.added) + shift * sizes.weight
         of_g = _of_cotangent(arguments, activation, of_y)
+        of_statistics = (4 * U + of_g) * math.sqrt(n) * passed
         accumulation = {
             "y": of_y,
-            "mean": 4 * U * largest(d),
-            "var": 16 * U * largest(var),
-            "grad x": (16 * U + 2 * shift + of_g) * (passed + through),
+            "grad x": (16 * U + 2 * shift + of_g) * (of_x + through),
             "grad weight": (4 * U + shift + of_g) * math.sqrt(per_channel) * sizes.g * sizes.normal,
             "grad bias": (4 * U + of_g) * math.sqrt(per_channel) * sizes.g,
             "grad residual": (16 * U + of_g) * sizes.g,
-        }
-    return Truth(_named(["y", "mean", "var"], outputs, names, grads), accumulation)
-
-
-def evaluation(
-    arguments: Arguments,
-    cotangents: Arguments,
-    channels: list[int],
-    statistics: list[int],
-    eps: float,
-    activation: Activation | None = None,
-) -> Truth:
-    """Of y with given statistics, and gradients by the names of the arguments."""
-    possible = ("x", "weight", "bias", "mean", "var", "residual")
-    names: list[str] = [name for name in possible if name in arguments]
-    ndim = arguments["x"].ndim
-
-    def f(*values: mx.array) -> list[mx.array]:
-        given = dict(zip(names, values, strict=True))
-        mean, var = (_along(given[n], statistics, ndim) for n in ("mean", "var"))
-        return [_apply(given, mean, var, eps, channels, activation)]
-
-    with mx.stream(mx.cpu):
-        outputs, grads = _differentiate(f, [arguments[n] for n in names], cotangents)
-        mean, var = (_along(wide(arguments[n]), statistics, ndim) for n in ("mean", "var"))
-        r = 1 / mx.sqrt(var + eps)
-        normal = (wide(arguments["x"]) - mean) * r
-        n = _count(normal, _others(normal, channels))
-        of_statistic = _count(normal, _others(normal, statistics))
-        sizes = _Sizes(arguments, cotangents, normal=largest(normal), slope=largest(r))
-        passed = sizes.g * sizes.weight * sizes.slope
-        of_y = 16 * U * (sizes.weight * sizes.normal + sizes.added)
-        of_g = _of_cotangent(arguments, activation, of_y)
-        sums = (4 * U + of_g) * math.sqrt(n)
-        of_statistics = (4 * U + of_g) * math.sqrt(of_statistic) * passed
-        accumulation = {
-            "y": of_y,
-            "grad x": (16 * U + of_g) * passed,
-            "grad weight": sums * sizes.g * sizes.normal,
-            "grad bias": sums * sizes.g,
             "grad mean": of_statistics,
             "grad var": of_statistics * sizes.normal * sizes.slope,
-            "grad residual": (16 * U + of_g) * sizes.g,
+            **_of_moments(d, var),
         }
-    return Truth(_named(["y"], outputs, names, grads), accumulation)
+    found = ["y"] if given else ["y", "mean", "var"]
+    return Truth(_named(found, outputs, names, grads), accumulation)
 
 
-def moments(arguments: Arguments, cotangents: Arguments, axes: list[int]) -> Truth:
+def moments(arguments: Arguments, cotangents: Arguments, statistics: list[int]) -> Truth:
     """Of mean and var, and the gradient of x."""
+    axes = _others(arguments["x"], statistics)
 
     def f(x: mx.array) -> list[mx.array]:
         return [a.squeeze(axes) for a in _moments(x, axes)]
@@ -181,8 +151,7 @@ def moments(arguments: Arguments, cotangents: Arguments, axes: list[int]) -> Tru
         g_mean, g_var = largest(cotangents["mean"]), largest(cotangents["var"])
         grad = (g_mean + 2 * g_var * (largest(d) + largest(mean) / 16)) / _count(d, axes)
         accumulation = {
-            "mean": 4 * U * largest(d),
-            "var": 16 * U * largest(var),
+            **_of_moments(d, var),
             "grad x": 16 * U * grad,
         }
     return Truth(_named(["mean", "var"], outputs, ["x"], grads), accumulation)
@@ -209,8 +178,7 @@ def shard(arguments: Arguments, cotangents: Arguments, statistics: list[int], ep
         mx.eval(values)
         shift = U * largest(mean * r)  # of x - mean, in standard deviations
         accumulation = {
-            "mean": 4 * U * largest(d),
-            "var": 16 * U * largest(var),
+            **_of_moments(d, var),
             "grad x": (16 * U + 2 * shift) * (largest(scale * g) + largest(through)),
         }
     return Truth(values, accumulation)
@@ -245,6 +213,11 @@ class _Sizes:
         self.g_var = largest(cotangents["var"]) if "var" in cotangents else 0.0
         self.normal = normal  # of (x - mean) / sqrt(var + eps)
         self.slope = slope  # of 1 / sqrt(var + eps)
+
+
+def _of_moments(d: mx.array, var: mx.array) -> dict[str, float]:
+    """What is allowed of mean and var, from d = x - mean."""
+    return {"mean": 4 * U * largest(d), "var": 16 * U * largest(var)}
 
 
 def _of_cotangent(arguments: Arguments, activation: Activation | None, of_y: float) -> float:
