@@ -6,7 +6,6 @@
 #include <array>
 #include <cmath>
 #include <optional>
-#include <type_traits>
 #include <vector>
 
 #include "cpu/kernels.h"
@@ -101,36 +100,29 @@ bool past_caches(const array& out, const array& x, const array* second) {
   return out.nbytes() >= kStreamBytes && !donated(x) && (second == nullptr || !donated(*second));
 }
 
+/// Calls f with a value of the type in which MLX holds the element.
+template <typename F>
+void with_type(Element element, const F& f) {
+  switch (element) {
+    case Element::float32:
+      return f(float{});
+    case Element::float16:
+      return f(mx::float16_t{});
+    case Element::bfloat16:
+      return f(mx::bfloat16_t{});
+  }
+}
+
 /// A vector over channels in float32, however it is stored, or `otherwise` where there is none.
-class Channels {
- public:
-  Channels(const std::optional<array>& v, int64_t channels, float otherwise)
-      : values_(channels, otherwise) {
-    if (!v) {
-      return;
-    }
-    switch (element_of(v->dtype())) {
-      case Element::float32:
-        copy<float>(*v);
-        break;
-      case Element::float16:
-        copy<mx::float16_t>(*v);
-        break;
-      case Element::bfloat16:
-        copy<mx::bfloat16_t>(*v);
-        break;
-    }
+std::vector<float> load(const std::optional<array>& v, int64_t channels, float otherwise) {
+  std::vector<float> values(channels, otherwise);
+  if (v) {
+    with_type(element_of(v->dtype()), [&](auto type) {
+      std::copy_n(v->data<decltype(type)>(), v->size(), values.begin());
+    });
   }
-  float operator[](int64_t channel) const { return values_[channel]; }
-
- private:
-  template <typename T>
-  void copy(const array& v) {
-    std::copy_n(v.data<T>(), v.size(), values_.begin());
-  }
-
-  std::vector<float> values_;
-};
+  return values;
+}
 
 /// The sums of value(slot's index) over the slots of each channel.
 template <typename Value>
@@ -144,19 +136,11 @@ std::vector<double> sums_per_channel(const Slots& slots, const Value& value) {
 
 /// A vector over channels, in whatever type it is stored.
 void store(const std::vector<double>& values, array& out) {
-  auto as = [&](auto* to) {
-    using T = std::remove_pointer_t<decltype(to)>;
-    std::transform(values.begin(), values.end(), to,
+  with_type(element_of(out.dtype()), [&](auto type) {
+    using T = decltype(type);
+    std::transform(values.begin(), values.end(), out.data<T>(),
                    [](double v) { return static_cast<T>(static_cast<float>(v)); });
-  };
-  switch (element_of(out.dtype())) {
-    case Element::float32:
-      return as(out.data<float>());
-    case Element::float16:
-      return as(out.data<mx::float16_t>());
-    case Element::bfloat16:
-      return as(out.data<mx::bfloat16_t>());
-  }
+  });
 }
 
 float rstd_of(float var, float eps) { return 1.0f / std::sqrt(var + eps); }
@@ -241,8 +225,8 @@ void normalize(const Problem& problem, BoundArrays& a) {
   auto* var = a[kVar].data<float>();
   const auto eps = static_cast<float>(problem.eps);
   const Kernels& k = kernels(problem.element);
-  const Channels weight(a.optional(kWeight), slots.channels, 1);
-  const Channels bias(a.optional(kBias), slots.channels, 0);
+  const auto weight = load(a.optional(kWeight), slots.channels, 1);
+  const auto bias = load(a.optional(kBias), slots.channels, 0);
   auto finalize = [&](Workspace& w, int64_t first, int64_t last) {
     if (!problem.given) {
       finalize_moments(problem, tiling, w, first, last, mean, var);
@@ -282,8 +266,8 @@ struct GradientInputs {
   const float* var;
   const float* grad_mean;
   const float* grad_var;
-  Channels weight;
-  Channels bias;
+  std::vector<float> weight;
+  std::vector<float> bias;
 
   GradientInputs(const Problem& p, const BoundArrays& a)
       : eps(static_cast<float>(p.eps)),
@@ -293,8 +277,8 @@ struct GradientInputs {
         var(a[kVar].data<float>()),
         grad_mean(of_g_alone ? nullptr : a[kGradMean].data<float>()),
         grad_var(of_g_alone ? nullptr : a[kGradVar].data<float>()),
-        weight(a.optional(kWeight), p.slots().channels, 1),
-        bias(a.optional(kBias), p.slots().channels, 0) {}
+        weight(load(a.optional(kWeight), p.slots().channels, 1)),
+        bias(load(a.optional(kBias), p.slots().channels, 0)) {}
 
   float rstd(const Slot& slot) const { return rstd_of(var[slot.statistic], eps); }
 
@@ -455,7 +439,7 @@ void running_statistics(const Problem& problem, BoundArrays& a) {
   auto next = [&](const array& of_slots, float factor, const array& running, array& out) {
     const auto* batch = of_slots.data<float>();
     auto values = sums_per_channel(slots, [&](int64_t i) { return batch[i]; });
-    const Channels old(running, slots.channels, 0);
+    const auto old = load(running, slots.channels, 0);
     for (int64_t c = 0; c < slots.channels; ++c) {
       const double mean = values[c] * slots.channels / slots.count * factor;
       values[c] = update[0] * old[c] + update[1] * mean;
