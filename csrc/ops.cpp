@@ -126,8 +126,7 @@ std::tuple<array, array, array> normalize(
   const int channel_axis =
       check_normalize(argument(x_), argument(weight_), argument(bias_), argument(mean_),
                       argument(var_), argument(residual_), axis, statistics, groups.number, caller);
-  Epilogue epilogue = epilogue_of(options, caller);
-  epilogue.auxiliary = residual_ ? Auxiliary::residual : Auxiliary::none;
+  const Epilogue epilogue = epilogue_of(options, caller);
   if (mean_ && groups.number == 0) {
     statistics = Statistics::given;
   }
@@ -160,9 +159,6 @@ std::tuple<array, array, array> normalize(
                                       {{.operation = Operation::normalize,
                                         .groups = groups,
                                         .eps = eps,
-                                        .given = mean.has_value(),
-                                        .has_weight = weight.has_value(),
-                                        .has_bias = bias.has_value(),
                                         .affine_per_instance = affine_per_instance,
                                         .epilogue = epilogue},
                                        arrange.axes,
@@ -215,9 +211,6 @@ array input_gradient(const array& x, const array& g, const array& mean, const ar
   return compute(s,
                  {{.operation = Operation::input_gradient,
                    .eps = eps,
-                   .given = true,
-                   .has_weight = weight.has_value(),
-                   .has_bias = bias.has_value(),
                    .epilogue = epilogue_of(options, caller)},
                   reduced_axes(static_cast<int>(x.ndim()), channel_axis, Statistics::given),
                   channel_axis},

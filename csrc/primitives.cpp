@@ -257,6 +257,10 @@ BoundArrays compute(mx::Stream s, Attributes attributes,
       present.set(buffer, *a);
     }
   }
+  attributes.given = present.has(kMean);
+  attributes.has_weight = present.has(kWeight);
+  attributes.has_bias = present.has(kBias);
+  attributes.epilogue.auxiliary = present.has(kResidual) ? Auxiliary::residual : Auxiliary::none;
   return compute(s, std::move(attributes), std::move(present));
 }
 

@@ -55,7 +55,7 @@ class KernelPrimitive : public FallbackPrimitive {
 /// since the order of evaluation depends on it, also where a shard is empty; and a graph that was
 /// traced for any shape may be called with an empty x.
 BoundArrays compute(mlx::core::Stream s, Attributes attributes, BoundArrays inputs);
-/// Likewise; absent inputs are nullopt.
+/// Likewise; absent inputs are nullopt. Sets the attributes that say which are present.
 BoundArrays compute(mlx::core::Stream s, Attributes attributes,
                     std::initializer_list<std::pair<BufferIndex, std::optional<array>>> inputs);
 
