@@ -13,8 +13,9 @@ import subprocess
 import sys
 from collections.abc import Sequence
 
+from mlx_welford._plans import DTYPES
 from mlx_welford.bench.implementations import BOTH, FORWARD, OURS, PEERS, modes_of, steps
-from mlx_welford.bench.workloads import CASES, DTYPES
+from mlx_welford.bench.workloads import CASES
 
 CALLS = (1, 3)
 """Calls in two runs. Their difference has no imports, no inputs and no first call in it."""

@@ -45,10 +45,7 @@ def instance_norm(
             for 0.
         eps: Added to the variance. Default: ``1e-5``.
         axis: The channel axis; not 0. Default: ``-1``.
-        activation: ``"relu"``, ``"relu6"``, ``"leaky_relu"``, ``"silu"``, ``"gelu"``,
-            ``"gelu_approx"`` or ``"hardswish"``: the function of ``mlx.nn`` that follows, at no
-            extra traffic. Default: ``None``.
-        negative_slope: Of ``"leaky_relu"``. Default: ``0.01``.
+        activation, negative_slope: What follows, as in :class:`BatchNorm`. Default: ``None``.
         residual: Added before the activation, of the shape of ``x``. Default: ``None``.
         stream: Stream or device to run on. Default: ``None``, the default stream.
 
@@ -131,10 +128,7 @@ def group_norm(
         mean: Mean to use, of shape ``(N, G)``. Default: ``None``, the mean of ``x``.
         var: Variance to use, of shape ``(N, G)``; given exactly if ``mean`` is. Default: ``None``.
         axis: The channel axis; not 0. Default: ``-1``.
-        activation: ``"relu"``, ``"relu6"``, ``"leaky_relu"``, ``"silu"``, ``"gelu"``,
-            ``"gelu_approx"`` or ``"hardswish"``: the function of ``mlx.nn`` that follows, at no
-            extra traffic. Default: ``None``.
-        negative_slope: Of ``"leaky_relu"``. Default: ``0.01``.
+        activation, negative_slope: What follows, as in :class:`BatchNorm`. Default: ``None``.
         residual: Added before the activation, of the shape of ``x``. Default: ``None``.
         stream: Stream or device to run on. Default: ``None``, the default stream.
 
@@ -214,10 +208,7 @@ def batch_norm(
         mean: Mean to use, of shape ``(C,)``. Default: ``None``, the mean of ``x``.
         var: Variance to use, of shape ``(C,)``; given exactly if ``mean`` is. Default: ``None``.
         axis: The channel axis. Default: ``-1``.
-        activation: ``"relu"``, ``"relu6"``, ``"leaky_relu"``, ``"silu"``, ``"gelu"``,
-            ``"gelu_approx"`` or ``"hardswish"``: the function of ``mlx.nn`` that follows, at no
-            extra traffic. Default: ``None``.
-        negative_slope: Of ``"leaky_relu"``. Default: ``0.01``.
+        activation, negative_slope: What follows, as in :class:`BatchNorm`. Default: ``None``.
         residual: Added before the activation, of the shape of ``x``. Default: ``None``.
         stream: Stream or device to run on. Default: ``None``, the default stream.
 

@@ -16,6 +16,7 @@ from rich.progress import Progress
 from mlx_welford._command_line import add_layer_options
 from mlx_welford._machine import memory_bytes
 from mlx_welford._operations import no_kernels
+from mlx_welford._plans import DTYPES
 
 from . import plot, settings, torch_implementations
 from .environment import Environment, cores, environment
@@ -40,7 +41,7 @@ from .implementations import (
 )
 from .results import LAYERS, Report, Row, moved_bytes, rows
 from .tables import table
-from .workloads import CASES, DTYPES, MODELS, Case
+from .workloads import CASES, MODELS, Case
 
 # Upper bounds of the memory per element of x, including inputs and the copy. In forward+backward
 # mlx.nn holds up to 15 numbers per element in float32, 25 in 16 bits.

@@ -12,12 +12,13 @@ import mlx.nn as nn
 import numpy as np
 
 import mlx_welford as mw
+from mlx_welford._plans import DTYPES
 
 from . import torch_implementations
 from .harness import Step, mlx_step, peak_above_inputs
 from .memcpy_baseline import ThreadedCopy
 from .torch_implementations import TorchImplementation
-from .workloads import DTYPES, Case, Values
+from .workloads import Case, Values
 
 FORWARD, BACKWARD, BOTH, EVALUATION = "forward", "backward", "forward+backward", "evaluation"
 MODES = (FORWARD, BACKWARD, BOTH, EVALUATION)

@@ -5,12 +5,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from mlx_welford._plans import Layer, normalization_plans, traffic
+from mlx_welford._plans import DTYPES, Layer, normalization_plans, traffic
 
 from .environment import Environment
 from .harness import Figures, Samples, net
 from .implementations import BACKWARD, BASELINE, BOTH, COPY, EVALUATION, FORWARD, Key, note
-from .workloads import DTYPES, Case, Norm
+from .workloads import Case, Norm
 
 SCHEMA = 4
 """Version of the file format; changes when fields change their names or meanings."""

@@ -4,14 +4,11 @@ import math
 from dataclasses import dataclass, replace
 from typing import Literal
 
-import mlx.core as mx
 import numpy as np
 import numpy.typing as npt
 
 Values = npt.NDArray[np.float32]
 Norm = Literal["BatchNorm", "InstanceNorm", "GroupNorm"]
-
-DTYPES = {"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16}
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ The layers are those of :mod:`mlx_welford` with ``axis=1``. Differences from ``t
 
 import inspect
 from collections.abc import Callable
-from typing import ClassVar, TypeVar, Unpack
+from typing import Any, ClassVar, TypeVar, Unpack
 
 import mlx.core as mx
 from mlx.nn import Module
@@ -194,15 +194,9 @@ class _Lazy(_TorchNormalization):
         bias: bool = True,
         **epilogue: Unpack[Epilogue],
     ) -> None:
+        unknown: Any = None  # the other layers need to be told
         _TorchNormalization.__init__(
-            self,
-            None,  # type: ignore[arg-type]  # the other layers need to be told
-            eps,
-            momentum,
-            affine,
-            track_running_stats,
-            bias=bias,
-            **epilogue,
+            self, unknown, eps, momentum, affine, track_running_stats, bias=bias, **epilogue
         )
 
 
