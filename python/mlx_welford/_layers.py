@@ -186,11 +186,14 @@ class _Normalization(Module):
 
     def __call__(self, x: mx.array, residual: mx.array | None = None) -> mx.array:
         """activation(y + residual), where y is x normalised."""
-        name = type(self).__name__
-        self._take_features_from(x, self._needs_several_values())
-        x, shift = self._split(x)
-        updates = self.training and self.track_running_stats
-        evaluates = not self.training and self.track_running_stats
+        several_values = self._needs_several_values()
+        if self.num_features is None:
+            self._take_features_from(x, several_values)
+        shift = None
+        if isinstance(x, BiasedArray):
+            x, shift = self._split(x)
+        training, tracks = self.training, self.track_running_stats
+        evaluates = tracks and not training
         groups, interleaved = self._grouping()
         y, mean, var = operations.normalize(
             x,
@@ -198,12 +201,12 @@ class _Normalization(Module):
             self.get("bias"),
             self.eps,
             self._statistics,
-            name,
+            type(self).__name__,
             mean=self._running_mean_less(shift) if evaluates else None,
             var=_finite(self["running_var"]) if evaluates else None,
             axis=self.axis,
             channels=self._channels(),
-            several_values=self._needs_several_values(),
+            several_values=several_values,
             running=evaluates,
             groups=groups,
             interleaved=interleaved,
@@ -211,7 +214,7 @@ class _Normalization(Module):
             negative_slope=self.negative_slope,
             residual=residual,
         )
-        if updates:
+        if training and tracks:
             self._update_running_statistics(x, mean if shift is None else mean + shift, var)
         return y
 
@@ -240,9 +243,7 @@ class _Normalization(Module):
             dict.update(self, self._next_running_statistics(mean, var, size // mean.size))
 
     def _take_features_from(self, x: mx.array, several_values: bool) -> None:
-        """Initializes the layer from its first input, if the number of channels is open."""
-        if self.num_features is not None:
-            return
+        """Initializes the layer from its first input, where the number of channels is open."""
         name = type(self).__name__
         groups, _ = self._grouping()
         features = operations.count_channels(
