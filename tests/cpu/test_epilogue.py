@@ -3,6 +3,8 @@ divided, and the accuracy of the exponential."""
 
 from __future__ import annotations
 
+import platform
+
 import mlx.core as mx
 import mlx_welford as mw
 import numpy as np
@@ -187,7 +189,9 @@ def test_silu_is_accurate_wherever_float32_reaches() -> None:
     truth = wide_p * sigmoid
     tiny = float(np.finfo(np.float32).tiny)
     error = np.abs(z - truth)
-    assert (error <= 4e-7 * np.abs(truth) + 2 * tiny * np.maximum(1, np.abs(p))).all()
+    fused = operations.instruction_set() != "baseline" or platform.machine() != "x86_64"
+    relative = 4e-7 if fused else 4e-7 + np.abs(wide_p) * 2**-24  # exp(p) of a rounded p
+    assert (error <= relative * np.abs(truth) + 2 * tiny * np.maximum(1, np.abs(p))).all()
     of_derivative = sigmoid * (1 + wide_p * rest)
     np.testing.assert_allclose(derivative, of_derivative, rtol=0, atol=3e-7)
 

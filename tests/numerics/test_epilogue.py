@@ -74,7 +74,7 @@ def check(case: Case, names: Sequence[str] = NAMES) -> None:
     """z and gradients by the rule for what counts as right, over several draws if it is small."""
     comparison = Comparison()
     fewest = min(case.shape[case.axis], case.shape[0] * case.groups)  # values of a result
-    for draw in range(max(1, min(128 // fewest, 400_000 // math.prod(case.shape)))):
+    for draw in range(max(1, min(256 // fewest, 400_000 // math.prod(case.shape)))):
         problem = Problem(case, draw=draw)
         z, theirs = (f(**problem.inputs) for f in (problem.ours, problem.theirs))
         true = problem.forward()
