@@ -12,7 +12,6 @@ import mlx.core as mx
 
 from mlx_welford import selftest
 from mlx_welford._command_line import add_layer_options
-from mlx_welford._operations import operations
 from mlx_welford._plans import DTYPES, normalization_plans
 from mlx_welford._status import describe, describe_plans, status
 
@@ -39,21 +38,9 @@ def _parser() -> argparse.ArgumentParser:
     command = commands.add_parser("status", help=about, description=f"Print {about}.")
     add_layer_options(command, "shape of x; prints the launch plan for it")
     command.add_argument("--dtype", choices=list(DTYPES), default="float32")
-    command.add_argument(
-        "--affine",
-        action=argparse.BooleanOptionalAction,
-        default=True,
-        help="with weight and bias (default), or without",
-    )
     command.add_argument("--evaluation", action="store_true", help="with given statistics")
     command.add_argument(
-        "--activation", choices=operations.activations(), help="activation after the layer"
-    )
-    command.add_argument(
         "--negative-slope", type=float, default=0.01, help="of leaky_relu (default: 0.01)"
-    )
-    command.add_argument(
-        "--residual", action="store_true", help="with a residual, added before the activation"
     )
     command.add_argument("--json", action="store_true", help="print JSON")
 

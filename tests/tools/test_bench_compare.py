@@ -210,6 +210,11 @@ def test_large_cases_are_not_compiled_unless_asked_for(
     [
         ("--shape 4,30,5", "Yours: BatchNorm 4x30x5"),
         ("--shape 4,6,30 --axis 1 --layer group --groups 2", "Yours: GroupNorm(2) 4x6x30"),
+        ("--shape 4,30,5 --no-affine --activation silu", "Yours + silu: BatchNorm 4x30x5"),
+        (
+            "--shape 4,30,5 --layer instance --activation gelu_approx --residual",
+            "Yours + residual + gelu_approx: InstanceNorm 4x30x5",
+        ),
     ],
 )
 @pytest.mark.usefixtures("only_tiny")

@@ -139,14 +139,18 @@ def choose(cases: Sequence[Case], patterns: Sequence[str] | None, *, quick: bool
 
 def own_case(options: argparse.Namespace, parser: argparse.ArgumentParser) -> Case:
     norm = next(norm for norm, layer in LAYERS.items() if layer == options.layer)
+    followed_by = ["residual"] * options.residual + [options.activation] * bool(options.activation)
     case = Case(
         "yours",
-        "Yours",
+        " + ".join(["Yours", *followed_by]),
         norm,
         options.shape,
-        axis=options.axis,
+        options.affine,
+        options.axis,
         groups=options.groups,
         interleaved=options.interleaved,
+        activation=options.activation,
+        residual=options.residual,
     )
     try:
         moved_bytes(case, "float32", FORWARD)

@@ -66,7 +66,9 @@ class TorchImplementation:
         def of_inputs() -> torch.Tensor:
             x, *residual = self._inputs
             y = sum(residual, layer(x))
-            if self._case.activation is not None:
+            if self._case.activation == "gelu_approx":
+                y = torch.nn.functional.gelu(y, approximate="tanh")
+            elif self._case.activation is not None:
                 y = getattr(torch.nn.functional, self._case.activation)(y)
             return y
 
