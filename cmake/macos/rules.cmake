@@ -2,4 +2,6 @@
 
 # dlopen takes a shared library as it takes a bundle, which zig does not write.
 set(CMAKE_SHARED_MODULE_CREATE_CXX_FLAGS -shared)
-set(CMAKE_CXX_CREATE_STATIC_LIBRARY "<CMAKE_AR> ar rcsD <TARGET> <OBJECTS>")
+# Begun anew: ar would keep objects that are no longer part of the library.
+set(CMAKE_CXX_CREATE_STATIC_LIBRARY "<CMAKE_COMMAND> -E rm -f <TARGET>"
+                                    "<CMAKE_AR> ar rcsD <TARGET> <OBJECTS>")
