@@ -76,9 +76,8 @@ class SyncBatchNorm(BatchNorm):
         group = (self.group or mx.distributed.init()) if self.training else None
         if group is None or group.size() == 1:
             return super().__call__(x, residual)
-        if self.num_features is None:
-            # Only the messages of all ranks tell whether there are several values per channel.
-            self._take_features_from(x, several_values=False)
+        # Only the messages of all ranks tell whether there are several values per channel.
+        self._take_features_from(x, several_values=False)
         x, shift = self._split(x)
         normalize = _Synchronized(self, group)
         y, mean, var, count = normalize(x, self.get("weight"), self.get("bias"), residual)

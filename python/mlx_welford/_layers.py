@@ -187,13 +187,10 @@ class _Normalization(Module):
     def __call__(self, x: mx.array, residual: mx.array | None = None) -> mx.array:
         """activation(y + residual), where y is x normalised."""
         several_values = self._needs_several_values()
-        if self.num_features is None:
-            self._take_features_from(x, several_values)
-        shift = None
-        if isinstance(x, BiasedArray):
-            x, shift = self._split(x)
-        training, tracks = self.training, self.track_running_stats
-        evaluates = tracks and not training
+        self._take_features_from(x, several_values)
+        x, shift = self._split(x)
+        updates = self.training and self.track_running_stats
+        evaluates = not self.training and self.track_running_stats
         groups, interleaved = self._grouping()
         y, mean, var = operations.normalize(
             x,
@@ -214,7 +211,7 @@ class _Normalization(Module):
             negative_slope=self.negative_slope,
             residual=residual,
         )
-        if training and tracks:
+        if updates:
             self._update_running_statistics(x, mean if shift is None else mean + shift, var)
         return y
 
@@ -243,7 +240,9 @@ class _Normalization(Module):
             dict.update(self, self._next_running_statistics(mean, var, size // mean.size))
 
     def _take_features_from(self, x: mx.array, several_values: bool) -> None:
-        """Initializes the layer from its first input, where the number of channels is open."""
+        """Initializes the layer from its first input, if the number of channels is open."""
+        if self.num_features is not None:
+            return
         name = type(self).__name__
         groups, _ = self._grouping()
         features = operations.count_channels(
